@@ -1,0 +1,36 @@
+# Every target works in a fresh clone: the first one run creates .venv and installs the tested versions.
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA libraries.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
+ARGS ?=
+
+unexport PYTHONPATH
+# `python -m` puts the repository root on sys.path, where kernels/ would shadow Hugging Face's package
+demo train-demo: export PYTHONSAFEPATH := 1
+
+.PHONY: help test lint demo train-demo
+help:
+	@echo "make test | lint | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
+
+# torch first and alone, at its pin, so that no other requirement chooses its build
+$(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(INSTALL) torch
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[video,test]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+demo: $(STAMP)
+	$(BIN)/python -m flexkern.demo $(ARGS)
+
+train-demo: $(STAMP)
+	$(BIN)/python -m flexkern.demo.train $(ARGS)
