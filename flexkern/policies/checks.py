@@ -1,0 +1,76 @@
+"""One rule for the fields of every policy: the annotation is the check."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import fields
+from difflib import get_close_matches
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+
+def check_fields(policy: Any) -> None:
+    """Check that every field of a dataclass instance holds what its annotation says.
+
+    Understood: int, float (an int will do, inf and nan will not), bool, str, None, classes, ``Literal``,
+    ``tuple[x, ...]`` and unions of these.
+    Raises TypeError naming the field, what it takes and what it got; ValueError where a ``Literal`` excludes a string.
+    """
+    hints = get_type_hints(type(policy))
+    for field in fields(policy):
+        value, hint = getattr(policy, field.name), hints[field.name]
+        if not _fits(value, hint):
+            words = _literals(hint) if isinstance(value, str) else ()
+            error = ValueError if words else TypeError
+            name = f"{type(policy).__name__}.{field.name}"
+            raise error(f"{name} must be {_describe(hint)}, got {value!r}{did_you_mean(value, words)}")
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise ValueError(message) unless ok."""
+    if not ok:
+        raise ValueError(message)
+
+
+def is_index(value: Any, low: int = 0) -> bool:
+    """Whether value is an integer (numpy's included, bool excluded) of at least low."""
+    return _fits(value, int) and value >= low
+
+
+def did_you_mean(got: Any, known: Iterable[str]) -> str:
+    """The tail of an error message that names the closest known word, or an empty string."""
+    close = get_close_matches(str(got), list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return isinstance(value, str) and value in args
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _literals(hint: Any) -> tuple[str, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(word for arg in get_args(hint) for word in _literals(arg))
+
+
+def _describe(hint: Any) -> str:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return " or ".join(_describe(arg) for arg in args)
+    if origin is Literal:
+        return " | ".join(map(repr, args))
+    if origin is tuple:
+        return f"a tuple ({_describe(args[0])} each)"
+    words = {int: "an int", float: "a finite number", bool: "a bool", str: "a str", NoneType: "None"}
+    return words.get(hint) or f"a {hint.__name__}"

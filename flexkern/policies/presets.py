@@ -1,0 +1,175 @@
+"""Presets: the answers of every supported method to positions, retention, noise and prompt switches, under one name."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Literal
+
+from .checks import check_fields, did_you_mean, require
+from .noise import NoisePolicy
+from .position import PositionPolicy
+from .retention import SinkWindow
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SwitchPolicy:
+    """What a change of prompt does to the cached frames.
+
+    kind: keep (nothing) | recache (run the last frames through the model again, with the new prompt) | flush (drop all
+        but the sink and the last frames).
+    recent: frames that recache runs again, or that flush keeps.
+    keep_sink: whether a recache leaves the sink of the old prompt in place (LongLive's global_sink).
+    """
+
+    kind: Literal["keep", "recache", "flush"] = "keep"
+    recent: int = 12
+    keep_sink: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A method: four policies under a name, with one sentence on it and its source."""
+
+    name: str
+    position: PositionPolicy
+    retention: SinkWindow
+    noise: NoisePolicy
+    switch: SwitchPolicy
+    doc: str
+    source: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+POLICIES = ("position", "retention", "noise", "switch")
+
+IID = NoisePolicy(kind="iid")
+KEEP = SwitchPolicy(kind="keep")
+RECACHE = SwitchPolicy(kind="recache", recent=12, keep_sink=True)
+FIFO = SinkWindow(sink=0, window=21)
+PINNED = SinkWindow(sink=3, window=21)
+LONGLIVE = SinkWindow(sink=3, window=12)
+
+_ALL = (
+    Preset(
+        name="self-forcing",
+        position=PositionPolicy(mode="none", train_len=21),
+        retention=FIFO,
+        noise=IID,
+        switch=KEEP,
+        doc="The base model extrapolated: absolute positions, the last 21 frames.",
+        source="Self-Forcing, arXiv 2506.08009, official code",
+    ),
+    Preset(
+        name="longlive",
+        position=PositionPolicy(mode="none", train_len=240),
+        retention=LONGLIVE,
+        noise=IID,
+        switch=RECACHE,
+        doc="A pinned first chunk and the last 9 frames at absolute positions; a new prompt recomputes the cache.",
+        source="LongLive, arXiv 2509.22622, official code v1.0",
+    ),
+    Preset(
+        name="longlive-infinite",
+        position=PositionPolicy(mode="none", train_len=240, index="slot"),
+        retention=LONGLIVE,
+        noise=IID,
+        switch=RECACHE,
+        doc="LongLive with positions 0..11 inside the window, so that no distance ever leaves the trained range.",
+        source="LongLive, official code v1.0, use_infinite_attention",
+    ),
+    Preset(
+        name="infinity-rope",
+        position=PositionPolicy(mode="none", train_len=21, index="slot", cut_position=45),
+        retention=SinkWindow(sink=1, window=6),
+        noise=IID,
+        switch=SwitchPolicy(kind="flush", recent=2),
+        doc="Positions 0..5 inside a short window; a new prompt flushes the cache, a scene cut jumps to position 45.",
+        source="Infinity-RoPE, arXiv 2511.20649, official code",
+    ),
+    Preset(
+        name="lol",
+        position=PositionPolicy(mode="jitter", train_len=240, jitter_sigma=0.8),
+        retention=LONGLIVE,
+        noise=IID,
+        switch=KEEP,
+        doc="Every head gets a base of its own, so that heads do not return to the sink all at once.",
+        source="LoL, arXiv 2601.16914",
+    ),
+    Preset(
+        name="riflex",
+        position=PositionPolicy(mode="riflex", train_len=21),
+        retention=FIFO,
+        noise=IID,
+        switch=KEEP,
+        doc="Slows the one band whose period is nearest the training length until it does not repeat.",
+        source="RIFLEx, arXiv 2502.15894; its s is static, ours follows the chunk unless scale_schedule says otherwise",
+    ),
+    Preset(
+        name="pi",
+        position=PositionPolicy(mode="pi", train_len=21),
+        retention=PINNED,
+        noise=IID,
+        switch=KEEP,
+        doc="Position interpolation: every band slowed by s.",
+        source="Position Interpolation, arXiv 2306.15595, applied to the temporal axis",
+    ),
+    Preset(
+        name="ntk",
+        position=PositionPolicy(mode="ntk", train_len=21),
+        retention=PINNED,
+        noise=IID,
+        switch=KEEP,
+        doc="NTK-aware scaling: a larger base, which slows band j by s^(j / (T - 1)).",
+        source="NTK-aware RoPE, described in arXiv 2309.00071, applied to the temporal axis",
+    ),
+    Preset(
+        name="yarn",
+        position=PositionPolicy(mode="yarn", train_len=21),
+        retention=PINNED,
+        noise=IID,
+        switch=KEEP,
+        doc="YaRN with the thresholds of language models, which interpolates nearly every band of a video model.",
+        source="YaRN, arXiv 2309.00071, applied to the temporal axis",
+    ),
+    Preset(
+        name="flex",
+        position=PositionPolicy(mode="by_parts", train_len=21, scale="auto"),
+        retention=PINNED,
+        noise=NoisePolicy(kind="ar1", rho=-0.7),
+        switch=KEEP,
+        doc="Interpolates under-trained bands, keeps the others, draws antiphase noise and pins the first chunk.",
+        source="a reconstruction of FLEX, arXiv 2602.14027: its authors have published no code",
+    ),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
+
+
+def preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
+    """The preset of that name, or the given one, with single fields of its policies replaced.
+
+    overrides: dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
+    Raises ValueError for an unknown preset or field, naming those that exist, and for a value its field does not take.
+    """
+    if not isinstance(name, Preset):
+        known = f"expected one of {', '.join(PRESETS)}"
+        require(isinstance(name, str) and name in PRESETS, f"no preset {name!r}: {known}{did_you_mean(name, PRESETS)}")
+    base = name if isinstance(name, Preset) else PRESETS[name]
+    existing = [f"{part}.{field.name}" for part in POLICIES for field in dataclasses.fields(getattr(base, part))]
+    changes: dict[str, dict[str, object]] = defaultdict(dict)
+    for dotted, value in (overrides or {}).items():
+        known = f"expected one of {', '.join(existing)}"
+        require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
+        part, _, field = dotted.partition(".")
+        changes[part][field] = tuple(value) if isinstance(value, list) else value
+    try:
+        return dataclasses.replace(
+            base, **{part: dataclasses.replace(getattr(base, part), **new) for part, new in changes.items()}
+        )
+    except TypeError as error:
+        raise ValueError(str(error)) from None
