@@ -1,0 +1,82 @@
+"""One chunk's view of the cache: which pages attention reads, where new ones go, and how far each frame is turned.
+
+A plan is the same for every layer and every denoising step. Angles come from a position policy in float64; what the
+device sees are cosines and sines in float32.
+
+Letters: F frames being computed, R frames read, S tokens of a frame, T temporal pairs, G = 1 or the number of heads.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flexkern.policies import Phases
+
+BASE = 10000.0
+
+
+def band_split(head_dim: int) -> tuple[int, int, int]:
+    """Channel pairs of a head that turn with time, row and column: (22, 21, 21) for head_dim 128. Source: Wan 2.1."""
+    pairs = head_dim // 2
+    return pairs - 2 * (pairs // 3), pairs // 3, pairs // 3
+
+
+def turns(angle: Tensor) -> Tensor:
+    """(cos, sin) in float32 of angles in float64: [...] -> [..., 2]."""
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def place_turns(rows: int, columns: int, head_dim: int) -> Tensor:
+    """(cos, sin) [rows * columns, row pairs + column pairs, 2], float32: the part of 3D RoPE that never changes."""
+    _, *pairs = band_split(head_dim)
+    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    angles = [
+        place.flatten().double()[:, None] * BASE ** (-torch.arange(n, dtype=torch.float64) / n)
+        for place, n in zip(places, pairs, strict=True)
+    ]
+    return turns(torch.cat(angles, dim=-1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkPlan:
+    """Everything attention must know about a chunk.
+
+    write_slots: int32 [F] page of each computed frame, -1 where it is not kept. read_slots: int32 [R], in list order.
+    turn: float32 [F, R, G, T, 2], rotation of a query frame that meets a key frame, by the difference of their phases.
+    query_turn [F, G, T, 2] and key_turn [K, R, G, T, 2]: the same, for backends that turn query and key apart; K = F
+    where each query frame sees its own modulation, else 1. place_turn: [S, D / 2 - T, 2].
+    logit_scale: float32 [F]. bias: float32 [F, R] added to the logits, -inf hides a frame; None for none.
+    """
+
+    write_slots: Tensor
+    read_slots: Tensor
+    turn: Tensor
+    query_turn: Tensor
+    key_turn: Tensor
+    place_turn: Tensor
+    logit_scale: Tensor
+    bias: Tensor | None = None
+
+
+def make_plan(
+    phases: Phases, *, write_slots: Sequence[int], read_slots: Sequence[int], place_turn: Tensor
+) -> ChunkPlan:
+    """The plan of a chunk on the device of ``place_turn``, from what policy and cache have decided."""
+    device = place_turn.device
+    query, key = torch.from_numpy(phases.query), torch.from_numpy(phases.key)
+    if len(write_slots) != query.shape[0] or len(read_slots) != key.shape[1]:
+        raise ValueError(
+            f"phases are for {query.shape[0]} computed and {key.shape[1]} read frames, "
+            f"got {len(write_slots)} and {len(read_slots)} slots"
+        )
+    return ChunkPlan(
+        write_slots=torch.tensor(write_slots, dtype=torch.int32).to(device),
+        read_slots=torch.tensor(read_slots, dtype=torch.int32).to(device),
+        turn=turns(query[:, None] - key).to(device),
+        query_turn=turns(query).to(device),
+        key_turn=turns(key).to(device),
+        place_turn=place_turn,
+        logit_scale=torch.from_numpy(phases.logit_scale).float().to(device),
+    )
