@@ -1,0 +1,81 @@
+"""Few-step flow-matching schedules: which noise levels a chunk passes through, and what the prediction means at each.
+
+x_t = (1 - sigma) * x0 + sigma * noise,   sigma = shift * s / (1 + (shift - 1) * s),   timestep = 1000 * sigma
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """Denoising timesteps of a distilled model.
+
+    steps: as the research configs list them (``denoising_step_list``), 0 at the end is dropped.
+    warp: steps are places in the shifted schedule, so that 750 means timestep 937.5 at shift 5
+    (``warp_denoising_step``). first_steps: other steps for the first chunk, which has no past to lean on; None for the
+    same. context_timestep: of the clean pass that fills the cache (``context_noise``). Source: Self-Forcing
+    utils/scheduler.py and pipeline/causal_inference.py; CausVid (shift 8, not warped).
+    """
+
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
+    shift: float = 5.0
+    warp: bool = True
+    first_steps: tuple[float, ...] | None = None
+    context_timestep: float = 0.0
+
+    def __post_init__(self):
+        if self.shift <= 0:
+            raise ValueError(f"shift must be > 0, got {self.shift}")
+        for name in ("steps", "first_steps"):
+            steps = getattr(self, name)
+            if steps is None:
+                continue
+            steps = tuple(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
+            object.__setattr__(self, name, steps)
+            falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
+            if not steps or not falling or not all(0 < s <= 1000 for s in steps):
+                raise ValueError(f"{name} must fall from at most 1000 to above 0, got {list(steps)}")
+            if self.warp and any(s != int(s) for s in steps):
+                raise ValueError(f"{name} must be whole numbers where warp is on, got {list(steps)}")
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """Noise levels of the 1000 training timesteps, float32, falling."""
+        s = torch.linspace(1, 0, 1001)[:-1]
+        return self.shift * s / (1 + (self.shift - 1) * s)
+
+    def timesteps(self, *, first_chunk: bool = False) -> list[float]:
+        """What the model is told at each step, on a scale of 0 to 1000."""
+        steps = self.first_steps if first_chunk and self.first_steps else self.steps
+        if not self.warp:
+            return [float(s) for s in steps]
+        table = torch.cat((self.sigmas * 1000, torch.zeros(1)))
+        return [table[1000 - int(s)].item() for s in steps]
+
+    def sigma(self, timestep: float) -> float:
+        """Noise level of the training timestep nearest to ``timestep``."""
+        return self.sigmas[(self.sigmas * 1000 - timestep).abs().argmin()].item()
+
+    def clean(self, noisy: Tensor, prediction: Tensor, timestep: float, kind: str) -> Tensor:
+        """x0 from the model's output at ``timestep``; kind as in ``WanConfig.prediction``. Computed in float64."""
+        if kind == "x0":
+            return prediction.to(noisy.dtype)
+        return (noisy.double() - self.sigma(timestep) * prediction.double()).to(noisy.dtype)
+
+    def noisy(self, clean: Tensor, noise: Tensor, timestep: float) -> Tensor:
+        """x0 with fresh noise, at the level of ``timestep``."""
+        sigma = self.sigma(timestep)
+        return ((1 - sigma) * clean.float() + sigma * noise.float()).to(clean.dtype)
+
+
+SCHEDULES = {
+    "self-forcing": Schedule(),
+    "longlive": Schedule(),
+    "causvid": Schedule(steps=(1000, 757, 522), shift=8.0, warp=False),
+    "rolling-forcing": Schedule(steps=(1000, 800, 600, 400, 200)),
+}
+"""By family of checkpoints. A Rolling Forcing checkpoint is run chunk by chunk, without its joint window."""

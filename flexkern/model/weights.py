@@ -1,0 +1,350 @@
+"""Published checkpoints of causal Wan 2.1, whatever their container, as one state dict with the original Wan keys.
+
+    file or folder -> the chosen group of tensors -> wrapper names removed -> diffusers names renamed -> bare keys
+
+Source: the loaders of Wan-Video/Wan2.1, Self-Forcing, LongLive, CausVid, Rolling Forcing, Krea and ComfyUI; diffusers
+scripts/convert_wan_to_diffusers.py; PEFT and kohya for the names in a LoRA.
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from itertools import chain
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from flexkern.model.wan import CausalWan, WanConfig
+
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # removed anywhere in a key
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")  # one of them is removed from the front
+LORA_PREFIXES = ("base_model.model.", "transformer.")
+FOLDER_FILES = ("diffusion_pytorch_model*.safetensors", "model.pt")
+LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "lora.pt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
+DIFFUSERS_NAMES = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1",
+    "scale_shift_table": "head.modulation",
+    "proj_out": "head.head",
+    "blocks.*.scale_shift_table": "blocks.*.modulation",
+    "blocks.*.norm2": "blocks.*.norm3",  # the two projects number the three norms in another order
+    "blocks.*.norm3": "blocks.*.norm2",
+    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
+    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
+    **{f"blocks.*.attn1.{theirs}": f"blocks.*.self_attn.{ours}" for theirs, ours in _ATTENTION.items()},
+    **{f"blocks.*.attn2.{theirs}": f"blocks.*.cross_attn.{ours}" for theirs, ours in _ATTENTION.items()},
+}
+CONFIG_NAMES = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
+CONFIG_FIELDS = {field.name for field in fields(WanConfig)}
+SIZES = {  # field: (key, axis) that shows it
+    "dim": ("patch_embedding.weight", 0),
+    "in_dim": ("patch_embedding.weight", 1),
+    "ffn_dim": ("blocks.0.ffn.0.weight", 0),
+    "text_dim": ("text_embedding.0.weight", 1),
+    "freq_dim": ("time_embedding.0.weight", 1),
+}
+HEAD_DIM = 128  # of every published Wan; the shapes do not show it
+LowRank = tuple[Tensor, Tensor, float]  # up [out, rank], down [rank, in], scale: the update scale * up @ down
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What a checkpoint holds. container says in words how; config is None where neither file nor shapes tell it."""
+
+    state: dict[str, Tensor]
+    container: str
+    config: WanConfig | None
+
+
+def read_checkpoint(path: str | Path, *, ema: bool | None = None) -> Checkpoint:
+    """The tensors of a checkpoint under bare Wan keys, as stored (their dtype; mapped files stay mapped).
+
+    path: a weight file, an original Wan folder, or a diffusers folder (its root or ``transformer``).
+    ema: None takes the EMA where there is one, True insists on it, False takes the raw generator.
+    Raises: FileNotFoundError; ValueError for what cannot be read; NotImplementedError for image-to-video checkpoints.
+    """
+    path = Path(path)
+    files = _find_files(path, FOLDER_FILES)
+    content, metadata = _read_files(files)
+    groups = ["generator_ema"] * (ema is not False) + ["generator", "model"] * (not ema)
+    group, state = _select(content, groups, path, flat=not ema)
+    diffusers = _is_diffusers(state)
+    state = _rename({key: value for key, value in state.items() if isinstance(value, Tensor)}, path, diffusers)
+    declared = _declared_config(files[0], metadata, beside=path.is_dir() or files[0].match(FOLDER_FILES[0]))
+    _refuse_image_models(state, declared, path)
+    container = f"{files[0].suffix[1:]}, {group}, {'diffusers' if diffusers else 'Wan'} keys"
+    return Checkpoint(state=state, container=container, config=_config(state, declared, path))
+
+
+def load_transformer(
+    path: str | Path,
+    *,
+    config: WanConfig | None = None,
+    ema: bool | None = None,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cpu",
+) -> CausalWan:
+    """A CausalWan with every weight of the checkpoint, in eval mode, without gradients.
+
+    config: overrides what the checkpoint says. ema: as in ``read_checkpoint``.
+    lora: PEFT, LongLive or kohya file, or PEFT folder; adds lora_scale * alpha / rank * B @ A, alpha = rank if absent.
+    Numerics: the LoRA is merged in float32; each weight is rounded once, to dtype.
+    Bytes: the model plus one tensor, where the file can be mapped.
+    Raises: ValueError that lists the missing, unexpected and wrongly shaped keys; as ``read_checkpoint``.
+    """
+    checkpoint = read_checkpoint(path, ema=ema)
+    where, state = f"{path} ({checkpoint.container})", checkpoint.state
+    config = config or checkpoint.config
+    if config is None:
+        unknown = "does not show dim, ffn_dim, num_heads and num_layers of a Wan transformer, and no config was given"
+        raise ValueError(f"{where} {unknown}; it holds {_some(state)}")
+    with torch.device("meta"):
+        model = CausalWan(config)
+    _check_fit(state, model.state_dict(), where)
+    updates = {} if lora is None else _read_lora(Path(lora), lora_scale)
+    _check_lora(updates, state, f"{lora} does not fit {where}")
+    # popped one by one: what was read can go as soon as it is converted
+    placed = {key: _convert(state.pop(key), updates.get(key), dtype, device) for key in list(state)}
+    model.load_state_dict(placed, assign=True)
+    hollow = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    if hollow:
+        raise RuntimeError(f"{where} left tensors of the model without data: {_some(hollow)}")
+    return model.eval().requires_grad_(False)
+
+
+def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
+    """The weight files that a path stands for."""
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    if path.is_file():
+        return [path]
+    parts = _read_json(path / "model_index.json")
+    if (parts.get("transformer_2") or [None])[0]:
+        raise NotImplementedError(f"{path} has two transformers (Wan 2.2 A14B); supported: one, as in Wan 2.1")
+    folder = path / "transformer" if (path / "transformer").is_dir() else path
+    index = folder / "diffusion_pytorch_model.safetensors.index.json"
+    if names := set(_read_json(index).get("weight_map", {}).values()):
+        if absent := [name for name in sorted(names) if not (folder / name).is_file()]:
+            raise FileNotFoundError(f"{index} names files that are not there, {_some(absent)}")
+        return [folder / name for name in sorted(names)]
+    for pattern in patterns:
+        if files := sorted(folder.glob(pattern)):
+            return files
+    found = sorted(file.name for file in folder.iterdir())
+    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(patterns)}; there is {_some(found)}")
+
+
+def _read_files(files: list[Path]) -> tuple[dict, dict[str, str]]:
+    """Everything that the files hold at the top level, and the metadata of the safetensors among them."""
+    content, metadata = {}, {}
+    for file in files:
+        part, notes = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), {})
+        if twice := content.keys() & part.keys():
+            raise ValueError(f"{file} repeats keys of another shard, {_some(sorted(twice))}")
+        content, metadata = content | part, metadata | notes
+    return content, metadata
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(file, framework="pt") as handle:
+            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+
+
+def _read_pickle(file: Path) -> dict:
+    if file.suffix not in PICKLES:
+        raise ValueError(f"{file}: expected .safetensors, {', '.join(PICKLES)}, got {file.suffix!r}")
+    try:  # only the zip format of torch.save can be mapped
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        found = re.search(r"(GLOBAL|Unsupported operand) \S+", str(error))
+        reason = found[0] if found else re.split(r"\.\s|\n", str(error))[0] or "end of file"
+        raise ValueError(f"{file} cannot be read as tensors alone ({reason}); save its state dict by itself") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{file}: expected a dictionary of tensors, got {type(content).__name__}")
+    return dict(content)
+
+
+def _read_json(file: Path) -> dict:
+    """The object in a JSON file; ``{}`` where there is no file."""
+    if not file.is_file():
+        return {}
+    try:
+        return dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} does not hold a JSON object: {error}") from error
+
+
+def _select(content: dict, groups: Iterable[str], path: Path, *, flat: bool) -> tuple[str, Mapping]:
+    """The first of the groups that is there, or, where that is allowed, the top level itself."""
+    held = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
+    if not held and any(isinstance(value, Tensor) for value in content.values()):
+        held, content = ["flat"], {"flat": content}
+    for name in (*groups, "flat") if flat else groups:
+        if name in held and content[name]:
+            return name, content[name]
+    expected = " | ".join((*groups, "flat tensors") if flat else groups)
+    raise ValueError(f"{path} does not hold {expected}; it holds {', '.join(held) or 'no tensors'}")
+
+
+def _is_diffusers(keys: Iterable[str]) -> bool:
+    return any(mark in key for key in keys for mark in (".attn1.", ".attn2.", ".ffn.net.", "condition_embedder."))
+
+
+def _clean_name(name: str, prefixes: Iterable[str]) -> str:
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
+
+
+def _original_name(name: str) -> str:
+    """The original Wan name of a diffusers parameter; a name that the table lacks comes back as it is."""
+    block = re.match(r"blocks\.(\d+)\.", name)
+    pattern = f"blocks.*.{name[block.end() :]}" if block else name
+    module, dot, leaf = pattern.rpartition(".")
+    found = DIFFUSERS_NAMES.get(pattern) or DIFFUSERS_NAMES.get(module, module) + dot + leaf
+    return found.replace("*", block[1]) if block else found
+
+
+def _rename(state: Mapping[str, Tensor], path: Path, diffusers: bool) -> dict[str, Tensor]:
+    renamed = {}
+    for key, tensor in state.items():
+        name = _clean_name(key, PREFIXES)
+        name = _original_name(name) if diffusers else name
+        if name in renamed:
+            raise ValueError(f"{path} holds {name} twice, the second time as {key}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point, not quantised weights")
+        renamed[name] = tensor
+    return renamed
+
+
+def _some(names: Iterable[str]) -> str:
+    """How many names there are and the first eight."""
+    names = list(names)
+    return f"{len(names)}{': ' if names else ''}{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
+
+
+def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str):
+    missing = [key for key in expected if key not in state]
+    unexpected = [key for key in state if key not in expected]
+    shapes = {key: (list(state[key].shape), list(expected[key].shape)) for key in expected if key in state}
+    wrong = [f"{key} {got} instead of {want}" for key, (got, want) in shapes.items() if got != want]
+    if missing or unexpected or wrong:
+        what = f"missing {_some(missing)}; unexpected {_some(unexpected)}; wrongly shaped {_some(wrong)}"
+        raise ValueError(f"{where} does not fit the model: {what}")
+
+
+def _declared_config(file: Path, metadata: Mapping[str, str], *, beside: bool) -> dict:
+    """What the file's own metadata, else the config.json beside it, says; ``{}`` where neither is there."""
+    if "flexkern_config" in metadata:
+        declared = json.loads(metadata["flexkern_config"])
+        if unknown := sorted(declared.keys() - CONFIG_FIELDS):
+            raise ValueError(f"{file}: flexkern_config has unknown fields {unknown}")
+        return declared
+    found = _read_json(file.parent / "config.json") if beside else {}
+    declared = {CONFIG_NAMES.get(name, name): value for name, value in found.items() if value is not None}
+    return declared | {"qk_norm": declared.get("qk_norm", True) in (True, "rms_norm_across_heads")}
+
+
+def _refuse_image_models(state: Mapping[str, Tensor], declared: Mapping, path: Path):
+    signs = [key for key in state if re.search(r"k_img\.|img_emb\.|\.add_k_proj\.|image_embedder\.", key)][:1]
+    if declared.get("model_type", "t2v") != "t2v":
+        signs.append(f"model_type {declared['model_type']}")
+    if "patch_embedding.weight" in state and state["patch_embedding.weight"].shape[1:2] == (36,):
+        signs.append("36 input channels")
+    if signs:
+        raise NotImplementedError(f"{path} takes images ({', '.join(signs)}); supported: text-to-video Wan 2.1")
+
+
+def _config(state: Mapping[str, Tensor], declared: Mapping, path: Path) -> WanConfig | None:
+    """The configuration: what is declared wins over what the shapes show."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    shown = {name: shapes[key][axis] for name, (key, axis) in SIZES.items() if len(shapes.get(key, ())) > axis}
+    if blocks := [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]:
+        shown["num_layers"] = max(blocks) + 1
+    if shown.get("dim", 1) % HEAD_DIM == 0:
+        shown["num_heads"] = shown["dim"] // HEAD_DIM
+    _, _, *patch = shapes.get("patch_embedding.weight", (0, 0))
+    if len(patch) == 3 and "head.head.weight" in shapes:
+        shown["patch_size"] = tuple(patch)
+        shown["out_dim"] = shapes["head.head.weight"][0] // (patch[0] * patch[1] * patch[2])
+    known = shown | {name: value for name, value in declared.items() if name in CONFIG_FIELDS}
+    if not known.keys() >= {"dim", "ffn_dim", "num_heads", "num_layers"}:
+        return None
+    try:
+        return WanConfig(**known)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} has an unusable configuration: {error}") from error
+
+
+def _read_lora(path: Path, lora_scale: float) -> dict[str, LowRank]:
+    """The updates of a LoRA by the key of the weight that they change."""
+    files = _find_files(path, LORA_FILES)
+    content, metadata = _read_files(files)
+    _, state = _select(content, ("generator_lora",), path, flat=True)
+    adapter = _adapter_config(files[0], content, metadata)
+    if special := [name for name in ("use_rslora", "use_dora", "alpha_pattern") if adapter.get(name)]:
+        raise NotImplementedError(f"{path} sets {', '.join(special)}; supported: plain LoRA with one alpha")
+    diffusers, parts, strange = _is_diffusers(state), {}, []
+    for key, value in state.items():
+        name = _clean_name(_clean_name(key, LORA_PREFIXES), PREFIXES)
+        match = re.fullmatch(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha))", name)
+        if match is None:
+            strange += [key] * isinstance(value, Tensor)
+            continue
+        target = _original_name(f"{match[1]}.weight") if diffusers else f"{match[1]}.weight"
+        role = match[3] or {"A": "down", "B": "up"}.get(match[2], match[2])
+        if role in parts.setdefault(target, {}):
+            raise ValueError(f"{path} holds {role} of {target} twice, the second time as {key}")
+        parts[target][role] = value
+    strange += [f"half of {target}" for target, part in parts.items() if not part.keys() >= {"down", "up"}]
+    if strange or not parts:
+        raise ValueError(f"{path} is not a plain LoRA; beside its {len(parts)} targets it holds {_some(strange)}")
+    updates = {}
+    for target, part in parts.items():
+        rank = part["down"].shape[0]
+        alpha = float(part.get("alpha", adapter.get("lora_alpha", rank)))
+        updates[target] = part["up"], part["down"], lora_scale * alpha / rank
+    return updates
+
+
+def _adapter_config(file: Path, content: Mapping, metadata: Mapping[str, str]) -> dict:
+    """What PEFT (a file beside), diffusers (metadata) or a training script (a top level number) says of the LoRA."""
+    adapter = {"lora_alpha": content["alpha"]} if "alpha" in content else {}
+    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+    adapter |= {name.rpartition(".")[2]: value for name, value in said.items()}
+    return adapter | (_read_json(file.with_name("adapter_config.json")) if file.stem == "adapter_model" else {})
+
+
+def _check_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], what: str):
+    unknown = [target for target in updates if target not in state]
+    wrong = []
+    for target in sorted(updates.keys() & state.keys()):
+        weight, up, down = (list(tensor.shape) for tensor in (state[target], *updates[target][:2]))
+        if up[1:] != down[:1] or up[:1] + down[1:] != weight:
+            wrong.append(f"{target} {weight} from {up} @ {down}")
+    if unknown or wrong:
+        raise ValueError(f"{what}: unknown targets {_some(unknown)}; wrongly shaped {_some(wrong)}")
+
+
+def _convert(tensor: Tensor, update: LowRank | None, dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A contiguous copy in dtype on the device, which never aliases the file, with the update merged in float32."""
+    if update is not None:
+        tensor, up, down = (part.to(device, torch.float32) for part in (tensor, *update[:2]))
+        tensor = torch.addmm(tensor, up, down, alpha=update[2])
+    return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)
