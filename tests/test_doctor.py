@@ -1,0 +1,58 @@
+"""flexkern doctor: what this machine has, what it lacks and why."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from flexkern import demo
+from flexkern.cli import doctor, main
+
+
+def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(doctor, "installed_version", lambda package: None if package == "ray" else "1.0")
+    monkeypatch.setattr(demo, "WEIGHTS", Path(__file__))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"torch        {torch.__version__}, built for" in out and "\nsdpa: " not in out
+    assert re.search(r"^backends +sdpa: ", out, re.MULTILINE)
+    for name, why in doctor.backends.ABSENT.items():
+        assert f" {name} not available: {why}" in out
+    assert 'cluster: not installed: ray (pip install "flexkern[cluster]")' in out
+    assert re.search(r"^ +video: av 1.0, .*tyro 1.0$", out, re.MULTILINE)
+    assert f"demo         {__file__}, " in out
+    assert torch.cuda.is_available() or re.search(r"^gpu +no CUDA GPU", out, re.MULTILINE)
+
+    monkeypatch.setattr(demo, "WEIGHTS", tmp_path / "none")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 / 0)
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert f"demo         no weights at {tmp_path}/none" in out
+    assert "triton       not there: " in out and "cpu          broken: ZeroDivisionError: " in out
+
+
+def test_doctor_describes_gpus(monkeypatch):
+    class Properties:
+        name, total_memory, major, minor = "NVIDIA H200", 140 * 2**30, 9, 0
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: Properties)
+    monkeypatch.setattr(doctor, "nvidia_driver", lambda: "580.1")
+    one, two = doctor.examine_gpus()
+    assert one == "cuda:0 NVIDIA H200, 140 GiB, compute capability 9.0, driver 580.1" and two.startswith("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(doctor.examine_gpus()) == ["no CUDA GPU; but NVIDIA's driver 580.1 is there: is torch built for CUDA?"]
+
+
+def test_the_driver_is_asked_of_nvidia_smi(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert doctor.nvidia_driver() is None
+    monkeypatch.setattr("shutil.which", lambda name: "/bin/nvidia-smi")
+    for status, answer, told in ((0, "580.1\n580.1\n", "580.1"), (9, "no driver", None), (0, "", None)):
+        done = subprocess.CompletedProcess([], status, stdout=answer)
+        monkeypatch.setattr("subprocess.run", lambda *_, done=done, **__: done)
+        assert doctor.nvidia_driver() == told
