@@ -1,6 +1,7 @@
 """Training sees what the loop will see, and learns."""
 
 import csv
+import dataclasses
 import json
 import math
 
@@ -52,14 +53,21 @@ def test_teacher_forcing_is_the_cached_loop(small):
 
 def test_training_lowers_the_loss_and_leaves_a_model_that_renders(small, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "STAGES", ((1.0, 3, 16),))
+    monkeypatch.setattr(train, "MIX", (1.0,))
     args = train.Args(
-        minutes=0.08, rate=5e-3, out=tmp_path / "w.safetensors", log=tmp_path / "log.csv", compile=False, device="cpu"
+        steps=50, rate=5e-3, out=tmp_path / "w.safetensors", log=tmp_path / "log.csv", compile=False, device="cpu"
     )
     train.train(args)
     rows = list(csv.DictReader(args.log.open()))
     assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"])
     with safe_open(args.out, "pt") as file:
         assert json.loads(file.metadata()["flexkern_config"])["prediction"] == "x0"
+    train.train(
+        dataclasses.replace(args, steps=25, start=args.out, out=tmp_path / "more.safetensors", log=tmp_path / "m.csv")
+    )
+    more = list(csv.DictReader((tmp_path / "m.csv").open()))
+    assert float(more[0]["loss"]) < 0.8 * float(rows[0]["loss"])  # it went on from where it was
+
     chunk = load_engine(args.out).session("a red disc and a cyan square on grey, slow").step()
     assert chunk.latents.isfinite().all()
     assert chunk.pixels.shape == (1, 3, 288, 288, 3)
@@ -71,7 +79,7 @@ def test_training_never_draws_a_held_out_prompt(small, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "draw_batch", lambda scenes, *rest: seen.extend(scenes) or draw(scenes, *rest))
     monkeypatch.setattr(train, "STAGES", ((1.0, 3, 2),))
     train.train(
-        train.Args(minutes=0.005, out=tmp_path / "w.safetensors", log=tmp_path / "l.csv", compile=False, device="cpu")
+        train.Args(steps=2, out=tmp_path / "w.safetensors", log=tmp_path / "l.csv", compile=False, device="cpu")
     )
     assert seen
     assert not any(world.held_out(scene) for scene in seen)

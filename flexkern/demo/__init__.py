@@ -1,0 +1,42 @@
+"""The demo model: a small causal transformer trained on a synthetic world, for seeing horizon extension on any machine.
+
+engine = load_engine()
+session = engine.session("a red disc and a blue square on dark green, fast", preset="flex", frames=252)
+"""
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from flexkern.demo import world
+from flexkern.engine import Engine
+from flexkern.model.schedule import Schedule
+
+WEIGHTS = Path(__file__).parent / "demo.safetensors"
+FPS = 16
+ZOOM = 8  # pixels of a video for one of the world's
+SCHEDULE = Schedule(steps=(1000, 750, 500, 250), first_steps=(1000, 875, 750, 625, 500, 375, 250, 125))
+
+
+class PixelDecoder:
+    """The trivial codec in the VAE's place: latents are pictures already, and only grow to a watchable size."""
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        pictures = F.interpolate(latents.float().flatten(0, 1), scale_factor=ZOOM, mode="bicubic", antialias=False)
+        uint8 = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return uint8.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2])
+
+
+def encode_prompts(prompts: list[str]) -> Tensor:
+    """The demo's text encoder: [B, TEXT_LEN, TEXT_DIM]. Raises ValueError for prompts outside its grammar."""
+    return torch.stack([world.embed(world.Scene.parse(prompt)) for prompt in prompts])
+
+
+def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
+    """The demo model, ready to render, in float32."""
+    return Engine.from_pretrained(
+        weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
+        text_encoder=encode_prompts, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
+    )  # fmt: skip

@@ -1,0 +1,166 @@
+"""The demo's pictures, its figures over many prompts, and the whole of it at a tiny size with an untrained model."""
+
+import csv
+import dataclasses
+import json
+import math
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from flexkern.demo import evaluate, world
+from flexkern.demo.__main__ import Args, chosen_scenes, main
+from flexkern.demo.evaluate import WORLD, Spread, held_out_scenes, windows
+from flexkern.demo.picture import contact_sheet, drift_plot, evenly, mean_and_error
+from flexkern.demo.train import CONFIG
+from flexkern.model.wan import CausalWan
+
+PROMPT = "a red disc and a blue square on black, fast"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A model that is small and paints noise: what the demo does with it is the same."""
+    path = tmp_path_factory.mktemp("model") / "untrained.safetensors"
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, num_layers=1, ffn_dim=64)
+    save_file(CausalWan(config).state_dict(), path, {"flexkern_config": json.dumps(config.to_dict())})
+    return path
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def shares(path, colour):
+    """Share of a picture's pixels near a colour, column by column."""
+    return (np.abs(pixels(path) - np.array(colour)).max(-1) < 12).mean(0)
+
+
+def test_evenly_spaced_frames_begin_and_end_with_the_video():
+    assert evenly(252, 21)[0] == 0 and evenly(252, 21)[-1] == 251 and len(evenly(252, 21)) == 21
+    assert evenly(5, 21) == [0, 1, 2, 3, 4] and evenly(1, 21) == [0]
+
+
+def test_contact_sheet_shows_time_to_the_right_and_one_row_per_video(tmp_path):
+    early, late = (250, 10, 10), (10, 10, 250)
+    video = np.zeros((40, 32, 32, 3), np.uint8)
+    video[:20], video[20:] = early, late
+    path = tmp_path / "sheet.png"
+    contact_sheet(path, {"one": video}, title="t", fps=16, horizon=20)
+    place = lambda colour: np.flatnonzero(shares(path, colour) > 0.1)
+    assert place(early).max() < place(late).min()
+    height = pixels(path).shape[0]
+    contact_sheet(path, {"one": video, "two": video, "three": video}, title="t", fps=16, horizon=20)
+    assert pixels(path).shape[0] > height + 150
+
+
+def test_contact_sheet_draws_trails_on_the_frames_after_them(tmp_path):
+    video = np.zeros((21, 32, 32, 3), np.uint8)
+    track = np.full((21, 2, 2), np.nan)
+    plain, dotted = tmp_path / "plain.png", tmp_path / "dotted.png"
+    contact_sheet(plain, {"one": video}, title="t", fps=16, horizon=30, tracks={"one": track})
+    track[15, 0] = 0.5
+    contact_sheet(dotted, {"one": video}, title="t", fps=16, horizon=30, tracks={"one": track})
+    changed = np.flatnonzero((pixels(plain) != pixels(dotted)).any((0, 2)))
+    width = pixels(plain).shape[1]
+    assert len(changed) and changed.min() > 0.72 * width  # pictures 16 to 20 of 21
+
+
+@pytest.mark.parametrize("lengths", [(), (4, 5), (0,)])
+def test_contact_sheet_refuses_videos_that_do_not_match(tmp_path, lengths):
+    videos = {str(i): np.zeros((n, 8, 8, 3), np.uint8) for i, n in enumerate(lengths)}
+    with pytest.raises(ValueError, match="videos of one length"):
+        contact_sheet(tmp_path / "x.png", videos, title="t", fps=16, horizon=2)
+
+
+def test_drift_plot_draws_every_line(tmp_path):
+    frames = 30
+    level = lambda value: {name: np.full((3, frames), value) for name in ("identity", "speed", "ground")}
+    colours = [(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)]
+    path = tmp_path / "drift.png"
+    drift_plot(path, {"a": level(0.2), "b": level(0.7)}, fps=16, horizon=21, window=5, title="t")
+    both = [shares(path, colour).sum() for colour in colours]
+    drift_plot(path, {"a": level(0.2)}, fps=16, horizon=21, window=5, title="t")
+    one = [shares(path, colour).sum() for colour in colours]
+    assert min(both) > 1 and one[0] > 1 and one[1] == 0
+    with pytest.raises(ValueError, match="at least one line"):
+        drift_plot(path, {}, fps=16, horizon=21, window=5, title="t")
+
+
+def test_mean_and_error_leave_out_what_is_unknown():
+    mean, error = mean_and_error(np.array([[1.0, 2.0, math.nan], [3.0, math.nan, math.nan]]))
+    assert mean[:2].tolist() == [2, 2] and math.isnan(mean[2])
+    assert error.tolist() == [pytest.approx(1), 0, 0]  # sqrt(2) / sqrt(2)
+
+
+def test_spread_is_that_of_the_known_values():
+    spread = Spread.of(torch.tensor([0.0, 1.0, 0.0, 1.0, math.nan]))
+    assert (spread.mean, spread.count) == (0.5, 4)
+    assert spread.interval == pytest.approx(1.96 * math.sqrt(1 / 3) / 2)
+    assert Spread.of(torch.tensor([math.nan])).count == 0 and "nan" in str(Spread.of(torch.tensor([])))
+
+
+def test_windows_cover_the_video():
+    assert windows(21) == [(0, 21)] and windows(63) == [(0, 21), (21, 42), (42, 63)]
+    assert windows(50) == [(0, 21), (21, 42), (29, 50)] and windows(6) == [(0, 6)]
+
+
+def test_scenes_to_evaluate_are_held_out_and_differ():
+    scenes = held_out_scenes(64)
+    assert all(map(world.held_out, scenes)) and len(set(map(str, scenes))) == 64
+    assert list(map(str, scenes)) == list(map(str, held_out_scenes(64)))
+    with pytest.raises(ValueError, match="1 to 511 clips.*got 9999"):
+        held_out_scenes(9999)
+
+
+def test_the_demo_shows_a_prompt_that_training_never_saw():
+    assert world.held_out(world.Scene.parse(Args().prompt))
+    scenes = chosen_scenes(PROMPT, 4)
+    assert str(scenes[0]) == PROMPT and len(set(map(str, scenes))) == 4
+    with pytest.raises(ValueError, match="the demo model knows"):
+        chosen_scenes("a cat", 4)
+
+
+def test_a_clip_does_not_depend_on_its_batch(weights):
+    engine = evaluate.load_engine(weights)
+    scenes = held_out_scenes(3)
+    alone, together = (evaluate.render_clips(engine, scenes, "flex", 4, 7, batch=batch) for batch in (1, 3))
+    assert alone.shape == (3, 4, 3, world.SIZE, world.SIZE)
+    assert torch.allclose(alone, together, atol=1e-4)
+
+
+def test_evaluate_prints_and_writes_the_same_figures(weights, tmp_path, capsys):
+    out = tmp_path / "figures.csv"
+    marks = evaluate.evaluate(
+        evaluate.Args(clips=3, frames=24, presets=["self-forcing", "flex"], weights=weights, out=out)
+    )
+    assert list(marks) == [WORLD, "self-forcing", "flex"]
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader(out.open()))
+    spans = {(int(row["first_frame"]), int(row["last_frame"])) for row in rows}
+    assert spans == {(0, 20), (3, 23), (0, 23)}
+    ceiling = {row["figure"]: row for row in rows if row["source"] == WORLD and row["last_frame"] == "20"}
+    assert float(ceiling["identity"]["mean"]) > 0.95 and ceiling["identity"]["clips"] == "3"
+    assert "| frames 0 to 20 | world | self-forcing | flex |" in printed
+    assert "| difference to self-forcing | flex |" in printed
+
+
+def test_make_demo_writes_everything(weights, tmp_path, capsys):
+    out = tmp_path / "deep" / "demo"
+    main(Args(out=out, prompt=PROMPT, frames=25, presets=["self-forcing", "flex"], videos=2, weights=weights))
+    names = {"self-forcing.mp4", "flex.mp4", "contact_sheet.png", "drift.png", "figures.csv"}
+    assert {path.name for path in out.iterdir()} == names
+    with av.open(str(out / "flex.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 25
+    assert "2 prompts" in capsys.readouterr().out
+
+
+def test_an_unknown_preset_is_refused_before_any_work(weights, tmp_path):
+    with pytest.raises(ValueError, match="no preset 'flux'"):
+        main(Args(out=tmp_path / "none", presets=["flux"], weights=weights))
+    assert not (tmp_path / "none").exists()
