@@ -52,8 +52,8 @@ def test_teacher_forcing_is_the_cached_loop(small):
 
 
 def test_training_lowers_the_loss_and_leaves_a_model_that_renders(small, monkeypatch, tmp_path):
-    monkeypatch.setattr(train, "STAGES", ((1.0, 3, 16),))
-    monkeypatch.setattr(train, "MIX", (1.0,))
+    monkeypatch.setattr(train, "CLIPS", {3: 16})
+    monkeypatch.setattr(train, "GROWTH", ((1.0, (1,)),))
     args = train.Args(
         steps=50, rate=5e-3, out=tmp_path / "w.safetensors", log=tmp_path / "log.csv", compile=False, device="cpu"
     )
@@ -77,7 +77,8 @@ def test_training_never_draws_a_held_out_prompt(small, monkeypatch, tmp_path):
     seen = []
     draw = train.draw_batch
     monkeypatch.setattr(train, "draw_batch", lambda scenes, *rest: seen.extend(scenes) or draw(scenes, *rest))
-    monkeypatch.setattr(train, "STAGES", ((1.0, 3, 2),))
+    monkeypatch.setattr(train, "CLIPS", {3: 2})
+    monkeypatch.setattr(train, "GROWTH", ((1.0, (1,)),))
     train.train(
         train.Args(steps=2, out=tmp_path / "w.safetensors", log=tmp_path / "l.csv", compile=False, device="cpu")
     )

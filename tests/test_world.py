@@ -73,6 +73,13 @@ def test_shapes_move_at_the_prompt_speed_and_stay_inside():
     torch.testing.assert_close(speed, expected.expand_as(speed), atol=1e-3, rtol=0)
 
 
+def test_clips_begin_with_both_shapes_in_view():
+    start = world.Motion.random(scenes_of(500)).position
+    distance = (start[:, 0] - start[:, 1]).norm(dim=-1)
+    assert distance.ge(2 * world.RADIUS + 2).float().mean() > 0.99
+    assert distance.max() > 25
+
+
 def test_pictures_show_the_scene():
     scene = world.Scene.parse("a red disc and a blue square on dark green, slow")
     centres = torch.tensor([[[[10.0, 10.0], [24.0, 24.0]], [[18.0, 18.0], [20.0, 18.0]]]])

@@ -6,8 +6,9 @@ Every chunk of a clip is denoised at its own random noise level while it sees th
 holds the clip twice, clean and noisy, and ``TeacherForcing`` lets a noisy chunk see the clean past and itself. That is
 what the autoregressive loop does later, through the same ``CausalWan.forward``. The head predicts x0, weighted by 1 /
 t (between an x0 and a flow loss): flow does not fit through a network this narrow. Clips grow from 3 to 9 to 21
-frames, because what shapes look like and how they move can be learned from short, cheap ones. Weights are float32
-masters of a bfloat16 model; matrices inside blocks follow Muon, the rest AdamW.
+frames, because what shapes look like and how they move can be learned from short, cheap ones; short ones stay in the
+mix to the end, because the first chunk is the hardest: it has no past to lean on. Weights are float32 masters of a
+bfloat16 model; matrices inside blocks follow Muon, the rest AdamW.
 """
 
 import csv
@@ -35,8 +36,12 @@ CONFIG = WanConfig(
     dim=256, ffn_dim=512, num_heads=4, num_layers=6, in_dim=3, out_dim=3, patch_size=(1, 6, 6),
     text_len=world.TEXT_LEN, text_dim=world.TEXT_DIM, freq_dim=128, prediction="x0",
 )  # fmt: skip
-STAGES = ((0.08, 3, 32), (0.45, 9, 16), (1.0, world.TRAIN_FRAMES, 8))  # until this share of the time: frames, clips
-MIX = (0.2, 0.3, 0.5)  # share of the steps at each length when training continues: the first chunk is seen more often
+CLIPS = {3: 32, 9: 16, world.TRAIN_FRAMES: 8}  # clips of a batch by their length in frames
+GROWTH = (  # until this share of the time: odds of each length
+    (0.08, (1, 0, 0)),
+    (0.45, (0, 1, 0)),
+    (1.0, (0.2, 0.3, 0.5)),
+)
 
 
 class TeacherForcing:
@@ -178,20 +183,20 @@ def train(args: Args) -> None:
     loss_of = torch.compile(denoise_loss, dynamic=False) if args.compile else denoise_loss
     scenes = [scene for scene in world.all_scenes() if not world.held_out(scene)]
     grid = trainer.model.grid(world.SIZE, world.SIZE)
-    memories = {frames: TeacherForcing(frames, *grid, CONFIG.head_dim, args.device) for _, frames, _ in STAGES}
+    memories = {frames: TeacherForcing(frames, *grid, CONFIG.head_dim, args.device) for frames in CLIPS}
     clips, smooth, began, saved = 0, None, time.time(), time.time()
     passed = lambda: trainer.steps / args.steps if args.steps else (time.time() - began) / (60 * args.minutes)
     with args.log.open("w", newline="", buffering=1) as file:
         log = csv.writer(file)
         log.writerow(("step", "clips", "frames", "seconds", "rate", "loss"))
         while (share := passed()) < 1:
-            stage = next(stage for stage in STAGES if share < stage[0])
-            _, frames, batch = stage if args.start is None else random.choices(STAGES, MIX)[0]
-            clip, text, noise, t = draw_batch(scenes, frames, batch, args.device)
+            odds = next(odds for until, odds in GROWTH if share < until)
+            frames = random.choices(list(CLIPS), GROWTH[-1][1] if args.start else odds)[0]
+            clip, text, noise, t = draw_batch(scenes, frames, CLIPS[frames], args.device)
             loss = loss_of(trainer.model, clip, text, memories[frames], noise, t)
             rate = args.rate * min(1, (trainer.steps + 1) / 100) * (0.51 + 0.49 * math.cos(math.pi * share))
             trainer.step(loss, rate)
-            clips += batch
+            clips += CLIPS[frames]
             smooth = loss.item() if smooth is None else 0.97 * smooth + 0.03 * loss.item()
             if trainer.steps % 25 == 0:
                 seconds = f"{time.time() - began:.0f}"

@@ -135,9 +135,11 @@ class Motion:
 
     @classmethod
     def random(cls, scenes: list[Scene], generator: torch.Generator | None = None) -> "Motion":
-        batch = len(scenes)
-        low = RIM + RADIUS
-        position = low + (SIZE - 2 * low) * torch.rand(batch, 2, 2, generator=generator)
+        """A random start with the shapes apart: whatever hides what later, a clip begins with both in view."""
+        batch, tries, low = len(scenes), 16, RIM + RADIUS
+        candidates = low + (SIZE - 2 * low) * torch.rand(batch, tries, 2, 2, generator=generator)
+        apart = (candidates[:, :, 0] - candidates[:, :, 1]).norm(dim=-1).clamp(max=2 * RADIUS + 2)
+        position = candidates[torch.arange(batch), apart.argmax(dim=1)]  # the first that is, or the widest of all
         angle = 2 * math.pi * torch.rand(batch, 2, generator=generator)
         speed = torch.tensor([SPEEDS[scene.speed] for scene in scenes])[:, None, None]
         return cls(position=position, velocity=speed * torch.stack((angle.cos(), angle.sin()), dim=-1))
