@@ -79,7 +79,8 @@ def test_latents_and_cache_agree(model, recorded):
         if name == "longlive_inf":
             continue  # its recorded keys carry no rotation at all, ours the one by place
         keys = cache.keys[layer][:, slots]
-        angle = torch.tensor(cache.frames).double()[:, None] * session.preset.position.frequencies(22)
+        theta = torch.from_numpy(session.preset.position.frequencies(22))
+        angle = torch.tensor(cache.frames).double()[:, None] * theta
         turn = reference.pad_turn(turns(angle), model.config.head_dim // 2)
         keys = reference.rotate(keys, turn[None, :, None, None])
         interleaved = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2).flatten(1, 2)
