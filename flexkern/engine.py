@@ -41,6 +41,13 @@ class Decoder(Protocol):
         """latents [B, F, C, h, w] -> uint8 [B, pictures, height, width, 3]."""
 
 
+class Encoder(Protocol):
+    """Turns pictures into clean latents, to start a video from."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """uint8 [B, pictures, height, width, 3] -> latents [B, F, C, h, w]."""
+
+
 class Noise(Protocol):
     """Where a session's noise comes from."""
 
@@ -105,7 +112,8 @@ class Engine:
 
     def __init__(
         self, model: CausalWan, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
-        text_encoder: TextEncoder | None = None, decoder=None, size: tuple[int, int] = (60, 104),
+        text_encoder: TextEncoder | None = None, encoder: Encoder | None = None, decoder=None,
+        size: tuple[int, int] = (60, 104),
     ):  # fmt: skip
         """schedule: default that of Self-Forcing. chunk: frames denoised together. size: default height and width of a
         latent frame. decoder: called without arguments for each session, gives its ``Decoder``."""
@@ -114,7 +122,7 @@ class Engine:
         self.model, self.chunk, self.size = model, chunk, size
         self.schedule = schedule or Schedule()
         self.backend = get_backend(backend)
-        self.text_encoder, self.decoder = text_encoder, decoder
+        self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     @classmethod
     def from_pretrained(
@@ -210,11 +218,15 @@ class Session:
         return chunk
 
     @torch.inference_mode()
-    def prefill(self, latents: Tensor) -> None:
-        """Continue from given clean latents [B, n, C, h, w]: an encoded image or the end of another video.
+    def prefill(self, given: Tensor) -> None:
+        """Continue from given clean latents [B, n, C, h, w], or from pictures, uint8 [B, pictures, height, width, 3].
 
-        n must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet.
+        Pictures go through the engine's encoder. n, the number of latent frames, must be whole chunks, the first of
+        ``first_chunk`` frames where nothing was made yet.
         """
+        if given.dtype == torch.uint8 and self.engine.encoder is None:
+            raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
+        latents = self.engine.encoder(given) if given.dtype == torch.uint8 else given
         expected = [self.batch, self.engine.model.config.in_dim, *self.size]
         if latents.dim() != 5 or [latents.shape[0], *latents.shape[2:]] != expected:
             raise ValueError(f"latents must be [B, n, C, h, w] with B, C, h, w = {expected}, got {list(latents.shape)}")

@@ -136,6 +136,18 @@ def test_prefill_continues_given_frames(model):
     assert_equal_to(both(model, *WINDOWS["sink"], chunks=4, prefill=torch.randn(1, 6, 16, *SIZE)))
 
 
+def test_prefill_takes_pictures_through_the_encoder(model):
+    pictures = torch.randint(0, 256, (1, 3, 8, 8, 3), dtype=torch.uint8)
+    latents = torch.randn(1, 3, 16, *SIZE)
+    engine = Engine(model, size=SIZE, encoder=lambda pixels: latents if pixels is pictures else None)
+    shown, given = engine.session(prompt_of(1)), engine.session(prompt_of(1))
+    shown.prefill(pictures)
+    given.prefill(latents)
+    assert torch.equal(shown.step().latents, given.step().latents)
+    with pytest.raises(ValueError, match="no encoder for pictures"):
+        Engine(model, size=SIZE).session(prompt_of(1)).prefill(pictures)
+
+
 def test_schedules_have_the_published_timesteps():
     close = partial(pytest.approx, abs=1e-3)
     assert SCHEDULES["self-forcing"].timesteps() == close([1000, 937.5, 833.3333, 625])

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from flexkern.demo import PixelDecoder, encode_prompts, world
+from flexkern.demo import PixelDecoder, encode_pixels, encode_prompts, world
 
 PROMPT = "a red disc and a blue square on dark green, fast"
 
@@ -105,3 +105,9 @@ def test_the_decoder_makes_watchable_pictures_of_the_same_colours():
     assert pixels.dtype == torch.uint8
     shown = {tuple(c) for c in pixels[0, 0].flatten(0, 1).tolist()}
     assert tuple(round(255 * c) for c in world.COLOURS["red"]) in shown
+
+
+def test_the_encoder_takes_back_what_the_decoder_made():
+    clip = world.clips(scenes_of(2), frames=3)
+    torch.testing.assert_close(encode_pixels(PixelDecoder()(clip)), clip, atol=0.25, rtol=0)
+    assert (encode_pixels(PixelDecoder()(clip)) - clip).abs().mean() < 0.02

@@ -29,6 +29,12 @@ class PixelDecoder:
         return uint8.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2])
 
 
+def encode_pixels(pixels: Tensor) -> Tensor:
+    """Pictures uint8 [B, F, height, width, 3] of any size as latents [B, F, 3, SIZE, SIZE] in [-1, 1]."""
+    pictures = pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return F.interpolate(pictures, size=(world.SIZE, world.SIZE), mode="area").unflatten(0, pixels.shape[:2])
+
+
 def encode_prompts(prompts: list[str]) -> Tensor:
     """The demo's text encoder: [B, TEXT_LEN, TEXT_DIM]. Raises ValueError for prompts outside its grammar."""
     return torch.stack([world.embed(world.Scene.parse(prompt)) for prompt in prompts])
@@ -38,5 +44,5 @@ def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device:
     """The demo model, ready to render, in float32."""
     return Engine.from_pretrained(
         weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
-        text_encoder=encode_prompts, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
+        text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
