@@ -209,7 +209,8 @@ class Session:
         for i, timestep in enumerate(timesteps):
             clean = schedule.clean(z, self._run(z, timestep, memory), timestep, kind)
             if i + 1 < len(timesteps):
-                z = schedule.noisy(clean, self.noise.renoise(frames, i).to(clean.device), timesteps[i + 1])
+                noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
+                z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
         self._finish(clean, frames, memory)
         pixels = self.decode(clean) if self.decode else None
         chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)

@@ -148,6 +148,20 @@ def test_prefill_takes_pictures_through_the_encoder(model):
         Engine(model, size=SIZE).session(prompt_of(1)).prefill(pictures)
 
 
+def test_without_fresh_noise_the_steps_follow_the_flow(model):
+    """Euler steps of dx / dsigma = flow, written out; no noise is drawn behind the first."""
+    schedule = Schedule(steps=(1000, 750, 500, 250), fresh=False)
+    noise = Recorded(1, 1)
+    session = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise)
+    memory = session._open([0, 1, 2])
+    x, timesteps = noise.video.double(), schedule.timesteps()
+    for timestep, following in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
+        flow = session._run(x.float(), timestep, memory).double()
+        x = x + ((schedule.sigma(following) if following else 0.0) - schedule.sigma(timestep)) * flow
+    made = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise).step()
+    assert (made.latents - x).abs().max() < 1e-4
+
+
 def test_schedules_have_the_published_timesteps():
     close = partial(pytest.approx, abs=1e-3)
     assert SCHEDULES["self-forcing"].timesteps() == close([1000, 937.5, 833.3333, 625])

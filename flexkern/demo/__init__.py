@@ -17,7 +17,7 @@ from flexkern.model.schedule import Schedule
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
 FPS = 16
 ZOOM = 8  # pixels of a video for one of the world's
-SCHEDULE = Schedule(steps=(1000, 750, 500, 250), first_steps=(1000, 875, 750, 625, 500, 375, 250, 125))
+SCHEDULE = Schedule(steps=(1000, 750, 500, 250), first_steps=(1000, 875, 750, 625, 500, 375, 250, 125), fresh=False)
 
 
 class PixelDecoder:

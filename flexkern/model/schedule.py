@@ -25,6 +25,7 @@ class Schedule:
     shift: float = 5.0
     warp: bool = True
     first_steps: tuple[float, ...] | None = None
+    fresh: bool = True
     context_timestep: float = 0.0
 
     def __post_init__(self):
@@ -66,8 +67,13 @@ class Schedule:
             return prediction.to(noisy.dtype)
         return (noisy.double() - self.sigma(timestep) * prediction.double()).to(noisy.dtype)
 
+    def noise(self, noisy: Tensor, clean: Tensor, timestep: float) -> Tensor:
+        """The noise that turns ``clean`` into ``noisy`` at ``timestep``."""
+        sigma = self.sigma(timestep)
+        return (noisy.float() - (1 - sigma) * clean.float()) / sigma
+
     def noisy(self, clean: Tensor, noise: Tensor, timestep: float) -> Tensor:
-        """x0 with fresh noise, at the level of ``timestep``."""
+        """x0 with noise, at the level of ``timestep``."""
         sigma = self.sigma(timestep)
         return ((1 - sigma) * clean.float() + sigma * noise.float()).to(clean.dtype)
 
