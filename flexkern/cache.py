@@ -71,8 +71,6 @@ class FrameCache:
         return slots
 
     def rename(self, first: int, frames: Sequence[int]) -> None:
-        """From place ``first`` of the list on, pages hold other frames from now on (they are about to be
-        overwritten).
-        """
+        """From place ``first`` of the list on, pages that are about to be overwritten belong to other frames."""
         for place, frame in enumerate(frames, first):
             self.pages[place] = Page(frame, self.pages[place].slot)

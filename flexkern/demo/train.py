@@ -28,7 +28,8 @@ from flexkern.demo import world
 from flexkern.kernels import reference
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.model.weights import load_transformer
-from flexkern.plan import BASE, band_split, place_turns, turns
+from flexkern.plan import band_split, place_turns, turns
+from flexkern.policies import PositionPolicy
 
 CHUNK = 3
 SHIFT = 5.0  # of noise levels towards noise, as at inference
@@ -54,7 +55,7 @@ class TeacherForcing:
 
     def __init__(self, frames: int, rows: int, columns: int, head_dim: int, device: str = "cpu"):
         time_pairs = band_split(head_dim)[0]
-        frequency = BASE ** (-torch.arange(time_pairs, dtype=torch.float64) / time_pairs)
+        frequency = torch.from_numpy(PositionPolicy(mode="none").frequencies(time_pairs))
         index = torch.cat((torch.arange(frames - CHUNK), torch.arange(frames)))
         temporal = turns(index.double()[:, None] * frequency)
         place = place_turns(rows, columns, head_dim)
