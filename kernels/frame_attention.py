@@ -1,0 +1,259 @@
+"""Attention over listed pages of the cache, every key frame at its own temporal distance, in one pass.
+
+    logit[q, k] = logit_scale[f] * <R(turn[f, r]) q, k> / sqrt(D) + bias[f, r]    q in frame f, k in the page of frame r
+    out = softmax(logit) v
+
+The query tile is turned once per key frame instead of every key tile: 2 * D * BLOCK_M multiplications and additions
+against 4 * S * D * BLOCK_M, and outside the loop over keys. A page is read once per query tile, by nobody else.
+
+Bytes: keys and values 2 * R * S * C * itemsize, query and output 2 * F * S * C * itemsize; parts of cut tiles, fp32.
+Flops: 4 * F * S * R * S * C.
+Numerics: q is turned and scaled in float32, from the unturned query each time, and rounded once; scores, base-2 softmax
+and accumulation in float32; P rounded to the value's dtype. Shapes and number of programs fix the order of every sum.
+Oracle: ``reference.frame_attention``. Source: Wan 2.1 self-attention; the online softmax of FlashAttention-2.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .common import cast, dot
+from .schedule import count_items, find_item, find_rows, owner, share
+from .tuned import Config, arch_of, frame_attention_config, multiprocessors
+
+
+@triton.jit
+def turn_of(turn_ptr, scale_ptr, frame, key_frame, read, group, groups, T: tl.constexpr, PAIRS: tl.constexpr):
+    """(cos, sin) [1, PAIRS] for a query frame that meets a key frame, times the query frame's logit_scale."""
+    pair = tl.arange(0, PAIRS)
+    turn_ptr += ((frame * read + key_frame) * groups + group) * (2 * T)
+    scale = tl.load(scale_ptr + frame)
+    cos = tl.load(turn_ptr + 2 * pair, mask=pair < T, other=1.0)
+    sin = tl.load(turn_ptr + 2 * pair + 1, mask=pair < T, other=0.0)
+    return (cos * scale)[None, :], (sin * scale)[None, :]
+
+
+@triton.jit
+def turned_query(
+    query_ptr, turn_ptr, scale_ptr, rows, left, frame, frames, key_frame, read, group, groups, channels,
+    T: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """The tile's query [BLOCK_M, D], turned for one key frame and rounded once; ``left`` rows belong to ``frame``."""
+    PAIRS: tl.constexpr = D // 2
+    offs_m = tl.arange(0, BLOCK_M)
+    ptr = query_ptr + offs_m[:, None] * channels + tl.arange(0, PAIRS)[None, :]
+    mask_m = (offs_m < rows)[:, None]
+    real = tl.load(ptr, mask=mask_m, other=0.0).to(tl.float32)
+    imag = tl.load(ptr + PAIRS, mask=mask_m, other=0.0).to(tl.float32)
+    cos, sin = turn_of(turn_ptr, scale_ptr, frame, key_frame, read, group, groups, T, PAIRS)
+    if CROSSES:  # rows behind the frame's end belong to the next one
+        next_frame = tl.minimum(frame + 1, frames - 1)
+        next_cos, next_sin = turn_of(turn_ptr, scale_ptr, next_frame, key_frame, read, group, groups, T, PAIRS)
+        is_next = (offs_m >= left)[:, None]
+        cos, sin = tl.where(is_next, next_cos, cos), tl.where(is_next, next_sin, sin)
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    turned = tl.join(cast(real * cos - imag * sin, dtype), cast(real * sin + imag * cos, dtype))
+    return turned.permute(0, 2, 1).reshape(BLOCK_M, D)
+
+
+@triton.jit
+def load_page(
+    pages, page, start, column, channels, S: tl.constexpr, D: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr
+):
+    """N tokens of a page [N, D] from ``start``, zeros behind the frame's end: a neighbour's NaN cannot leak in."""
+    if TMA:
+        return pages.load([page, start, column]).reshape(N, D)
+    else:
+        offs_n = start + tl.arange(0, N)
+        rows = pages + page.to(tl.int64) * (S * channels) + offs_n[:, None] * channels
+        return tl.load(rows + (column + tl.arange(0, D))[None, :], mask=(offs_n < S)[:, None], other=0.0)
+
+
+@triton.jit
+def softmax_step(score, value, acc, m_i, l_i, log2_scale):
+    """One tile of keys joins the running softmax: accumulator, pivot and sum, in base 2."""
+    m_new = tl.maximum(m_i, tl.max(score, 1) * log2_scale)
+    p = tl.math.exp2(score * log2_scale - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    acc = dot(cast(p, value.dtype), value, acc * alpha[:, None])
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def store_rows(
+    out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, mask_m, frames, heads,
+    S: tl.constexpr, D: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Divide by the sum and leave a tile's rows in the output; rows that saw no key become 0 and -inf."""
+    seen = tl.where(l_i > 0, l_i, 1.0)
+    rows = (batch.to(tl.int64) * frames * S + offs_m) * heads + head
+    out = cast(acc / seen[:, None], out_ptr.dtype.element_ty)
+    tl.store(out_ptr + rows[:, None] * D + tl.arange(0, D)[None, :], out, mask=mask_m[:, None])
+    if HAS_LSE:
+        rows = ((batch.to(tl.int64) * frames + offs_m // S) * heads + head) * S + offs_m % S
+        tl.store(lse_ptr + rows, (m_i + tl.math.log2(seen)) * 0.6931471805599453, mask=mask_m)
+
+
+@triton.jit
+def _frame_attention(
+    query_ptr, out_ptr, lse_ptr, acc_ptr, sums_ptr, turn_ptr, scale_ptr, bias_ptr, slot_ptr,
+    keys, values, last_keys, last_values,
+    log2_scale, tiles, spans, frames, read, pages, heads, groups,
+    S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, CROSSES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    # one program per SM walks through its items: a tile of query rows and a range of key frames
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    channels = heads * D
+    FULL: tl.constexpr = S // BLOCK_N * BLOCK_N
+    for item in range(0, count_items(program, programs, tiles, read)):
+        tile, begin, end, part = find_item(item, program, programs, tiles, read)
+        batch, head, row, stop = find_rows(tile, heads, spans, SPAN, BLOCK_M)
+        column, group, frame = head * D, head % groups, row // S
+        tile_ptr = query_ptr + (batch.to(tl.int64) * frames * S + row) * channels + column
+        left = (frame + 1) * S - row
+
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        # carried through the loop over frames: only then the compiler leaves it in shared memory, where wgmma reads it
+        q = turned_query(
+            tile_ptr, turn_ptr, scale_ptr, stop - row, left, frame, frames, begin, read, group, groups, channels,
+            T, D, BLOCK_M, CROSSES,
+        )  # fmt: skip
+        for key_frame in tl.range(begin, end):
+            page = batch * pages + tl.load(slot_ptr + key_frame)
+            tokens = S
+            if HAS_BIAS:  # the same for the whole frame: the pivot moves instead of the scores
+                bias = tl.load(bias_ptr + frame * read + key_frame) * 1.4426950408889634
+                tokens = tl.where(bias > float("-inf"), S, 0)
+                bias = tl.where(bias > float("-inf"), bias, 0.0)
+                m_i -= bias
+            for start in tl.range(0, tokens // BLOCK_N * BLOCK_N, BLOCK_N, num_stages=STAGES):
+                k = load_page(keys, page, start, column, channels, S, D, BLOCK_N, TMA)
+                score = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+                v = load_page(values, page, start, column, channels, S, D, BLOCK_N, TMA)
+                acc, m_i, l_i = softmax_step(score, v, acc, m_i, l_i, log2_scale)
+            if LAST_N > 0 and tokens > 0:
+                k = load_page(last_keys, page, FULL, column, channels, S, D, LAST_N, TMA)
+                score = dot(q, k.T, tl.zeros([BLOCK_M, LAST_N], tl.float32))
+                score = tl.where((FULL + tl.arange(0, LAST_N) < S)[None, :], score, float("-inf"))
+                v = load_page(last_values, page, FULL, column, channels, S, D, LAST_N, TMA)
+                acc, m_i, l_i = softmax_step(score, v, acc, m_i, l_i, log2_scale)
+            if HAS_BIAS:
+                m_i += bias
+            q = turned_query(
+                tile_ptr, turn_ptr, scale_ptr, stop - row, left, frame, frames, tl.minimum(key_frame + 1, read - 1),
+                read, group, groups, channels, T, D, BLOCK_M, CROSSES,
+            )  # fmt: skip
+
+        if end - begin == read:
+            offs_m = row + tl.arange(0, BLOCK_M)
+            store_rows(
+                out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, offs_m < stop, frames, heads, S, D, HAS_LSE
+            )
+        else:
+            rows = part.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(acc_ptr + rows[:, None] * D + tl.arange(0, D)[None, :], acc)
+            tl.store(sums_ptr + 2 * rows, m_i)
+            tl.store(sums_ptr + 2 * rows + 1, l_i)
+
+
+@triton.jit
+def _merge(
+    out_ptr, lse_ptr, acc_ptr, sums_ptr, tiles, spans, frames, read, programs, heads,
+    S: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    # one program per ROWS rows of a tile that was left over; adds its parts in the order of their key frames
+    cut = tl.program_id(0)
+    waves, units = tiles // programs, tiles % programs * read
+    first, last = owner(cut * read, programs, units), owner(cut * read + read - 1, programs, units)
+    if first < last:
+        batch, head, row, stop = find_rows(waves * programs + cut, heads, spans, SPAN, BLOCK_M)
+        offs = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        m_i = tl.full([ROWS], float("-inf"), tl.float32)
+        l_i = tl.zeros([ROWS], tl.float32)
+        acc = tl.zeros([ROWS, D], tl.float32)
+        for program in range(first, last + 1):
+            begin, end = share(program, programs, units), share(program + 1, programs, units)
+            if begin < end:
+                rows = (2 * program + cut - begin // read).to(tl.int64) * BLOCK_M + offs
+                m_part, l_part = tl.load(sums_ptr + 2 * rows), tl.load(sums_ptr + 2 * rows + 1)
+                m_new = tl.maximum(m_i, m_part)
+                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
+                alpha, beta = tl.math.exp2(m_i - pivot), tl.math.exp2(m_part - pivot)
+                part = tl.load(acc_ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
+                acc = acc * alpha[:, None] + part * beta[:, None]
+                l_i = l_i * alpha + l_part * beta
+                m_i = m_new
+        offs_m = row + offs
+        store_rows(out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, offs_m < stop, frames, heads, S, D, HAS_LSE)
+
+
+def frame_attention(
+    query: Tensor,  # [B, F, S, H, D], as norm_rope_write returns it
+    key_pages: Tensor,  # [B, P, S, H, D]
+    value_pages: Tensor,  # [B, P, S, H, D]
+    slots: Tensor,  # [R] int32, pages to read
+    turn: Tensor,  # [F, R, G, T, 2] float32
+    logit_scale: Tensor,  # [F] float32
+    bias: Tensor | None = None,  # [F, R] float32; -inf hides a frame, which is then not read
+    *,
+    want_lse: bool = False,
+    config: Config | None = None,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernels. Arguments as in ``reference.frame_attention``; the log-sum-exp [B, F, H, S] only if wanted.
+
+    config: a tile other than the tuned one. programs: how many run side by side; default one per multiprocessor.
+    """
+    batch, frames, tokens, heads, dim = query.shape
+    read, groups, time = turn.shape[1:4]
+    contiguous = query, key_pages, value_pages, slots, turn, logit_scale, *(() if bias is None else (bias,))
+    assert all(x.is_contiguous() for x in contiguous), "query, pages and plan must be contiguous"
+    config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
+
+    is_one_span = bias is None and (frames == 1 or config.block_m <= tokens + 1)  # a tile meets at most two frames
+    span = frames * tokens if is_one_span else tokens
+    block_m = min(config.block_m, max(16, triton.next_power_of_2(span)))
+    block_n = config.block_n
+    last_n = max(16, triton.next_power_of_2(tokens % block_n)) if tokens % block_n else 0
+    spans = frames * tokens // span
+    tiles = batch * heads * spans * triton.cdiv(span, block_m)
+    programs = min(programs or multiprocessors(query.device), tiles * read)
+
+    out = torch.empty_like(query)
+    lse = query.new_empty(batch, frames, heads, tokens, dtype=torch.float32) if want_lse else None
+    is_cut = tiles % programs > 0
+    parts = 2 * programs * block_m if is_cut else 1
+    acc = query.new_empty(parts, dim, dtype=torch.float32)
+    sums = query.new_empty(parts, 2, dtype=torch.float32)
+
+    def blocks(pages: Tensor, rows: int) -> TensorDescriptor | Tensor:
+        if not (config.tma and rows):
+            return pages
+        return TensorDescriptor.from_tensor(pages.view(-1, tokens, heads * dim), [1, rows, dim])
+
+    _frame_attention[(programs,)](
+        query, out, lse, acc, sums, turn, logit_scale, bias, slots,
+        *(blocks(pages, rows) for rows in (block_n, last_n) for pages in (key_pages, value_pages)),
+        math.log2(math.e) / math.sqrt(dim), tiles, spans, frames, read, key_pages.shape[1], heads, groups,
+        S=tokens, T=time, D=dim, SPAN=span, CROSSES=is_one_span and frames > 1,
+        BLOCK_M=block_m, BLOCK_N=block_n, LAST_N=last_n, STAGES=config.num_stages, TMA=config.tma,
+        HAS_BIAS=bias is not None, HAS_LSE=want_lse,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    if is_cut:
+        rows = min(block_m, 32)
+        _merge[(tiles % programs, block_m // rows)](
+            out, lse, acc, sums, tiles, spans, frames, read, programs, heads,
+            S=tokens, D=dim, SPAN=span, BLOCK_M=block_m, ROWS=rows, HAS_LSE=want_lse,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
+    return out, lse

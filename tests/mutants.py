@@ -1,0 +1,168 @@
+"""What tests/mutate.py breaks: (file, text that stands in it once, what replaces it)."""
+
+TESTS = {
+    "kernels/rms_norm.py": ["test_rms_norm.py"],
+    "kernels/modulate.py": ["test_modulate.py"],
+    "kernels/gate_residual.py": ["test_gate_residual.py"],
+    "kernels/norm_rope_write.py": ["test_norm_rope_write.py"],
+    "kernels/frame_attention.py": ["test_frame_attention.py"],
+    "kernels/schedule.py": ["test_frame_attention.py"],
+}
+
+MUTANTS = [
+    # the query stays turned for the frame before
+    ("kernels/frame_attention.py", "tl.minimum(key_frame + 1, read - 1)", "key_frame"),
+    # turned backwards
+    ("kernels/frame_attention.py", "real * cos - imag * sin", "real * cos + imag * sin"),
+    # one row too few has the next frame's angle
+    ("kernels/frame_attention.py", "offs_m >= left", "offs_m > left"),
+    # logit_scale reaches the cosine alone
+    ("kernels/frame_attention.py", "(sin * scale)[None, :]", "sin[None, :]"),
+    # every head has the first one's angle
+    ("kernels/frame_attention.py", "head % groups", "0"),
+    # the neighbour's first token joins the last tile
+    ("kernels/frame_attention.py", "tl.arange(0, LAST_N) < S", "tl.arange(0, LAST_N) <= S"),
+    # slots are ignored
+    ("kernels/frame_attention.py", "tl.load(slot_ptr + key_frame)", "key_frame"),
+    # every video reads the first one's pages
+    ("kernels/frame_attention.py", "page = batch * pages + ", "page = "),
+    # the running sum is not rescaled
+    ("kernels/frame_attention.py", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)"),
+    # the accumulator is not rescaled
+    ("kernels/frame_attention.py", "acc * alpha[:, None])", "acc)"),
+    # a bias of the wrong sign
+    ("kernels/frame_attention.py", "m_i -= bias", "m_i += 2 * bias"),
+    # a bias in base e
+    ("kernels/frame_attention.py", "key_frame) * 1.4426950408889634", "key_frame)"),
+    # hidden frames are read
+    ("kernels/frame_attention.py", 'tl.where(bias > float("-inf"), S, 0)', "S"),
+    # a log-sum-exp in base 2
+    ("kernels/frame_attention.py", "* 0.6931471805599453", "* 1.0"),
+    # rows without keys are divided by their sum of 0
+    ("kernels/frame_attention.py", "tl.where(l_i > 0, l_i, 1.0)", "l_i"),
+    # parts of a cut tile are added as if they had one pivot
+    ("kernels/frame_attention.py", "l_i * alpha + l_part * beta", "l_i + l_part"),
+    # the second part is looked for where the first one lies
+    ("kernels/frame_attention.py", "2 * program + cut - begin // read", "2 * program"),
+    # the last part is forgotten
+    ("kernels/frame_attention.py", "range(first, last + 1)", "range(first, last)"),
+    # the output is rounded through half precision
+    ("kernels/frame_attention.py", "cast(acc / seen[:, None], out", "cast((acc / seen[:, None]).to(tl.float16), out"),
+    # P is rounded to bfloat16 whatever the value's dtype
+    ("kernels/frame_attention.py", "cast(p, value.dtype)", "cast(p, tl.bfloat16).to(value.dtype)"),
+    # owner rounds down
+    ("kernels/schedule.py", "((unit + 1) * programs - 1) // units", "unit * programs // units"),
+    # a share that ends where a tile ends is said to touch the next one
+    ("kernels/schedule.py", "(end > (begin // read + 1) * read)", "(end >= (begin // read + 1) * read)"),
+    # a share that touches two tiles stops after the first
+    ("kernels/schedule.py", " + (end > (begin // read + 1) * read).to(tl.int32)", ""),
+    # neighbours write their parts to one place
+    ("kernels/schedule.py", "2 * program + part", "program + part"),
+    # a cut tile is taken for one of the first
+    ("kernels/schedule.py", "waves * programs + cut)", "cut)"),
+    # a tile runs over the end of its span
+    ("kernels/schedule.py", "(span + 1) * SPAN", "(span + 1) * SPAN + 1"),
+    # the mean counts the padding
+    ("kernels/rms_norm.py", "/ CHANNELS + eps", "/ BLOCK_C + eps"),
+    # eps is ignored
+    ("kernels/rms_norm.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
+    # the last row is not written
+    ("kernels/rms_norm.py", "(offs_r < rows)", "(offs_r < rows - 1)"),
+    # no weight
+    ("kernels/rms_norm.py", " * weight[None, :]", ""),
+    # mean of magnitudes instead of squares
+    ("kernels/rms_norm.py", "tl.sum(x * x, 1)", "tl.sum(tl.abs(x), 1)"),
+    # rounded twice
+    ("kernels/rms_norm.py", "y = x * inverse[:, None]", "y = (x * inverse[:, None]).to(tl.float16).to(tl.float32)"),
+    # the rows of an incomplete last block are forgotten
+    ("kernels/rms_norm.py", "triton.cdiv(rows, block_r)", "rows // block_r"),
+    # padding counts as deviation from the mean
+    (
+        "kernels/modulate.py",
+        "tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)",
+        "x - (tl.sum(x, 1) / CHANNELS)[:, None]",
+    ),
+    # shift read with the strides of scale
+    ("kernels/modulate.py", "shift.stride(0), shift.stride(1)", "scale.stride(0), scale.stride(1)"),
+    # the batch of scale is forgotten
+    ("kernels/modulate.py", "scale_ptr + batch * stride_cb", "scale_ptr"),
+    # not 1 + scale
+    ("kernels/modulate.py", "(1.0 + scale)", "scale"),
+    # unbiased variance
+    ("kernels/modulate.py", "/ CHANNELS + eps", "/ (CHANNELS - 1) + eps"),
+    # eps is ignored
+    ("kernels/modulate.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
+    # variance in one pass, which cancels
+    (
+        "kernels/modulate.py",
+        """    x = tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS + eps)
+""",
+        """    mean = tl.sum(x, 1) / CHANNELS
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS - mean * mean + eps)
+    x = x - mean[:, None]
+""",
+    ),
+    # no shift
+    ("kernels/modulate.py", " + shift[None, :]", ""),
+    # no gate
+    ("kernels/gate_residual.py", "update * gate[None, :]", "update"),
+    # the last token of a frame is not written
+    ("kernels/gate_residual.py", "(offs_s < tokens)", "(offs_s < tokens - 1)"),
+    # every batch gets the gate of the first
+    ("kernels/gate_residual.py", "gate.stride(0), gate.stride(1)", "0, gate.stride(1)"),
+    # every frame gets the gate of the first
+    ("kernels/gate_residual.py", "gate.stride(0), gate.stride(1)", "gate.stride(0), 0"),
+    # only the first block of channels is written
+    ("kernels/gate_residual.py", "% column_blocks * BLOCK_C", "% column_blocks * 0"),
+    # rounded twice
+    ("kernels/gate_residual.py", "update * gate[None, :]", "(update * gate[None, :]).to(tl.float16).to(tl.float32)"),
+    # the batch of x is forgotten
+    ("kernels/gate_residual.py", "(batch * frames + frame)", "frame"),
+    # the mean counts the padding
+    ("kernels/norm_rope_write.py", "/ (2 * HEADS * PAIRS) + eps", "/ (2 * BLOCK_H * BLOCK_P) + eps"),
+    # eps is ignored
+    ("kernels/norm_rope_write.py", "/ (2 * HEADS * PAIRS) + eps", "/ (2 * HEADS * PAIRS) + 1e-6"),
+    # the mean sees half of the channels
+    ("kernels/norm_rope_write.py", "tl.sum(real * real + imag * imag)", "tl.sum(real * real + real * real)"),
+    # turned backwards
+    ("kernels/norm_rope_write.py", "real * cos - imag * sin", "real * cos + imag * sin"),
+    # temporal pairs lose their cosine of 1
+    ("kernels/norm_rope_write.py", "tl.where(turned, cos, 1.0)", "tl.where(turned, cos, 0.0)"),
+    # the turn of another place
+    ("kernels/norm_rope_write.py", "place.to(tl.int64) * (2 * PLACE_PAIRS)", "place.to(tl.int64) * PLACE_PAIRS"),
+    # one pair off
+    (
+        "kernels/norm_rope_write.py",
+        "offs_p - (PAIRS - PLACE_PAIRS), turned",
+        "offs_p // 2 - (PAIRS - PLACE_PAIRS) // 2, turned",
+    ),
+    # imaginary channels take the weight of real ones
+    ("kernels/norm_rope_write.py", "imag * inverse * imag_weight", "imag * inverse * real_weight"),
+    # the query takes the key's weight
+    (
+        "kernels/norm_rope_write.py",
+        "query_weight_ptr, turn_ptr, out_ptr + row",
+        "key_weight_ptr, turn_ptr, out_ptr + row",
+    ),
+    # page 0 is not written
+    ("kernels/norm_rope_write.py", "if slot >= 0:", "if slot > 0:"),
+    # a negative slot writes page 0
+    (
+        "kernels/norm_rope_write.py",
+        "tl.load(slot_ptr + frame).to(tl.int64)",
+        "tl.maximum(tl.load(slot_ptr + frame).to(tl.int64), 0)",
+    ),
+    # a page's offset in 32 bits
+    ("kernels/norm_rope_write.py", "tl.load(slot_ptr + frame).to(tl.int64)", "tl.load(slot_ptr + frame)"),
+    # slots are ignored
+    ("kernels/norm_rope_write.py", "slot * stride_pp", "frame * stride_pp"),
+    # every batch writes the pages of the first
+    ("kernels/norm_rope_write.py", "batch * stride_pb + slot", "slot"),
+    # values through the key's weightless path: not copied exactly
+    (
+        "kernels/norm_rope_write.py",
+        "value = cast(value, ",
+        "value = cast(value.to(tl.float32) * 1.0001, ",
+    ),
+]
