@@ -24,7 +24,7 @@ from flexkern.model.schedule import Schedule
 from flexkern.model.wan import CausalWan
 from flexkern.model.weights import load_transformer
 from flexkern.ops import PagedMemory
-from flexkern.plan import ChunkPlan, band_split, make_plan, place_turns
+from flexkern.plan import ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
 from flexkern.policies import Preset
 from flexkern.policies import preset as named_preset
 
@@ -121,7 +121,7 @@ class Engine:
             raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
         self.model, self.chunk, self.size = model, chunk, size
         self.schedule = schedule or Schedule()
-        self.backend = get_backend(backend)
+        self.backend = get_backend(backend, model.device)
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     @classmethod
@@ -130,7 +130,7 @@ class Engine:
         lora: str | Path | None = None, lora_scale: float = 1.0, **options,
     ) -> "Engine":  # fmt: skip
         """The engine for a checkpoint on disk, of any form ``model.weights`` reads; options as the constructor's."""
-        get_backend(options.get("backend", "sdpa"))  # before gigabytes are read
+        get_backend(options.get("backend", "sdpa"), device)  # before gigabytes are read
         model = load_transformer(path, ema=ema, lora=lora, lora_scale=lora_scale, dtype=dtype, device=device)
         return cls(model, **options)
 
@@ -183,6 +183,7 @@ class Session:
             heads=config.num_heads, head_dim=config.head_dim, dtype=model.dtype, device=model.device,
         )  # fmt: skip
         self.place_turn = place_turns(rows, columns, config.head_dim).to(model.device)
+        self.buffers = PlanBuffers(model.device)
         shape = (config.out_dim, *self.size)
         self.noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
         self.decode = engine.decoder() if engine.decoder else None
@@ -294,7 +295,7 @@ class Session:
             query=query, visible=visible, bands=band_split(config.head_dim)[0], heads=config.num_heads,
             target=self.target, cut=cut,
         )  # fmt: skip
-        return make_plan(phases, write_slots=write, read_slots=read, place_turn=self.place_turn)
+        return self.buffers.hold(make_plan(phases, write_slots=write, read_slots=read, place_turn=self.place_turn))
 
     def _open(self, frames: list[int], cut: bool = False) -> PagedMemory:
         """Evict, open pages for the frames, and plan their chunk."""

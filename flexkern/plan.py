@@ -7,7 +7,7 @@ Letters: F frames being computed, R frames read, S tokens of a frame, T temporal
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -63,8 +63,7 @@ class ChunkPlan:
 def make_plan(
     phases: Phases, *, write_slots: Sequence[int], read_slots: Sequence[int], place_turn: Tensor
 ) -> ChunkPlan:
-    """The plan of a chunk on the device of ``place_turn``, from what policy and cache have decided."""
-    device = place_turn.device
+    """The plan of a chunk, from what policy and cache have decided: on the CPU but for ``place_turn``."""
     query, key = torch.from_numpy(phases.query), torch.from_numpy(phases.key)
     if len(write_slots) != query.shape[0] or len(read_slots) != key.shape[1]:
         raise ValueError(
@@ -72,11 +71,39 @@ def make_plan(
             f"got {len(write_slots)} and {len(read_slots)} slots"
         )
     return ChunkPlan(
-        write_slots=torch.tensor(write_slots, dtype=torch.int32).to(device),
-        read_slots=torch.tensor(read_slots, dtype=torch.int32).to(device),
-        turn=turns(query[:, None] - key).to(device),
-        query_turn=turns(query).to(device),
-        key_turn=turns(key).to(device),
+        write_slots=torch.tensor(write_slots, dtype=torch.int32),
+        read_slots=torch.tensor(read_slots, dtype=torch.int32),
+        turn=turns(query[:, None] - key),
+        query_turn=turns(query),
+        key_turn=turns(key),
         place_turn=place_turn,
-        logit_scale=torch.from_numpy(phases.logit_scale).float().to(device),
+        logit_scale=torch.from_numpy(phases.logit_scale).float(),
     )
+
+
+class PlanBuffers:
+    """Device memory for the plans of one session.
+
+    Plans of equal shape are held at the same addresses: what a captured CUDA graph reads is always the newest. A plan
+    that was handed out is therefore overwritten by the next of its shape.
+    """
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+        self._held: dict[tuple, ChunkPlan] = {}
+
+    def hold(self, plan: ChunkPlan) -> ChunkPlan:
+        """The plan on the device. Copies are asynchronous, from pinned memory; nothing waits for the device.
+
+        ``place_turn`` never changes: it must be there already, and stays where it is.
+        """
+        tensors = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "place_turn"}
+        shapes = tuple(None if tensor is None else tensor.shape for tensor in tensors.values())
+        if shapes not in self._held:
+            empty = {name: t if t is None else torch.empty_like(t, device=self.device) for name, t in tensors.items()}
+            self._held[shapes] = ChunkPlan(**empty, place_turn=plan.place_turn)
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                source = tensor.pin_memory() if self.device.type == "cuda" else tensor
+                getattr(self._held[shapes], name).copy_(source, non_blocking=True)
+        return self._held[shapes]

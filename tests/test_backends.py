@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from flexkern.backends import ABSENT, BACKENDS, get_backend
+from flexkern import backends
+from flexkern.backends import ABSENT, BACKENDS, get_backend, why_not
 from flexkern.kernels import reference as oracle
 from flexkern.plan import ChunkPlan, band_split, make_plan, place_turns
 from flexkern.policies import PositionPolicy
@@ -139,5 +140,20 @@ def test_hidden_frames_weigh_nothing(backend):
 
 @pytest.mark.parametrize("name", [*ABSENT, "flash"])
 def test_an_absent_backend_says_what_is_there_and_why_not(name):
-    with pytest.raises(ValueError, match=f"'{name}' is not there: .+ There is sdpa .+ reference"):
+    with pytest.raises(ValueError, match=f"'{name}' is not there: .+ There is .*sdpa .+ reference"):
         get_backend(name)
+
+
+def test_triton_says_why_it_cannot_run(monkeypatch):
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"'triton' is not there: it needs a CUDA GPU \(TRITON_INTERPRET=1.+ There is sdpa"
+    ):
+        get_backend("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert why_not("triton") is None and why_not("triton", "cuda:0") is None and why_not("sdpa", "cpu") is None
+    with pytest.raises(ValueError, match="tensors on a CUDA GPU, got device 'cpu'"):
+        get_backend("triton", "cpu")
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
+    assert why_not("triton") == "the package triton is not installed"

@@ -7,9 +7,13 @@ outlines or motion does not.
 
 import torch
 
-from flexkern.demo import WEIGHTS, load_engine, world
+from flexkern.demo import WEIGHTS, encode_prompts, load_engine, world
 from flexkern.demo.evaluate import held_out_scenes, render_clips
 from flexkern.demo.measure import measure, summary
+from flexkern.engine import Engine
+from flexkern.model.schedule import Schedule
+from flexkern.model.weights import load_transformer
+from flexkern.policies import preset
 
 CLIPS = 8
 LEAST_COLOUR = 0.85  # means over the clips of what ``measure`` finds
@@ -33,3 +37,17 @@ def test_clips_inside_the_horizon_look_right():
     assert mean["course"] >= LEAST_COURSE, mean
     assert SPEED[0] <= mean["speed"] <= SPEED[1], mean
     assert mean["ground"] <= MOST_GROUND and mean["surplus"] <= MOST_SURPLUS, mean
+
+
+def test_the_kernels_render_it_as_the_oracle_does(device):
+    """Pictures of 12 x 12, a frame at a time in one step, so that the interpreter ends; the sink moves away."""
+    latents = {}
+    for backend in ("triton", "reference"):
+        model = load_transformer(WEIGHTS, dtype=torch.float32, device=device)
+        schedule = Schedule(steps=(1000,), fresh=False)
+        engine = Engine(model, schedule=schedule, backend=backend, chunk=1, text_encoder=encode_prompts, size=(12, 12))
+        chosen = preset("flex", {"retention.window": 3, "retention.sink": 1})
+        session = engine.session("a red disc and a blue square on black, slow", preset=chosen, frames=300)
+        latents[backend] = torch.cat([session.step().latents for _ in range(5)], dim=1)
+    assert latents["triton"].std() > 0.05
+    assert (latents["triton"] - latents["reference"]).abs().max() < 1e-5

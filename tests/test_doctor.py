@@ -17,7 +17,7 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch        {torch.__version__}, built for" in out and "\nsdpa: " not in out
-    assert re.search(r"^backends +sdpa: ", out, re.MULTILINE)
+    assert re.search(r"^backends +triton: ", out, re.MULTILINE) and " sdpa: " in out
     for name, why in doctor.backends.ABSENT.items():
         assert f" {name} not available: {why}" in out
     assert 'cluster: not installed: ray (pip install "flexkern[cluster]")' in out
@@ -26,11 +26,13 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     assert torch.cuda.is_available() or re.search(r"^gpu +no CUDA GPU", out, re.MULTILINE)
 
     monkeypatch.setattr(demo, "WEIGHTS", tmp_path / "none")
+    monkeypatch.setattr(doctor.backends, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1 / 0)
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"demo         no weights at {tmp_path}/none" in out
+    assert "triton not available: the package triton is not installed" in out
     assert "triton       not there: " in out and "cpu          broken: ZeroDivisionError: " in out
 
 

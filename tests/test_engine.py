@@ -253,6 +253,21 @@ def test_positions_have_no_end(engine):
     assert session.step().latents.isfinite().all()
 
 
+def test_plans_of_one_shape_share_their_buffers(engine):
+    """A captured CUDA graph reads addresses: once the window is full they must not move, whatever stands there."""
+    session = engine.session(prompt_of(1), preset=preset("flex", {"retention.window": 9}), seed=0)
+    plans = []
+    opened = session._open
+    session._open = lambda *args, **kwargs: plans.append(memory := opened(*args, **kwargs)) or memory
+    seen = []
+    for _ in range(5):
+        session.step()
+        seen.append(plans[-1].plan.turn.clone())
+    addresses = [[t.data_ptr() for t in (m.plan.turn, m.plan.read_slots, m.plan.write_slots)] for m in plans]
+    assert addresses[2] == addresses[3] == addresses[4] and addresses[0] != addresses[2]
+    assert not torch.equal(seen[3], seen[4])
+
+
 def test_first_chunk_of_one_frame(engine):
     session = engine.session(prompt_of(1), preset="self-forcing", first_chunk=1)
     session.prefill(torch.randn(1, 1, 16, *SIZE))
@@ -281,8 +296,8 @@ def test_errors_name_what_was_expected(model, engine):
         engine.session("a red disc")
     with pytest.raises(ValueError, match=r"text must be \[B, L, 48\]"):
         engine.session(torch.zeros(1, 32, 47))
-    with pytest.raises(ValueError, match="triton.*There is sdpa"):
-        Engine(model, backend="triton")
+    with pytest.raises(ValueError, match="flash-attn.*There is .*sdpa"):
+        Engine(model, backend="flash-attn")
     session = engine.session(prompt_of(1))
     with pytest.raises(ValueError, match="whole chunks of 3 frames.*got 4 frames"):
         session.prefill(torch.zeros(1, 4, 16, *SIZE))

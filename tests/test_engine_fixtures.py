@@ -94,6 +94,18 @@ def test_the_oracle_backend_agrees(model):
     assert (latents - tensors["latents"]).abs().max() < TOLERANCE
 
 
+def test_the_kernels_agree(model, device):
+    """The first two chunks, so that the interpreter ends: the second reads the first one's pages."""
+    tensors = load_file(DATA / "sf_local.safetensors")
+    engine = Engine(model.to(device), schedule=SCHEDULES["self-forcing"], backend="triton", size=(8, 8))
+    session = engine.session(
+        tensors["prompt"].to(device), preset=preset(*PRESETS["sf_local"]), noise=RecordedNoise(tensors)
+    )
+    latents = torch.cat([session.step().latents for _ in range(2)], dim=1).cpu()
+    model.cpu()
+    assert (latents - tensors["latents"][:, :6]).abs().max() < 1e-5
+
+
 def test_a_wrong_window_or_position_does_not_agree(model):
     """The recordings tell the policies apart."""
     tensors = load_file(DATA / "longlive_inf.safetensors")

@@ -8,23 +8,44 @@ The first four are those of ``flexkern.kernels.reference``; the last takes a ``f
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
+import torch
+
 BACKENDS = {
+    "triton": "fused Triton kernels, one pass over the pages; needs a CUDA GPU",
     "sdpa": "gather the pages, turn them, torch.nn.functional.scaled_dot_product_attention",
     "reference": "the oracle: loops over frames, for checking, not for speed",
 }
 ABSENT = {
-    "triton": "its kernels are not part of this version yet",
     "flash-attn": "its binding is not part of this version yet",
     "xformers": "its binding is not part of this version yet",
 }
 
 
-def get_backend(name: str) -> ModuleType:
+def why_not(name: str, device: torch.device | str | None = None) -> str | None:
+    """Why a backend cannot run here, or on that device; None where it can."""
+    if name not in BACKENDS:
+        return ABSENT.get(name, "no backend has that name")
+    if name != "triton":
+        return None
+    if find_spec("triton") is None:
+        return "the package triton is not installed"
+    from triton import knobs
+
+    if knobs.runtime.interpret:
+        return None
+    if not torch.cuda.is_available():
+        return "it needs a CUDA GPU (TRITON_INTERPRET=1 runs it on a CPU, slowly, for checking)"
+    if device is not None and torch.device(device).type != "cuda":
+        return f"it needs tensors on a CUDA GPU, got device '{device}'"
+    return None
+
+
+def get_backend(name: str, device: torch.device | str | None = None) -> ModuleType:
     """The backend of that name. Raises ValueError saying what is there, and why the asked one is not."""
-    if name in BACKENDS:
-        return import_module(f".{name}", __name__)
-    why = ABSENT.get(name, "no backend has that name")
-    there = "; ".join(f"{known} ({doc})" for known, doc in BACKENDS.items())
-    raise ValueError(f"backend {name!r} is not there: {why}. There is {there}")
+    if why := why_not(name, device):
+        there = "; ".join(f"{known} ({doc})" for known, doc in BACKENDS.items() if why_not(known, device) is None)
+        raise ValueError(f"backend {name!r} is not there: {why}. There is {there}")
+    return import_module(f".{name}", __name__)

@@ -78,11 +78,12 @@ def examine_cpu() -> Iterator[str]:
 
 
 def examine_backends() -> Iterator[str]:
-    for name, doc in backends.BACKENDS.items():
-        backends.get_backend(name)
-        yield f"{name}: {doc}"
-    for name, why in backends.ABSENT.items():
-        yield f"{name} not available: {why}"
+    for name in (*backends.BACKENDS, *backends.ABSENT):
+        if why := backends.why_not(name):
+            yield f"{name} not available: {why}"
+        else:
+            backends.get_backend(name)
+            yield f"{name}: {backends.BACKENDS[name]}"
 
 
 def examine_extras() -> Iterator[str]:

@@ -1,0 +1,16 @@
+"""The kernels of ``flexkern.kernels``: one pass over the pages, no key is gathered, copied or turned."""
+
+from torch import Tensor
+
+from flexkern.kernels.frame_attention import frame_attention as attend_frames
+from flexkern.kernels.gate_residual import gate_residual  # noqa: F401
+from flexkern.kernels.modulate import modulate  # noqa: F401
+from flexkern.kernels.norm_rope_write import norm_rope_write  # noqa: F401
+from flexkern.kernels.rms_norm import rms_norm  # noqa: F401
+from flexkern.plan import ChunkPlan
+
+
+def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:
+    """Softmax attention of query [B, F, S, H, D] over the listed pages; as ``reference.frame_attention``."""
+    pages = key_pages, value_pages, plan.read_slots
+    return attend_frames(query, *pages, plan.turn, plan.logit_scale, plan.bias)[0]
