@@ -1,0 +1,108 @@
+"""Time a chunk of video: Wan 2.1 1.3B with random weights, four denoising passes and the clean one, per backend.
+
+python bench/bench_end_to_end.py --save
+
+Needs numpy. Errors are those of the first pass of the first chunk, against the same weights in float32.
+"""
+
+import math
+import time
+
+import harness
+import torch
+from harness import Row
+from roofs import DEVICE
+
+from flexkern.engine import Engine, Session
+from flexkern.model.wan import CONFIGS, CausalWan, WanConfig
+
+PRESETS = ("flex", "longlive")  # windows of 21 and 12 frames
+BACKENDS = ("triton", "sdpa")
+ROUNDS = 3
+TINY = WanConfig(
+    dim=64, ffn_dim=64, num_heads=1, num_layers=1, in_dim=4, out_dim=4, text_len=4, text_dim=8, freq_dim=16
+)
+
+
+def make_model(config: WanConfig) -> CausalWan:
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return CausalWan(config).eval().requires_grad_(False)
+
+
+def open_session(model: CausalWan, backend: str, preset: str, text: torch.Tensor, size: tuple[int, int]) -> Session:
+    return Engine(model, backend=backend, size=size).session(text, preset=preset, seed=0)
+
+
+@torch.inference_mode()
+def one_pass(session: Session) -> torch.Tensor:
+    """The model's prediction for the first chunk."""
+    frames = list(range(session.first_chunk))
+    memory = session._open(frames)
+    return session._run(session.noise.initial(frames).to(DEVICE), 1000.0, memory).float()
+
+
+def chunk_ms(session: Session) -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    chunk = session.step()
+    chunk.latents.sum().item()
+    return 1000 * (time.perf_counter() - start)
+
+
+def errors(model: CausalWan, backends: tuple[str, ...], text: torch.Tensor, size: tuple[int, int]) -> dict[str, float]:
+    """Relative mean error of every backend's first pass in bfloat16; ``model`` is bfloat16 afterwards."""
+    exact = one_pass(open_session(model, "sdpa", PRESETS[0], text, size))
+    model.bfloat16()
+    found = {}
+    for backend in backends:
+        out = one_pass(open_session(model, backend, PRESETS[0], text, size))
+        found[backend] = ((out - exact).abs().mean() / exact.abs().mean()).item()
+    return found
+
+
+def race(sessions: dict[str, Session], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds per chunk of every session, in interleaved rounds: A A B B, B B A A, ..."""
+    taken = {backend: [] for backend in sessions}
+    for i in range(rounds):
+        for backend in list(sessions)[:: 1 if i % 2 == 0 else -1]:
+            taken[backend] += [chunk_ms(sessions[backend]) for _ in range(2)]
+    return taken
+
+
+def fill(session: Session) -> None:
+    """The window is full afterwards."""
+    for _ in range(math.ceil(session.preset.retention.window / session.engine.chunk)):
+        session.step()
+
+
+def main() -> None:
+    args = harness.arguments(__doc__).parse_args()
+    out, is_tiny = harness.folder(args), args.tiny or DEVICE == "cpu"
+    name, config, size = ("tiny", TINY, (4, 4)) if is_tiny else ("1.3B", CONFIGS["1.3B"], (60, 104))
+    model = make_model(config)
+    text = torch.randn(1, config.text_len, config.text_dim, device=DEVICE)
+    error = errors(model, BACKENDS, text, size)
+    faults = {backend: "" if error[backend] <= 2 * error["sdpa"] else "wrong" for backend in BACKENDS}
+    for preset in PRESETS[:1] if is_tiny else PRESETS:
+        good = [backend for backend in BACKENDS if not faults[backend]]
+        sessions = {backend: open_session(model, backend, preset, text, size) for backend in good}
+        for session in sessions.values():
+            if not is_tiny:
+                fill(session)
+        taken = race(sessions, 1 if is_tiny else ROUNDS)
+        window = sessions["sdpa"].preset.retention.window
+        rows = []
+        for backend in BACKENDS:
+            ms_20, ms, ms_80 = harness.quantiles(taken.get(backend, [math.nan]))
+            about = dict(kernel="end_to_end", provider=backend, note=faults[backend], error=error[backend])
+            about["shape"] = f"{name} {size[0]}x{size[1]} {preset} window {window} bfloat16, random weights"
+            rows.append(Row(**about, ms=ms, ms_20=ms_20, ms_80=ms_80, **harness.provenance()))
+            print(harness.describe(rows[-1]), flush=True)
+        if out:
+            harness.save(rows, out / "end_to_end.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,181 @@
+"""Time frame_attention: alone, beside every library, and the three designs of the turn; or every tile.
+
+python bench/bench_frame_attention.py --save                     # ours alone: frame_attention.csv
+python bench/bench_frame_attention.py --what peers --save        # and libraries, and the designs: also designs.csv
+python bench/bench_frame_attention.py --what tiles --save        # every tile that might be the best: tiles.csv
+python bench/bench_frame_attention.py --what once                # two launches, for a profiler
+"""
+
+import argparse
+import contextlib
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+
+import harness
+import torch
+from designs import EVERY, PASSES, SHORT, TINY, Problem, Shape
+from harness import Case, Provider, Row
+from peers import PEERS, first, get_peer
+from roofs import DEVICE, measure_roofs
+
+from flexkern.kernels import tuned
+from flexkern.kernels.frame_attention import frame_attention
+
+LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and rounded before a library sees them
+QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: its error is in the table
+COMPILERS = 8  # processes that compile tiles side by side
+HOPPER = "flexkern.kernels.frame_attention_hopper"
+PROVIDERS = ("triton", *PEERS)
+
+
+def ours(problem: Problem, **options) -> Provider:
+    plan = problem.plan(problem.turn)
+    call = lambda: frame_attention(*plan, **options)[0]
+    return Provider(call=call, result=problem.sample, everything=lambda out: out)
+
+
+def hopper(problem: Problem) -> Provider | str:
+    if find_spec(HOPPER) is None:
+        return "no such kernel in this version"
+    if DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0):
+        return "needs a GPU of compute capability 9.0"
+    from flexkern.kernels.frame_attention_hopper import frame_attention_hopper
+
+    plan = problem.plan(problem.turn)
+    call = lambda: first(frame_attention_hopper(*plan))
+    return Provider(call=call, result=problem.sample, everything=lambda out: out)
+
+
+def library(problem: Problem, name: str) -> Provider | str:
+    attend = get_peer(name, DEVICE)
+    if isinstance(attend, str):
+        return attend
+    budget = QUANTISED if PEERS[name].quantised else LIBRARY
+    return Provider(call=lambda: attend(*problem.ready), result=problem.sample, **budget)
+
+
+def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str]) -> Case:
+    shape = problem.shape
+    return Case(
+        kernel=kernel, shape=str(shape), bytes=shape.bytes, flops=shape.flops, bound="matmul",
+        providers=providers, truth=problem.truth(problem.turn),
+    )  # fmt: skip
+
+
+def build(shape: Shape, names: tuple[str, ...] = PROVIDERS) -> Case:
+    """Our attention and that of the libraries, which get their keys gathered and turned for nothing."""
+    problem = Problem(shape, DEVICE)
+    special = {"triton": ours, "hopper": hopper}
+    made = {name: special[name](problem) if name in special else library(problem, name) for name in names}
+    return case_of("frame_attention", problem, made)
+
+
+def best_library(rows: list[Row]) -> str | None:
+    """The fastest library that computes in bf16, among rows of one shape."""
+    timed = [row for row in rows if row.provider in PEERS and not PEERS[row.provider].quantised and row.ms > 0]
+    return min(timed, key=lambda row: row.ms).provider if timed else None
+
+
+def build_designs(shape: Shape, best: str) -> Case:
+    """Ways to bring the turn to the keys; all but the research code's with the best library attention."""
+    problem = Problem(shape, DEVICE)
+    attend, theirs = get_peer(best, DEVICE), get_peer("sdpa flash" if DEVICE == "cuda" else "sdpa math", DEVICE)
+    still = problem.plan(problem.no_turn)
+    judged = {"result": problem.sample, **LIBRARY}
+    return case_of("designs", problem, {
+        "fused": ours(problem),
+        "fused, no turn": Provider(
+            call=lambda: frame_attention(*still)[0], result=problem.sample, truth=problem.truth(problem.no_turn)
+        ),
+        "keys turned beforehand": Provider(call=lambda: attend(*problem.ready), **judged),
+        "turned once a chunk": Provider(call=problem.turned_once_a_chunk(attend), calls=PASSES, **judged),
+        "turned every pass": Provider(call=problem.turned_every_pass(attend), **judged),
+        "research": Provider(call=problem.research(theirs), **judged),
+    })  # fmt: skip
+
+
+def tiles(shape: Shape) -> dict[str, tuple[tuned.Config, int]]:
+    """Tiles worth a try, by name, the tuned one first: a configuration and the programs that run on one SM."""
+    arch = tuned.arch_of(torch.empty(0, device=DEVICE).device)
+    chosen = tuned.frame_attention_config(arch, shape.head_dim, torch.bfloat16)
+    if arch == 0:
+        return {"tuned": (chosen, 1), "16x16": (replace(chosen, block_m=16, block_n=16), 1)}
+    found = {"tuned": (chosen, 1)}
+    for m, n, warps, stages, share in (
+        (128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 128, 8, 3, 1), (128, 64, 8, 4, 1), (128, 64, 8, 2, 1),
+        (64, 64, 4, 3, 2), (64, 128, 4, 2, 2), (128, 64, 4, 3, 1), (64, 64, 4, 4, 3), (256, 64, 8, 2, 1),
+    ):  # fmt: skip
+        for tma in (True, False) if arch >= 90 else (False,):
+            config = replace(chosen, block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, path="triton")
+            if config != chosen or share != 1:
+                found[f"{m}x{n} w{warps} s{stages} {'tma' if tma else 'pointers'} x{share}"] = config, share
+    return found
+
+
+def build_tiles(shape: Shape) -> Case:
+    problem = Problem(shape, DEVICE)
+    sms = tuned.multiprocessors(problem.query.device)
+    made = {name: ours(problem, config=c, programs=share * sms) for name, (c, share) in tiles(shape).items()}
+    return case_of("frame_attention tiles", problem, made)
+
+
+def compile_tiles(shape: Shape, part: int) -> None:
+    """Every COMPILERS-th tile is in Triton's cache; one that does not compile is left for the bench to name."""
+    problem, sms = Problem(shape, DEVICE), tuned.multiprocessors(torch.empty(0, device=DEVICE).device)
+    for config, share in list(tiles(shape).values())[part::COMPILERS]:
+        with contextlib.suppress(Exception):
+            ours(problem, config=config, programs=share * sms).call()
+
+
+def warm_tiles() -> None:
+    """Compile all tiles side by side: one after the other takes longer than timing them."""
+    if DEVICE == "cuda":
+        command = [sys.executable, __file__, "--what", "compile", "--part"]
+        children = [subprocess.Popen([*command, str(part)]) for part in range(COMPILERS)]
+        for child in children:
+            child.wait()
+
+
+def run_peers(args: argparse.Namespace, shapes: list[Shape]) -> None:
+    """Libraries and designs, shape by shape, so that a run that is cut off has whole shapes."""
+    out, roof = harness.folder(args), measure_roofs()
+    for shape in shapes:
+        rows = harness.compare(build(shape), roof, budget_ms=args.budget_ms)
+        best = best_library(rows)
+        designs = []
+        if best:
+            case = build_designs(shape, best)
+            designs = harness.compare(case, roof, budget_ms=args.budget_ms, note=f"library: {best}")
+        if out:
+            harness.save(rows, out / "frame_attention.csv")
+        if out and designs:
+            harness.save(designs, out / "designs.csv")
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--what", choices=("ours", "hopper", "peers", "tiles", "once", "compile"), default="ours")
+    parser.add_argument("--part", type=int, default=0, help=f"of the tiles to compile, 0 to {COMPILERS - 1}")
+    args = parser.parse_args()
+    shapes = harness.shapes_for(args, SHORT, EVERY, TINY)
+    if args.what == "peers":
+        run_peers(args, shapes)
+    elif args.what == "tiles":
+        warm_tiles()
+        harness.run(args, "tiles", [shape for shape in shapes if shape.frames != 1][:2], build_tiles)
+    elif args.what == "once":
+        call = ours(Problem(shapes[0], DEVICE)).call
+        print(call().shape, call().shape)
+    elif args.what == "compile":
+        compile_tiles(shapes[0], args.part)
+    else:
+        names = ("triton",) if args.what == "ours" else ("triton", "hopper")
+        harness.run(args, "frame_attention", shapes, lambda shape: build(shape, names))
+
+
+test_speed = harness.speed_test(SHORT, TINY, PROVIDERS, build)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""Is a kernel right on the shapes it is used at, and the same every time? Writes correctness.csv.
+
+python bench/check.py frame_attention --save     # or hopper, norm_rope_write, modulate, gate_residual, rms_norm
+python bench/check.py --pytest                   # the kernels' tests, on the GPU if there is one
+
+Every shape is judged against the oracle in float64, then repeated and compared bit by bit; a small shape is repeated
+10,000 times, which is how a race shows itself.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from importlib import import_module
+
+import harness
+import machine
+import torch
+from harness import Case
+
+BENCHES = ("frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm")
+# the last one may hang
+TESTS = ("frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "frame_attention_hopper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """One line of correctness.csv. differing: how many of the repeats were not bitwise equal to the first call."""
+
+    kernel: str
+    shape: str
+    error: float
+    repeats: int
+    differing: int
+    verdict: str
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    day: str
+
+
+def count_differing(case: Case, name: str, repeats: int) -> int:
+    """Repeats whose result is not the first one, bit by bit. The host does not wait between calls."""
+    provider = case.providers[name]
+    everything = provider.everything or provider.result
+    result = lambda: everything(provider.call())
+    case.reset()
+    first = result().clone()
+    differing = torch.zeros((), dtype=torch.int64, device=first.device)
+    for _ in range(repeats):
+        differing += (result() != first).any()
+    return differing.item()
+
+
+def check(kernel: str, case: Case, name: str, repeats: int) -> Check:
+    error, fault = harness.check(case, case.providers[name])
+    differing = 0 if fault else count_differing(case, name, repeats)
+    verdict = fault or (f"wrong: {differing} of {repeats} repeats differ" if differing else "right")
+    about = dict(kernel=kernel, shape=case.shape, error=error, repeats=0 if fault else repeats, differing=differing)
+    return Check(**about, verdict=verdict, **harness.provenance())
+
+
+def cases(kernel: str, is_tiny: bool):
+    """(case, repeats) of a kernel: the small shape last, repeated most."""
+    is_attention = kernel in ("frame_attention", "hopper")
+    bench = import_module("bench_frame_attention" if is_attention else f"bench_{kernel}")
+    shapes = [] if is_tiny else [(shape, 50) for shape in bench.SHORT]
+    if is_attention:
+        small = bench.TINY if is_tiny else replace(bench.SHORT[0], frames=1, read=3)
+        build = lambda shape: bench.build(shape, ("hopper" if kernel == "hopper" else "triton",))
+    else:
+        small, build = bench.TINY if is_tiny else bench.SHORT[1], bench.build
+    for shape, repeats in [*shapes, (small, 3 if is_tiny else 10_000)]:
+        yield build(shape), repeats
+
+
+def run_pytest() -> int:
+    import pytest
+
+    tests = [machine.ROOT / f"tests/test_{name}.py" for name in TESTS]
+    tests = [str(path) for path in tests if path.is_file()]
+    options = ["--rootdir", str(machine.ROOT), "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
+    return pytest.main([*options, *tests])
+
+
+def main() -> None:
+    parser = harness.arguments(__doc__)
+    parser.add_argument("kernel", nargs="?", choices=BENCHES)
+    parser.add_argument("--pytest", action="store_true")
+    args = parser.parse_args()
+    if args.pytest:
+        raise SystemExit(run_pytest())
+    out, all_right = harness.folder(args), True
+    name = "hopper" if args.kernel == "hopper" else "triton"
+    for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or harness.DEVICE == "cpu"):
+        row = check(args.kernel or BENCHES[0], case, name, repeats)
+        error = "" if math.isnan(row.error) else f"  error {row.error:.2e}"
+        print(f"{row.kernel} {row.shape}{error}  {row.repeats} repeats  {row.verdict}", flush=True)
+        all_right &= row.verdict == "right" or row.verdict.startswith("absent")
+        if out:
+            harness.save([row], out / "correctness.csv", key=("kernel", "shape"))
+    sys.exit(0 if all_right else 1)
+
+
+if __name__ == "__main__":
+    main()

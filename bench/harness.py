@@ -1,0 +1,268 @@
+"""Check, time and record: shared by every bench.
+
+A bench builds ``Case``s, one per shape. Every provider of a case is judged first, against the oracle in float64; one
+that is further from it than its budget is recorded as wrong and not timed. The others are timed in interleaved rounds
+(A B C, C B A, ...), so that a drifting clock meets all alike, each call with a cold L2 cache, on random data.
+"""
+
+import argparse
+import csv
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+
+import machine
+import pytest
+import roofs
+import torch
+import triton
+from roofs import DEVICE, Roofs, measure
+from torch import Tensor
+
+from flexkern.testing import assert_as_accurate
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of a CSV. Not a number where nothing was timed; ``note`` then says why."""
+
+    kernel: str
+    provider: str
+    shape: str  # "1.3B 480p B=1 F=3 R=21 S=1560 H=12 D=128 bfloat16"
+    ms: float = math.nan  # median
+    ms_20: float = math.nan  # 20th percentile
+    ms_80: float = math.nan
+    gb_s: float = math.nan  # 1e9 bytes per second, of the bytes that the operation must move
+    tflop_s: float = math.nan  # of the floating-point operations that the mathematics needs
+    roof_percent: float = math.nan  # of the copy rate or the large bf16 product measured in the same run
+    error: float = math.nan  # mean distance from the float64 oracle over the mean magnitude
+    note: str = ""
+    gpu: str
+    driver: str
+    torch: str
+    triton: str
+    commit: str
+    day: str
+
+
+KEY = ("kernel", "provider", "shape")
+
+
+def provenance() -> dict[str, str]:
+    """Where a row comes from."""
+    return {
+        "gpu": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu",
+        "driver": machine.ask_gpu("driver_version") or "none",
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": machine.commit(),
+        "day": date.today().isoformat(),
+    }
+
+
+def load(path: Path, kind: type = Row) -> list:
+    """The rows of a CSV, [] where there is none."""
+    if not path.is_file():
+        return []
+    types = {field.name: field.type for field in fields(kind)}
+    read = {float: lambda text: float(text) if text else math.nan, int: int, str: str}
+    with path.open(newline="") as file:
+        return [
+            kind(**{name: read[types[name]](text) for name, text in row.items() if name in types})
+            for row in csv.DictReader(file)
+        ]
+
+
+def save(rows: Sequence, path: Path, key: Sequence[str] = KEY) -> None:
+    """Rows join those of the file; one with the same key is replaced, in its place. The file is never half written."""
+    identity = lambda row: tuple(getattr(row, name) for name in key)
+    merged = {identity(row): row for row in [*load(path, type(rows[0])), *rows]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    with part.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: as_text(value) for name, value in asdict(row).items()} for row in merged.values())
+    part.replace(path)
+
+
+def as_text(value: object) -> object:
+    if not isinstance(value, float):
+        return value
+    return "" if math.isnan(value) else f"{value:.5g}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Truth:
+    """What a result is judged by. exact: the oracle in float64. entitled: the oracle in the declared numerics."""
+
+    exact: Tensor
+    entitled: Tensor
+
+    def judge(self, actual: Tensor, mean: float, worst: float) -> tuple[float, str]:
+        """Relative mean error, and what is wrong with it ("" for nothing)."""
+        assert actual.shape == self.exact.shape, f"shape {list(actual.shape)} instead of {list(self.exact.shape)}"
+        error = ((actual.double() - self.exact).abs().mean() / self.exact.abs().mean()).item()
+        try:
+            assert_as_accurate(actual, self.exact, self.entitled, mean, worst)
+        except AssertionError as fault:
+            return error, f"wrong: {fault}"
+        return error, ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provider:
+    """One way to compute a case.
+
+    call: what is timed. result: from what it returns to what is judged; None where there is nothing to judge.
+    everything: to all that it computed, for comparing repeats; None for ``result``. mean, worst: budget, as multiples
+    of the entitled error. calls: operations in one ``call``. truth: where it differs from the case's.
+    """
+
+    call: Callable[[], object]
+    result: Callable[[object], Tensor] | None = lambda out: out
+    everything: Callable[[object], Tensor] | None = None
+    mean: float = 1.05
+    worst: float = 2.0
+    calls: int = 1
+    truth: Truth | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One shape of one operation. A provider that is not there is a string that says why.
+
+    bytes, flops: of one operation, by the mathematics. reset: spoils whatever a provider writes in place.
+    """
+
+    kernel: str
+    shape: str
+    bytes: int
+    flops: int
+    bound: str  # "copy" or "matmul": the roof it is held against
+    providers: dict[str, Provider | str]
+    truth: Truth
+    reset: Callable[[], object] = lambda: None
+
+
+def check(case: Case, provider: Provider | str) -> tuple[float, str]:
+    """Relative error of a provider, and why it must not be timed ("" where it may)."""
+    if isinstance(provider, str):
+        return math.nan, f"absent: {provider}"
+    case.reset()
+    try:
+        out = provider.call()
+        if provider.result is None:
+            return math.nan, ""
+        return (provider.truth or case.truth).judge(provider.result(out), provider.mean, provider.worst)
+    except Exception as fault:  # a peer may fail in any way; the others are still wanted
+        return math.nan, f"failed: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
+
+
+def compare(case: Case, roof: Roofs, *, budget_ms: float = 200.0, note: str = "") -> list[Row]:
+    """Judge all providers of a case, then time the good ones side by side. Prints a line for each."""
+    checked = {name: check(case, provider) for name, provider in case.providers.items()}
+    good = [name for name, (_, fault) in checked.items() if not fault]
+    taken = dict(zip(good, measure([case.providers[name].call for name in good], budget_ms), strict=True))
+    rows = []
+    for name, (error, fault) in checked.items():
+        timed = {}
+        if name in taken:
+            timed = rates(case, [ms / case.providers[name].calls for ms in taken[name]], roof)
+        about = dict(kernel=case.kernel, provider=name, shape=case.shape, error=error, note=fault or note)
+        rows.append(Row(**about, **timed, **provenance()))
+        print(describe(rows[-1]), flush=True)
+    return rows
+
+
+def rates(case: Case, times: Sequence[float], roof: Roofs) -> dict[str, float]:
+    """The measured columns of a row, from milliseconds per operation."""
+    ms_20, ms, ms_80 = quantiles(times)
+    gb_s, tflop_s = case.bytes / ms / 1e6, case.flops / ms / 1e9
+    percent = 100 * (gb_s / roof.copy_gb_s if case.bound == "copy" else tflop_s / roof.matmul_tflop_s)
+    return dict(ms=ms, ms_20=ms_20, ms_80=ms_80, gb_s=gb_s, tflop_s=tflop_s, roof_percent=percent)
+
+
+def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
+    """20th percentile, median, 80th percentile."""
+    if len(times) == 1:
+        return times[0], times[0], times[0]
+    fifths = statistics.quantiles(times, n=5, method="inclusive")
+    return fifths[0], statistics.median(times), fifths[3]
+
+
+def describe(row: Row) -> str:
+    head = f"{row.kernel} {row.shape}  {row.provider:<28}"
+    if math.isnan(row.ms):
+        return f"{head} {row.note}"
+    times = f"{row.ms:9.4f} ms ({row.ms_20:.4f} to {row.ms_80:.4f})"
+    rate = f"{row.gb_s:7.0f} GB/s {row.tflop_s:7.1f} TFLOP/s {row.roof_percent:6.1f} % of the roof"
+    return f"{head} {times} {rate}  error {row.error:.2e}"
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """The options that every bench has."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--save", action="store_true", help="write bench/results/<gpu>/<kernel>.csv")
+    parser.add_argument("--out", type=Path, help="write there instead of bench/results/<gpu>")
+    parser.add_argument("--all", action="store_true", help="every shape instead of the short list")
+    parser.add_argument("--tiny", action="store_true", help="one tiny shape, which a CPU manages in the interpreter")
+    parser.add_argument("--budget-ms", type=float, default=200.0, help="time given to each provider and shape")
+    return parser
+
+
+def folder(args: argparse.Namespace) -> Path | None:
+    """Where rows go; None for nowhere."""
+    if args.out:
+        return args.out
+    if args.save and DEVICE == "cpu":
+        raise SystemExit("no CUDA GPU: only figures of a GPU belong in bench/results (use --out to see the CSV)")
+    return machine.RESULTS / machine.folder_of(provenance()["gpu"]) if args.save else None
+
+
+def shapes_for(args: argparse.Namespace, short: Sequence, every: Sequence, tiny: object) -> Sequence:
+    return [tiny] if args.tiny or DEVICE == "cpu" else every if args.all else short
+
+
+def run(args: argparse.Namespace, name: str, shapes: Iterable, build: Callable[..., Case]) -> None:
+    """Compare the providers at each shape; ``name``.csv is written after every one."""
+    out, roof = folder(args), roofs.measure_roofs()
+    print(f"{provenance()}\n{roof}")
+    for shape in shapes:
+        rows = compare(build(shape), roof, budget_ms=args.budget_ms)
+        if out:
+            save(rows, out / f"{name}.csv")
+
+
+def speed_test(shapes: Sequence, tiny: object, providers: Sequence[str], build: Callable[..., Case]) -> Callable:
+    """The same cases as a test for pytest-benchmark, which keeps the time: cold L2, the GPU's own clock."""
+    built = {}
+    # without the plugin its mark is unknown, and bench/conftest.py skips the test
+    on_the_gpu_clock = pytest.mark.benchmark(timer=roofs.stamp) if find_spec("pytest_benchmark") else lambda test: test
+
+    @on_the_gpu_clock
+    @pytest.mark.parametrize("provider", providers)
+    @pytest.mark.parametrize("shape", shapes if DEVICE == "cuda" else [tiny], ids=str)
+    def test(benchmark, shape, provider):
+        if shape not in built:
+            built.clear()
+            built[shape] = build(shape)
+        case = built[shape]
+        chosen = case.providers.get(provider, "this shape does not have it")
+        error, fault = check(case, chosen)
+        if fault.startswith("absent"):
+            pytest.skip(fault)
+        assert not fault, fault
+        benchmark.group = f"{case.kernel} {case.shape}"
+        benchmark.extra_info.update(error=error, calls=chosen.calls, **provenance())
+        rounds = 20 if DEVICE == "cuda" else 2
+        benchmark.pedantic(chosen.call, setup=roofs.flush, rounds=rounds, warmup_rounds=3)
+        if benchmark.stats:  # None under --benchmark-disable
+            per_call = benchmark.stats.stats.median / chosen.calls
+            benchmark.extra_info.update(gb_s=case.bytes / per_call / 1e9, tflop_s=case.flops / per_call / 1e12)
+
+    return test

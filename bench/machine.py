@@ -1,0 +1,75 @@
+"""Where a bench runs and what it measures: the source tree, its commit, the GPU. Needs the standard library only.
+
+Importing it makes this tree importable as ``flexkern``, installed or not.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+RESULTS = BENCH / "results"
+IMPORTABLE = BENCH / "importable"
+
+if "flexkern" not in sys.modules and str(IMPORTABLE) not in sys.path:
+    sys.path.insert(0, str(IMPORTABLE))
+
+
+def child_environment() -> dict[str, str]:
+    """The environment in which a child, and its children, import flexkern and the benches from this tree.
+
+    They also take this process's word for the commit.
+    """
+    path = [str(IMPORTABLE), str(BENCH), os.environ.get("PYTHONPATH", "")]
+    # a working directory of ROOT must not put a flexkern without its kernels in front
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, path)),
+        "PYTHONSAFEPATH": "1",
+        "PYTHONUNBUFFERED": "1",
+        "FLEXKERN_COMMIT": commit(),
+    }
+
+
+def answer(*command: str) -> str:
+    """What a command prints, stripped; empty where it is not there, fails or hangs."""
+    if not shutil.which(command[0]):
+        return ""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, errors="replace")
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+@cache
+def commit() -> str:
+    """The commit of this tree: FLEXKERN_COMMIT, or git's, "+" behind it where files differ, or the file COMMIT.
+
+    An archive has no git: `git rev-parse --short=10 HEAD > COMMIT; git archive --add-file=COMMIT HEAD` brings it along.
+    """
+    named, file = os.environ.get("FLEXKERN_COMMIT", ""), ROOT / "COMMIT"
+    if not named and (ROOT / ".git").exists():
+        named = answer("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
+        # results change while a suite runs, and do not change what it measures
+        changed = ("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)bench/results")
+        if named and answer("git", "-C", str(ROOT), *changed):
+            named += "+"
+    if not named and file.is_file():
+        named = file.read_text().strip()
+    return named or "unknown"
+
+
+@cache
+def ask_gpu(*fields: str) -> str:
+    """Answer of nvidia-smi for the first GPU, fields separated by ", "; empty where there is none."""
+    lines = answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").splitlines()
+    return lines[0].strip() if lines else ""
+
+
+def folder_of(gpu: str) -> str:
+    return gpu.strip().replace(" ", "-").replace("/", "-") or "unknown-gpu"
