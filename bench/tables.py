@@ -3,10 +3,11 @@
 python bench/tables.py             # rewrites what stands between <!-- table: NAME --> and <!-- end table -->
 python bench/tables.py --check     # exits with 1 where that would change a file
 
-Names: roofs, attention, designs, targets, pointwise, end_to_end.
+Names: roofs, attention, designs, targets, pointwise, end_to_end; compiled, from tests/data/compile.csv.
 """
 
 import argparse
+import csv
 import math
 import re
 import sys
@@ -77,7 +78,7 @@ def ratio(rows: list[Row], over: str, under: str, frames: int, read: int) -> flo
 
 
 def targets(rows: dict[str, list[Row]]) -> str:
-    """What issue and design ask for, and what was measured: the worse of windows 12 and 21."""
+    """What the kernels aim for, and what was measured: the worse of windows 12 and 21."""
     lines = []
 
     def add(what: str, needed: str, values: list[float], worst: Callable, is_met: Callable) -> None:
@@ -104,6 +105,16 @@ def targets(rows: dict[str, list[Row]]) -> str:
     return grid(["target", "needed", "measured, worst case", "met"], lines)
 
 
+def compiled(path: Path = machine.ROOT / "tests" / "data" / "compile.csv") -> str:
+    """What ptxas makes of the kernels that multiply; needs no GPU."""
+    with path.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["matrix"]]
+    columns = ("registers", "spill_stores", "shared", "matrix", "exponentials", "loops")
+    name = lambda row: f"{row['kernel']} sm_{row['arch']} {row['dtype']} D={row['head_dim']} {row['variant']}".strip()
+    head = ["configuration", "registers", "spill at edges, B", "shared, B", "matrix", "exp2", "loop, instructions"]
+    return f"Triton {rows[0]['triton']}:\n\n" + grid(head, [[name(row), *(row[c] for c in columns)] for row in rows])
+
+
 TABLES = {fn.__name__: fn for fn in (roofs, attention, designs, targets, pointwise, end_to_end)}
 CSVS = ("roofs", "frame_attention", "designs", "end_to_end", *POINTWISE)
 
@@ -119,16 +130,18 @@ def caption(rows: list[Row]) -> str:
 
 def table(name: str, results: Path) -> str:
     """The table of that name, one for each GPU there are figures of."""
+    if name == "compiled":
+        return compiled()
     if name not in TABLES:
-        raise ValueError(f"no table {name!r}: there is {', '.join(TABLES)}")
+        raise ValueError(f"no table {name!r}: there is {', '.join(TABLES)}, compiled")
     found = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
-        rows = {csv: load(folder / f"{csv}.csv") for csv in CSVS}
+        rows = {name: load(folder / f"{name}.csv") for name in CSVS}
         everything = [row for group in rows.values() for row in group]
         text = TABLES[name](rows) if everything else ""
         if text:
             found.append(f"{caption(everything)}:\n\n{text}")
-    return "\n\n".join(found) or (targets({csv: [] for csv in CSVS}) if name == "targets" else NOT_YET)
+    return "\n\n".join(found) or (targets({name: [] for name in CSVS}) if name == "targets" else NOT_YET)
 
 
 def fill(text: str, results: Path = machine.RESULTS) -> str:

@@ -15,15 +15,15 @@ Oracle: ``reference.frame_attention``. Source: Wan 2.1 self-attention; the onlin
 
 import math
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import cast, dot
-from .schedule import count_items, find_item, find_rows, owner, share
-from .tuned import Config, arch_of, frame_attention_config, multiprocessors
+from .merge import plan_job, store_part, store_rows
+from .schedule import count_items, find_item, find_rows
+from .tuned import Config, arch_of, frame_attention_config
 
 
 @triton.jit
@@ -81,21 +81,6 @@ def softmax_step(score, value, acc, m_i, l_i, log2_scale):
     alpha = tl.math.exp2(m_i - m_new)
     acc = dot(cast(p, value.dtype), value, acc * alpha[:, None])
     return acc, m_new, l_i * alpha + tl.sum(p, 1)
-
-
-@triton.jit
-def store_rows(
-    out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, mask_m, frames, heads,
-    S: tl.constexpr, D: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    """Divide by the sum and leave a tile's rows in the output; rows that saw no key become 0 and -inf."""
-    seen = tl.where(l_i > 0, l_i, 1.0)
-    rows = (batch.to(tl.int64) * frames * S + offs_m) * heads + head
-    out = cast(acc / seen[:, None], out_ptr.dtype.element_ty)
-    tl.store(out_ptr + rows[:, None] * D + tl.arange(0, D)[None, :], out, mask=mask_m[:, None])
-    if HAS_LSE:
-        rows = ((batch.to(tl.int64) * frames + offs_m // S) * heads + head) * S + offs_m % S
-        tl.store(lse_ptr + rows, (m_i + tl.math.log2(seen)) * 0.6931471805599453, mask=mask_m)
 
 
 @triton.jit
@@ -158,42 +143,7 @@ def _frame_attention(
                 out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, offs_m < stop, frames, heads, S, D, HAS_LSE
             )
         else:
-            rows = part.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-            tl.store(acc_ptr + rows[:, None] * D + tl.arange(0, D)[None, :], acc)
-            tl.store(sums_ptr + 2 * rows, m_i)
-            tl.store(sums_ptr + 2 * rows + 1, l_i)
-
-
-@triton.jit
-def _merge(
-    out_ptr, lse_ptr, acc_ptr, sums_ptr, tiles, spans, frames, read, programs, heads,
-    S: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    # one program per ROWS rows of a tile that was left over; adds its parts in the order of their key frames
-    cut = tl.program_id(0)
-    waves, units = tiles // programs, tiles % programs * read
-    first, last = owner(cut * read, programs, units), owner(cut * read + read - 1, programs, units)
-    if first < last:
-        batch, head, row, stop = find_rows(waves * programs + cut, heads, spans, SPAN, BLOCK_M)
-        offs = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-        m_i = tl.full([ROWS], float("-inf"), tl.float32)
-        l_i = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, D], tl.float32)
-        for program in range(first, last + 1):
-            begin, end = share(program, programs, units), share(program + 1, programs, units)
-            if begin < end:
-                rows = (2 * program + cut - begin // read).to(tl.int64) * BLOCK_M + offs
-                m_part, l_part = tl.load(sums_ptr + 2 * rows), tl.load(sums_ptr + 2 * rows + 1)
-                m_new = tl.maximum(m_i, m_part)
-                pivot = tl.where(m_new == float("-inf"), 0.0, m_new)
-                alpha, beta = tl.math.exp2(m_i - pivot), tl.math.exp2(m_part - pivot)
-                part = tl.load(acc_ptr + rows[:, None] * D + tl.arange(0, D)[None, :])
-                acc = acc * alpha[:, None] + part * beta[:, None]
-                l_i = l_i * alpha + l_part * beta
-                m_i = m_new
-        offs_m = row + offs
-        store_rows(out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, offs_m < stop, frames, heads, S, D, HAS_LSE)
+            store_part(acc_ptr, sums_ptr, acc, m_i, l_i, part, D, BLOCK_M)
 
 
 def frame_attention(
@@ -213,47 +163,31 @@ def frame_attention(
 
     config: a tile other than the tuned one. programs: how many run side by side; default one per multiprocessor.
     """
-    batch, frames, tokens, heads, dim = query.shape
-    read, groups, time = turn.shape[1:4]
     contiguous = query, key_pages, value_pages, slots, turn, logit_scale, *(() if bias is None else (bias,))
     assert all(x.is_contiguous() for x in contiguous), "query, pages and plan must be contiguous"
+    tokens, heads, dim = query.shape[2:]
     config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
+    if config.path == "hopper":
+        from .frame_attention_hopper import frame_attention_hopper  # Gluon, which only this path needs
 
-    is_one_span = bias is None and (frames == 1 or config.block_m <= tokens + 1)  # a tile meets at most two frames
-    span = frames * tokens if is_one_span else tokens
-    block_m = min(config.block_m, max(16, triton.next_power_of_2(span)))
-    block_n = config.block_n
-    last_n = max(16, triton.next_power_of_2(tokens % block_n)) if tokens % block_n else 0
-    spans = frames * tokens // span
-    tiles = batch * heads * spans * triton.cdiv(span, block_m)
-    programs = min(programs or multiprocessors(query.device), tiles * read)
-
-    out = torch.empty_like(query)
-    lse = query.new_empty(batch, frames, heads, tokens, dtype=torch.float32) if want_lse else None
-    is_cut = tiles % programs > 0
-    parts = 2 * programs * block_m if is_cut else 1
-    acc = query.new_empty(parts, dim, dtype=torch.float32)
-    sums = query.new_empty(parts, 2, dtype=torch.float32)
+        inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
+        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, stages=config.num_stages)
+    job = plan_job(
+        query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,
+        want_lse=want_lse, programs=programs,
+    )  # fmt: skip
 
     def blocks(pages: Tensor, rows: int) -> TensorDescriptor | Tensor:
         if not (config.tma and rows):
             return pages
         return TensorDescriptor.from_tensor(pages.view(-1, tokens, heads * dim), [1, rows, dim])
 
-    _frame_attention[(programs,)](
-        query, out, lse, acc, sums, turn, logit_scale, bias, slots,
-        *(blocks(pages, rows) for rows in (block_n, last_n) for pages in (key_pages, value_pages)),
-        math.log2(math.e) / math.sqrt(dim), tiles, spans, frames, read, key_pages.shape[1], heads, groups,
-        S=tokens, T=time, D=dim, SPAN=span, CROSSES=is_one_span and frames > 1,
-        BLOCK_M=block_m, BLOCK_N=block_n, LAST_N=last_n, STAGES=config.num_stages, TMA=config.tma,
-        HAS_BIAS=bias is not None, HAS_LSE=want_lse,
+    _frame_attention[(job.programs,)](
+        query, job.out, job.lse, job.acc, job.sums, turn, logit_scale, bias, slots,
+        *(blocks(pages, rows) for rows in (config.block_n, job.last_n) for pages in (key_pages, value_pages)),
+        math.log2(math.e) / math.sqrt(dim), *job.sizes, **job.constants, BLOCK_M=job.block_m,
+        STAGES=config.num_stages, TMA=config.tma,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    if is_cut:
-        rows = min(block_m, 32)
-        _merge[(tiles % programs, block_m // rows)](
-            out, lse, acc, sums, tiles, spans, frames, read, programs, heads,
-            S=tokens, D=dim, SPAN=span, BLOCK_M=block_m, ROWS=rows, HAS_LSE=want_lse,
-            num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
-    return out, lse
+    job.merge()
+    return job.out, job.lse

@@ -36,11 +36,15 @@ def _load_pairs(ptr, offs, mask):
 
 
 @triton.jit
-def _norm_rope(
-    x_ptr, weight_ptr, turn_ptr, out_ptr, eps,
+def norm_turn(
+    x_ptr, weight_ptr, turn_ptr, eps,
     HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Normalise and turn one token's channels; x_ptr, turn_ptr and out_ptr point at its row."""
+    """One token's channels, normalised and turned; x_ptr and turn_ptr point at its row.
+
+    Returns real and imaginary parts [BLOCK_H, BLOCK_P] in float32, where the real ones go in a row of split layout (the
+    imaginary ones PAIRS further), and which of them exist.
+    """
     offs_h = tl.arange(0, BLOCK_H)[:, None]
     offs_p = tl.arange(0, BLOCK_P)
     mask = (offs_h < HEADS) & (offs_p < PAIRS)[None, :]
@@ -54,9 +58,18 @@ def _norm_rope(
 
     inverse = tl.rsqrt(tl.sum(real * real + imag * imag) / (2 * HEADS * PAIRS) + eps)
     real, imag = real * inverse * real_weight, imag * inverse * imag_weight
-    out_ptr += offs_h * (2 * PAIRS) + offs_p[None, :]
-    tl.store(out_ptr, cast(real * cos - imag * sin, out_ptr.dtype.element_ty), mask=mask)
-    tl.store(out_ptr + PAIRS, cast(real * sin + imag * cos, out_ptr.dtype.element_ty), mask=mask)
+    return real * cos - imag * sin, real * sin + imag * cos, offs_h * (2 * PAIRS) + offs_p[None, :], mask
+
+
+@triton.jit
+def _norm_rope(
+    x_ptr, weight_ptr, turn_ptr, out_ptr, eps,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Normalise and turn one token's channels; x_ptr, turn_ptr and out_ptr point at its row."""
+    real, imag, offs, mask = norm_turn(x_ptr, weight_ptr, turn_ptr, eps, HEADS, PAIRS, PLACE_PAIRS, BLOCK_H, BLOCK_P)
+    tl.store(out_ptr + offs, cast(real, out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs + PAIRS, cast(imag, out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

@@ -94,7 +94,8 @@ def package(tmp_path_factory) -> SimpleNamespace:
 def shipped(source: Path) -> set[str]:
     """Files of the source tree that belong in an install, by their place there."""
     paths = [*source.glob("flexkern/**/*"), *source.glob("kernels/**/*")]
-    paths = [p for p in paths if p.suffix == ".py" or p.suffix in DATA or p == source / "kernels/README.md"]
+    pages = {source / "kernels/README.md", source / "kernels/build.toml", *source.glob("flexkern/docs/*.md")}
+    paths = [p for p in paths if p.suffix == ".py" or p.suffix in DATA or p in pages]
     names = [p.relative_to(source).as_posix() for p in paths]
     return {f"flexkern/{name}" if name.startswith("kernels/") else name for name in names}
 

@@ -1,0 +1,190 @@
+"""Device functions of frame_attention_hopper.py, in Gluon: the ring of key and value tiles, the turned query, one step.
+
+Ring. Tile n is the (n // STAGES)th use of buffer n % STAGES, in a ring for keys and in one for values. Two barriers
+guard a buffer: ``full`` completes a phase when TMA has written it (one arrival and its bytes), ``free`` when both
+warpgroups have read it (two arrivals). A phase's parity is that of the use; who writes waits for the use before, whose
+parity is the opposite, and which counts as over before the first. A warpgroup arrives through one thread, behind a
+barrier of its four warps that Triton puts there.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+ROWS = gl.constexpr(64)  # query rows of a warpgroup
+
+
+@gluon.constexpr_function
+def product_layout(columns):
+    """How a warpgroup's registers hold 64 rows of a product."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
+
+
+@gluon.constexpr_function
+def operand_layout(columns):
+    """How they hold the left factor of a product with that many columns."""
+    return gl.DotOperandLayout(0, product_layout(columns), 2)
+
+
+@gluon.constexpr_function
+def query_layout(pairs):
+    """How they hold half the channels of 64 rows, 16 bytes of a row to a thread."""
+    return gl.BlockedLayout([1, 8], [256 // pairs, pairs // 8], [4, 1], [1, 0])
+
+
+@gluon.jit
+def tile_of(buffers, n, STAGES: gl.constexpr, N: gl.constexpr):
+    """The buffer of tile n as N tokens: the last tile of a frame has fewer than the buffer holds."""
+    buffer = buffers.index(n % STAGES)
+    return buffer._reinterpret(buffer.dtype, [N, buffer.shape[1]], buffer.layout)
+
+
+@gluon.jit
+def wait_full(full, n, more, STAGES: gl.constexpr):
+    """Wait until TMA has written tile n, if it comes at all."""
+    mbarrier.wait(full.index(n % STAGES), n // STAGES & 1, pred=more)
+
+
+@gluon.jit
+def fetch(descriptor, buffers, full, free, n, page, start, column, STAGES: gl.constexpr, N: gl.constexpr):
+    """Have TMA write N tokens of a page as tile n, once both warpgroups have read what the buffer held."""
+    mbarrier.wait(free.index(n % STAGES), (n // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(n % STAGES), N * buffers.shape[2] * 2)
+    tile = tile_of(buffers, n, STAGES, N)
+    tma.async_copy_global_to_shared(descriptor, [page, start, column], full.index(n % STAGES), tile)
+
+
+@gluon.jit
+def load_turn(query, frame, key_frame, T: gl.constexpr, D: gl.constexpr):
+    """(cos, sin) [1, D / 2] for a query frame that meets a key frame, times the query frame's logit_scale."""
+    rows_ptr, turn_ptr, scale_ptr, row, stop, first_frame, frames, read, channels, group, groups = query
+    pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
+    turn_ptr += ((frame * read + key_frame) * groups + group) * (2 * T)
+    scale = gl.load(scale_ptr + frame)
+    cos = gl.load(turn_ptr + 2 * pair, mask=pair < T, other=1.0)
+    sin = gl.load(turn_ptr + 2 * pair + 1, mask=pair < T, other=0.0)
+    return (cos * scale)[None, :], (sin * scale)[None, :]
+
+
+@gluon.jit
+def load_query(query, key_frame, T: gl.constexpr, D: gl.constexpr):
+    """This warpgroup's query rows, real and imaginary parts, and the turn of the tile's frame for a key frame."""
+    rows_ptr, turn_ptr, scale_ptr, row, stop, frame, frames, read, channels, group, groups = query
+    offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
+    pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
+    ptr = rows_ptr + offs_m[:, None] * channels + pair[None, :]
+    mask_m = (row + offs_m < stop)[:, None]
+    real = gl.load(ptr, mask=mask_m, other=0.0)
+    imag = gl.load(ptr + D // 2, mask=mask_m, other=0.0)
+    cos, sin = load_turn(query, frame, key_frame, T, D)
+    return real, imag, cos, sin
+
+
+@gluon.jit
+def store_query(
+    buffer, loaded, query, key_frame, S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr
+):
+    """Turn what ``load_query`` loaded in float32, round it once and put it where wgmma reads it."""
+    real, imag, cos, sin = loaded
+    rows_ptr, turn_ptr, scale_ptr, row, stop, frame, frames, read, channels, group, groups = query
+    real, imag = real.to(gl.float32), imag.to(gl.float32)
+    if CROSSES:  # rows behind the frame's end belong to the next one
+        next_cos, next_sin = cos, sin
+        if row + ROWS > (frame + 1) * S:
+            next_cos, next_sin = load_turn(query, gl.minimum(frame + 1, frames - 1), key_frame, T, D)
+        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
+        is_next = (row + offs_m >= (frame + 1) * S)[:, None]
+        cos, sin = gl.where(is_next, next_cos, cos), gl.where(is_next, next_sin, sin)
+    turned = gl.join((real * cos - imag * sin).to(buffer.dtype), (real * sin + imag * cos).to(buffer.dtype))
+    buffer.store(turned.permute((0, 2, 1)).reshape([ROWS, D]))
+    fence_async_shared()  # wgmma reads through the asynchronous proxy
+
+
+@gluon.jit
+def softmax(score, m_i, l_i, log2_scale, bias, N: gl.constexpr, KEYS: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Probabilities of N keys, of which the first KEYS exist; pivot and sum with them; what they scale the past by.
+
+    The pivot is in base 2 and holds the bias. All of it stays within the threads that hold the scores.
+    """
+    layout: gl.constexpr = product_layout(N)
+    rows: gl.constexpr = gl.SliceLayout(1, layout)
+    if KEYS < N:
+        score = gl.where((gl.arange(0, N, gl.SliceLayout(0, layout)) < KEYS)[None, :], score, float("-inf"))
+    m_old, l_old = gl.convert_layout(m_i, rows), gl.convert_layout(l_i, rows)
+    if HAS_BIAS:  # the same for all keys of a frame: the pivot moves instead of the scores
+        m_old -= bias
+    m_new = gl.maximum(m_old, gl.max(score, 1) * log2_scale)
+    p = gl.exp2(score * log2_scale - m_new[:, None])
+    alpha = gl.exp2(m_old - m_new)
+    l_new = l_old * alpha + gl.sum(p, 1)
+    if HAS_BIAS:
+        m_new += bias
+    return p, m_new, l_new, alpha
+
+
+@gluon.jit
+def first_tile(
+    q, ring, n, more, bias, log2_scale,
+    N: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """Scores and softmax of an item's first tile, n, beside which no product runs: operand p, pivot, sum."""
+    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
+    state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
+    wait_full(k_full, n, True, STAGES)
+    zeros = gl.zeros([ROWS, N], gl.float32, product_layout(N))
+    score = warpgroup_mma(q, tile_of(k_buffers, n, STAGES, N).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    score = warpgroup_mma_wait(0, deps=(score,))
+    mbarrier.arrive(k_free.index(n % STAGES), count=1)
+    m_i = gl.full([ROWS], float("-inf"), gl.float32, state)
+    l_i = gl.full([ROWS], 0.0, gl.float32, state)
+    p, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, N, KEYS, HAS_BIAS)
+    wait_full(k_full, n + 1, more, STAGES)
+    p = gl.convert_layout(p.to(k_buffers.dtype), operand_layout(D))
+    return p, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
+
+
+@gluon.jit
+def step(
+    q, p, acc, m_i, l_i, ring, n, more, bias, log2_scale,
+    N: gl.constexpr, NEXT_N: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+):  # fmt: skip
+    """The product of tile n (N keys) under the scores and softmax of tile n + 1 (NEXT_N keys, the first KEYS exist).
+
+    The keys of tile n + 1 have been waited for; those of tile n + 2 are then, if the item has ``more``.
+    Returns operand p of tile n + 1, accumulator, pivot, sum.
+    """
+    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
+    D: gl.constexpr = acc.shape[1]
+    state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
+    zeros = gl.zeros([ROWS, NEXT_N], gl.float32, product_layout(NEXT_N))
+    k = tile_of(k_buffers, n + 1, STAGES, NEXT_N).permute((1, 0))
+    score = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    wait_full(v_full, n, True, STAGES)
+    product = warpgroup_mma(p, tile_of(v_buffers, n, STAGES, N), acc, is_async=True)
+    score = warpgroup_mma_wait(1, deps=(score,))
+    mbarrier.arrive(k_free.index((n + 1) % STAGES), count=1)
+    p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
+    # this wait stands here, and p_next in the next one, or ptxas would put the exponentials behind the product
+    wait_full(k_full, n + 2, more, STAGES)
+    acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
+    mbarrier.arrive(v_free.index(n % STAGES), count=1)
+    acc *= gl.convert_layout(alpha, state)[:, None]
+    p_next = gl.convert_layout(p_next.to(k_buffers.dtype), operand_layout(D))
+    return p_next, acc, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
+
+
+@gluon.jit
+def last_product(p, acc, ring, n, STAGES: gl.constexpr, N: gl.constexpr):
+    """The product of an item's last tile, n, under which nothing is left to do: accumulator."""
+    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
+    wait_full(v_full, n, True, STAGES)
+    acc = warpgroup_mma(p, tile_of(v_buffers, n, STAGES, N), acc, is_async=True)
+    acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(v_free.index(n % STAGES), count=1)
+    return acc
