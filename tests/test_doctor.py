@@ -18,8 +18,9 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     out = capsys.readouterr().out
     assert f"torch        {torch.__version__}, built for" in out and "\nsdpa: " not in out
     assert re.search(r"^backends +triton: ", out, re.MULTILINE) and " sdpa: " in out
-    for name, why in doctor.backends.ABSENT.items():
-        assert f" {name} not available: {why}" in out
+    for name in doctor.backends.BACKENDS:
+        why = doctor.backends.why_not(name)
+        assert (f" {name} not available: {why}" if why else f" {name}: {doctor.backends.BACKENDS[name]}") in out
     assert 'cluster: not installed: ray (pip install "flexkern[cluster]")' in out
     assert re.search(r"^ +video: av 1.0, .*tyro 1.0$", out, re.MULTILINE)
     assert f"demo         {__file__}, " in out
@@ -33,6 +34,7 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     out = capsys.readouterr().out
     assert f"demo         no weights at {tmp_path}/none" in out
     assert "triton not available: the package triton is not installed" in out
+    assert "flash-attn not available: the package flash-attn is not installed" in out
     assert "triton       not there: " in out and "cpu          broken: ZeroDivisionError: " in out
 
 

@@ -78,7 +78,7 @@ def examine_cpu() -> Iterator[str]:
 
 
 def examine_backends() -> Iterator[str]:
-    for name in (*backends.BACKENDS, *backends.ABSENT):
+    for name in backends.BACKENDS:
         if why := backends.why_not(name):
             yield f"{name} not available: {why}"
         else:
