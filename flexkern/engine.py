@@ -220,11 +220,12 @@ class Session:
         return chunk
 
     @torch.inference_mode()
-    def prefill(self, given: Tensor) -> None:
+    def prefill(self, given: Tensor) -> Chunk:
         """Continue from given clean latents [B, n, C, h, w], or from pictures, uint8 [B, pictures, height, width, 3].
 
         Pictures go through the engine's encoder. n, the number of latent frames, must be whole chunks, the first of
-        ``first_chunk`` frames where nothing was made yet.
+        ``first_chunk`` frames where nothing was made yet. Returns what was given as a chunk of index -1: the decoder
+        has seen it too, so that what follows is decoded as its continuation.
         """
         if given.dtype == torch.uint8 and self.engine.encoder is None:
             raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
@@ -241,9 +242,12 @@ class Session:
                 f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
                 f"{self.first_chunk}), got {latents.shape[1]} frames"
             )
-        for block in latents.to(self.engine.model.device).split(sizes, dim=1):
+        latents, first = latents.to(self.engine.model.device), self.next_frame
+        for block in latents.split(sizes, dim=1):
             frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
             self._finish(block, frames, self._open(frames))
+        pixels = self.decode(latents) if self.decode else None
+        return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
 
     @torch.inference_mode()
     def switch(self, prompt: str | Sequence[str] | Tensor) -> None:
@@ -319,5 +323,6 @@ class Session:
 
 
 def frames_for(seconds: float, fps: float, pictures_per_frame: int = 1) -> int:
-    """Latent frames that give at least ``seconds`` of video."""
-    return max(1, math.ceil(seconds * fps / pictures_per_frame - 1e-9))
+    """Latent frames that give at least ``seconds`` of video: 1 picture the first, pictures_per_frame each later one."""
+    pictures = max(1, math.ceil(seconds * fps - 1e-9))
+    return 1 + -(-(pictures - 1) // pictures_per_frame)

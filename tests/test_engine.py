@@ -136,6 +136,19 @@ def test_prefill_continues_given_frames(model):
     assert_equal_to(both(model, *WINDOWS["sink"], chunks=4, prefill=torch.randn(1, 6, 16, *SIZE)))
 
 
+def test_the_decoder_sees_what_a_video_begins_with(model):
+    """A decoder that looks back must not take the first generated frame for the first of the video."""
+    seen = []
+    engine = Engine(model, size=SIZE, decoder=lambda: lambda latents: seen.append(latents) or latents)
+    session = engine.session(prompt_of(1))
+    given = torch.randn(1, 6, 16, *SIZE)
+    start = session.prefill(given)
+    assert (start.index, start.frames) == (-1, (0, 1, 2, 3, 4, 5)) and torch.equal(start.pixels, given)
+    chunk = session.step()
+    assert (chunk.index, chunk.frames) == (0, (6, 7, 8)) and torch.equal(torch.cat(seen[1:]), chunk.latents)
+    assert torch.equal(seen[0], given)
+
+
 def test_prefill_takes_pictures_through_the_encoder(model):
     pictures = torch.randint(0, 256, (1, 3, 8, 8, 3), dtype=torch.uint8)
     latents = torch.randn(1, 3, 16, *SIZE)

@@ -1,0 +1,210 @@
+"""Prompts into the embeddings that Wan reads: the UMT5-XXL encoder, whichever layout its weights come in.
+
+    encoder = load_text_encoder("Wan2.1-T2V-1.3B")  # or its models_t5_umt5-xxl-enc-bf16.pth, or a diffusers folder
+    save_embeddings("prompts.safetensors", encoder, ["a cat walks on grass"])  # once, on whatever machine has 11 GB
+    encoder = SavedEmbeddings("prompts.safetensors")  # the same embeddings, without the encoder
+
+Source: Wan-Video/Wan2.1 wan/modules/t5.py and tokenizers.py; diffusers pipelines/wan/pipeline_wan.py.
+"""
+
+import html
+import json
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from flexkern.model.parts import declared, fill, find_part, need, read_part
+from flexkern.model.weights import _some
+
+TOKENS = 512  # that every Wan 2.1 was trained with
+FOLDER_FILES = ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin")
+TOKENIZER_FOLDERS = ("google/umt5-xxl", "tokenizer", "../tokenizer", ".")  # as seen from the weights
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "tokenizer_config.json")
+_ATTENTION = "encoder.block.*.layer.0.SelfAttention"
+_FEED_FORWARD = "encoder.block.*.layer.1.DenseReluDense"
+WAN_NAMES = {
+    "token_embedding": "shared",
+    "norm": "encoder.final_layer_norm",
+    "blocks.*.norm1": "encoder.block.*.layer.0.layer_norm",
+    "blocks.*.norm2": "encoder.block.*.layer.1.layer_norm",
+    **{f"blocks.*.attn.{name}": f"{_ATTENTION}.{name}" for name in "qkvo"},
+    "blocks.*.pos_embedding.embedding": f"{_ATTENTION}.relative_attention_bias",
+    "blocks.*.ffn.gate.0": f"{_FEED_FORWARD}.wi_0",
+    "blocks.*.ffn.fc1": f"{_FEED_FORWARD}.wi_1",
+    "blocks.*.ffn.fc2": f"{_FEED_FORWARD}.wo",
+}
+TIES = {"encoder.embed_tokens.weight": "shared.weight"}
+UNSEEN = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")  # what no shape shows
+PURPOSE = "the text encoder"
+
+
+def clean_prompt(prompt: str) -> str:
+    """The prompt as Wan's tokenizer sees it: mojibake and HTML entities undone, runs of white space one space."""
+    text = need("ftfy", PURPOSE).fix_text(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
+
+
+class WanTextEncoder:
+    """The embeddings of prompts. An embedding does not depend on the prompts beside it.
+
+    Numerics: rows behind the prompt are not computed; padding is masked, so they change the others by rounding at most.
+    """
+
+    def __init__(self, module: nn.Module, tokenizer, tokens: int = TOKENS):
+        self.module, self.tokenizer, self.tokens = module, tokenizer, tokens
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, tokens, C] in the encoder's dtype, zero behind each prompt. Warns where a prompt is cut off."""
+        _check_prompts(prompts)
+        return torch.stack([self._embed(prompt) for prompt in prompts])
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> Tensor:
+        text = clean_prompt(prompt)
+        ids = self.tokenizer(text, verbose=False)["input_ids"]
+        if len(ids) > self.tokens:
+            warnings.warn(f"prompt of {len(ids)} tokens is cut to {self.tokens}: {_short(prompt)}", stacklevel=3)
+            ids = self.tokenizer(text, truncation=True, max_length=self.tokens)["input_ids"]
+        device = next(self.module.parameters()).device
+        rows = self.module(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
+        padded = rows.new_zeros(self.tokens, rows.shape[-1])
+        padded[: len(rows)] = rows
+        return padded
+
+
+def load_text_encoder(
+    path: str | Path, *, tokenizer: str | Path | None = None, device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
+) -> WanTextEncoder:  # fmt: skip
+    """The encoder of a checkpoint: callable with a list of prompts, gives [B, 512, 4096], zero behind each prompt.
+
+    path: models_t5_umt5-xxl-enc-bf16.pth, a transformers weight file, the folder of either, or a diffusers folder.
+    tokenizer: its folder, by default google/umt5-xxl or tokenizer beside the weights.
+    Bytes: 11.4 GB in bfloat16; on the CPU, in the file's own dtype, they stay mapped to the file.
+    Raises: FileNotFoundError; ImportError that names the extra; ValueError that lists the keys that do not fit, and
+    for float16, in which T5 overflows.
+    """
+    if dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"dtype must be bfloat16 or float32, in which T5 does not overflow, got {dtype}")
+    path = Path(path)
+    files = find_part(path, "text_encoder", FOLDER_FILES)
+    folder = _find_tokenizer(files[0].parent if tokenizer is None else Path(tokenizer), given=tokenizer is not None)
+    transformers = need("transformers", PURPOSE)
+    need("ftfy", PURPOSE)
+    state = _transformers_names(read_part(files))
+    config = transformers.UMT5Config(**_sizes(state, path), **_unseen(files))
+    words = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if len(words) > config.vocab_size:
+        raise ValueError(f"the tokenizer in {folder} has {len(words)} tokens, {path} embeds {config.vocab_size}")
+    make = lambda: transformers.UMT5EncoderModel(config)
+    return WanTextEncoder(fill(make, state, str(path), dtype=dtype, device=device, ties=TIES), words)
+
+
+def _find_tokenizer(base: Path, *, given: bool) -> Path:
+    tried = [base] if given else [base / name for name in TOKENIZER_FOLDERS]
+    for folder in tried:
+        if any((folder / name).is_file() for name in TOKENIZER_FILES):
+            return folder
+    looked = " | ".join(TOKENIZER_FILES)
+    raise FileNotFoundError(f"no tokenizer ({looked}) in {', '.join(map(str, tried))}; pass its folder as tokenizer")
+
+
+def _transformers_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Wan's names replaced by those of transformers; a name that the table lacks comes back as it is."""
+    renamed = {}
+    for key, tensor in state.items():
+        block = re.match(r"blocks\.(\d+)\.", key)
+        module, _, leaf = (f"blocks.*.{key[block.end() :]}" if block else key).rpartition(".")
+        found = f"{WAN_NAMES[module]}.{leaf}" if module in WAN_NAMES else key
+        renamed[found.replace("*", block[1]) if block else found] = tensor
+    for name, of in TIES.items():  # transformers writes either or both
+        if (tied := renamed.pop(name, None)) is not None:
+            renamed.setdefault(of, tied)
+    return renamed
+
+
+def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
+    """The sizes that the shapes show; the heads are those of the position bias."""
+    attention, feed_forward = _ATTENTION.replace("*", "0"), _FEED_FORWARD.replace("*", "0")
+    keys = ["shared.weight", f"{attention}.q.weight", f"{attention}.relative_attention_bias.weight"]
+    keys.append(f"{feed_forward}.wi_0.weight")
+    shapes = [tuple(state[key].shape) for key in keys if key in state]
+    if len(shapes) < 4 or any(len(shape) != 2 for shape in shapes):
+        raise ValueError(f"{path} is no UMT5 encoder: it lacks some of {', '.join(keys)}; it holds {_some(state)}")
+    (vocabulary, dim), (inner, _), (buckets, heads), (hidden, _) = shapes
+    layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
+    return {
+        "vocab_size": vocabulary, "d_model": dim, "d_kv": inner // heads, "num_heads": heads, "d_ff": hidden,
+        "num_layers": max(layers) + 1, "relative_attention_num_buckets": buckets,
+    }  # fmt: skip
+
+
+def _unseen(files: list[Path]) -> dict:
+    """What no shape shows, from a config.json of the encoder's own."""
+    found = declared(files)
+    return {name: found[name] for name in UNSEEN if name in found} if found.get("model_type") == "umt5" else {}
+
+
+def save_embeddings(path: str | Path, encoder: Callable[[list[str]], Tensor], prompts: Iterable[str]) -> None:
+    """Write prompts and their embeddings to a safetensors file for ``SavedEmbeddings``; an existing one is replaced.
+
+    Bytes: the rows up to each prompt's end, 8 KB each in bfloat16.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
+    _check_prompts(prompts)
+    tensors, tokens = {}, 0
+    for number, prompt in enumerate(prompts):
+        embedding = encoder([prompt])[0]
+        used = embedding.ne(0).any(dim=-1).nonzero()
+        tensors[str(number)] = embedding[: int(used.max()) + 1 if len(used) else 0].cpu().clone()
+        tokens = embedding.shape[0]
+    save_file(tensors, path, metadata={"prompts": json.dumps(prompts), "tokens": str(tokens)})
+
+
+class SavedEmbeddings:
+    """A text encoder for the prompts of a file that ``save_embeddings`` wrote, and no others.
+
+    prompts: what it knows, to the letter. Raises FileNotFoundError, or ValueError for another file.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                notes = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{self.path} is not a readable safetensors file: {error}") from error
+        if not notes.keys() >= {"prompts", "tokens"}:
+            raise ValueError(f"{self.path} does not say which prompts it holds; expected a file of save_embeddings")
+        self.prompts: tuple[str, ...] = tuple(json.loads(notes["prompts"]))
+        self.tokens = int(notes["tokens"])
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, tokens, C] as the encoder gave them. Raises ValueError for a prompt that is not in the file."""
+        _check_prompts(prompts)
+        if unknown := [prompt for prompt in prompts if prompt not in self.prompts]:
+            raise ValueError(
+                f"{self.path} holds no embedding of {_short(unknown[0])}; it holds {_some(map(_short, self.prompts))}"
+            )
+        padded = []
+        with safe_open(self.path, framework="pt") as file:
+            for prompt in prompts:
+                rows = file.get_tensor(str(self.prompts.index(prompt)))
+                padded.append(rows.new_zeros(self.tokens, rows.shape[-1]))
+                padded[-1][: len(rows)] = rows
+        return torch.stack(padded)
+
+
+def _check_prompts(prompts: Sequence[str]) -> None:
+    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 80 else f"{prompt[:76]} ...")
