@@ -180,10 +180,14 @@ REFUSED = {
     "negative seed": ("--seed -1", "seed must be a whole number >= 0, got -1"),
     "no threads": ("--threads 0", "--threads must be at least 1, got 0"),
     "missing weights": ("--weights none.safetensors", "there are no weights at none.safetensors"),
-    "missing model": ("--model wan-14b", "there is no model 'wan-14b': expected demo or a safetensors file"),
-    "a folder of weights": ("--model folder.mp4", "there are no weights at folder.mp4"),
-    "no model at all": ("--model bad.yaml", "bad.yaml is not a readable safetensors file"),
-    "another form": ("--model wan.safetensors", "wan.safetensors is not of the demo's form"),
+    "missing model": (
+        "--model wan-14b",
+        "there is no model 'wan-14b': expected demo, self-forcing, .* or a safetensors file",
+    ),
+    "a folder of weights": ("--model folder.mp4", "folder.mp4 is not of the demo's form"),
+    "no model at all": ("--model bad.yaml", "bad.yaml is not of the demo's form"),
+    "a cut file": ("--model cut.safetensors", "cut.safetensors is not a readable safetensors file"),
+    "another form": ("--model wan.safetensors", "wan.safetensors is not of the demo's form: .* give --model self-for"),
     "missing prompts": ("--prompts none.yaml", "there is no prompt file none.yaml"),
     "not YAML": ("--prompts bad.yaml", "bad.yaml is not YAML: .*line 1"),
     "late prompts": ("--prompts late.yaml", "late.yaml: the first prompt must be at 0 seconds"),
@@ -211,6 +215,7 @@ def test_bad_input_gets_one_line_and_status_2_before_any_work(flexkern_, monkeyp
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)
     save_file({"x": torch.zeros(1)}, "wan.safetensors")
+    Path("cut.safetensors").write_bytes(Path("wan.safetensors").read_bytes()[:30])
     Path("folder.mp4").mkdir()
     before = sorted(tmp_path.iterdir())
     arguments, words = REFUSED[case]

@@ -1,4 +1,4 @@
-"""The command line: ``flexkern render | presets | doctor``.
+"""The command line: ``flexkern render | inspect | presets | doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; Ctrl-C gives 130. Faults of our own keep their
 traceback. What is heavy is imported by the command that needs it, so that errors and help come at once.
@@ -27,12 +27,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv as in ``sys.argv[1:]``. Returns the exit status, or raises SystemExit with it."""
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
-        with refusing(ValueError):
+        with refusing(ValueError, OSError):
             import tyro
 
+            from flexkern.cli.inspect import Inspect
             from flexkern.cli.render import render_command
 
-            commands = {"render": render_command(argv), "presets": Presets, "doctor": Doctor}
+            render = render_command(argv if argv[:1] == ["render"] else [])
+            commands = {"render": render, "inspect": Inspect, "presets": Presets, "doctor": Doctor}
         about = "Video of any length from autoregressive diffusion models."
         return tyro.extras.subcommand_cli_from_dict(commands, prog="flexkern", description=about, args=argv).run()
     except KeyboardInterrupt:  # before the first picture, or a second time

@@ -53,37 +53,57 @@ SIZES = {  # field: (key, axis) that shows it
     "text_dim": ("text_embedding.0.weight", 1),
     "freq_dim": ("time_embedding.0.weight", 1),
 }
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 HEAD_DIM = 128  # of every published Wan; the shapes do not show it
 LowRank = tuple[Tensor, Tensor, float]  # up [out, rank], down [rank, in], scale: the update scale * up @ down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What a checkpoint holds. container says in words how; config is None where neither file nor shapes tell it."""
+    """What a checkpoint holds. container says in words how; config is None where neither file nor shapes tell it.
+
+    groups: those at the top level of the file, the chosen one first. wrappers: what was removed from the names.
+    """
 
     state: dict[str, Tensor]
     container: str
     config: WanConfig | None
+    groups: tuple[str, ...] = ()
+    wrappers: tuple[str, ...] = ()
 
 
-def read_checkpoint(path: str | Path, *, ema: bool | None = None) -> Checkpoint:
+def read_checkpoint(path: str | Path, *, ema: bool | None = None, headers: bool = False) -> Checkpoint:
     """The tensors of a checkpoint under bare Wan keys, as stored (their dtype; mapped files stay mapped).
 
     path: a weight file, an original Wan folder, or a diffusers folder (its root or ``transformer``).
     ema: None takes the EMA where there is one, True insists on it, False takes the raw generator.
+    headers: tensors of safetensors without their data, on the device "meta".
     Raises: FileNotFoundError; ValueError for what cannot be read; NotImplementedError for image-to-video checkpoints.
     """
     path = Path(path)
     files = _find_files(path, FOLDER_FILES)
-    content, metadata = _read_files(files)
+    content, metadata = _read_files(files, headers=headers)
     groups = ["generator_ema"] * (ema is not False) + ["generator", "model"] * (not ema)
     group, state = _select(content, groups, path, flat=not ema)
     diffusers = _is_diffusers(state)
+    wrappers = [mark for mark in WRAPPERS if any(mark in key for key in state)]
+    wrappers += [mark for mark in PREFIXES if any(_clean_name(key, ()).startswith(mark) for key in state)][:1]
     state = _rename({key: value for key, value in state.items() if isinstance(value, Tensor)}, path, diffusers)
     declared = _declared_config(files[0], metadata, beside=path.is_dir() or files[0].match(FOLDER_FILES[0]))
     _refuse_image_models(state, declared, path)
     container = f"{files[0].suffix[1:]}, {group}, {'diffusers' if diffusers else 'Wan'} keys"
-    return Checkpoint(state=state, container=container, config=_config(state, declared, path))
+    others = (name for name, value in content.items() if isinstance(value, Mapping) and name != group)
+    config = _config(state, declared, path)
+    held = {"groups": (group, *others), "wrappers": tuple(wrappers)}
+    return Checkpoint(state=state, container=container, config=config, **held)
+
+
+def check_transformer(
+    path: str | Path, *, config: WanConfig | None = None, ema: bool | None = None, lora: str | Path | None = None
+) -> Checkpoint:
+    """What ``load_transformer`` would load. Raises what it would, by names and shapes, before data is read."""
+    return _prepare(path, config, ema, lora, 1.0, headers=True)[0]
 
 
 def load_transformer(
@@ -104,7 +124,23 @@ def load_transformer(
     Bytes: the model plus one tensor, where the file can be mapped.
     Raises: ValueError that lists the missing, unexpected and wrongly shaped keys; as ``read_checkpoint``.
     """
-    checkpoint = read_checkpoint(path, ema=ema)
+    checkpoint, model, updates = _prepare(path, config, ema, lora, lora_scale)
+    state = checkpoint.state
+    # popped one by one: what was read can go as soon as it is converted
+    placed = {key: _convert(state.pop(key), updates.get(key), dtype, device) for key in list(state)}
+    model.load_state_dict(placed, assign=True)
+    hollow = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
+    if hollow:
+        raise RuntimeError(f"{path} ({checkpoint.container}) left tensors without data: {_some(hollow)}")
+    return model.eval().requires_grad_(False)
+
+
+def _prepare(
+    path: str | Path, config: WanConfig | None, ema: bool | None, lora: str | Path | None, lora_scale: float,
+    headers: bool = False,
+) -> tuple[Checkpoint, CausalWan, dict[str, LowRank]]:  # fmt: skip
+    """The checkpoint, a model without data that it fits, and the updates of the LoRA, which fit as well."""
+    checkpoint = read_checkpoint(path, ema=ema, headers=headers)
     where, state = f"{path} ({checkpoint.container})", checkpoint.state
     config = config or checkpoint.config
     if config is None:
@@ -113,15 +149,9 @@ def load_transformer(
     with torch.device("meta"):
         model = CausalWan(config)
     _check_fit(state, model.state_dict(), where)
-    updates = {} if lora is None else _read_lora(Path(lora), lora_scale)
+    updates = {} if lora is None else read_lora(lora, lora_scale)
     _check_lora(updates, state, f"{lora} does not fit {where}")
-    # popped one by one: what was read can go as soon as it is converted
-    placed = {key: _convert(state.pop(key), updates.get(key), dtype, device) for key in list(state)}
-    model.load_state_dict(placed, assign=True)
-    hollow = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
-    if hollow:
-        raise RuntimeError(f"{where} left tensors of the model without data: {_some(hollow)}")
-    return model.eval().requires_grad_(False)
+    return checkpoint, model, updates
 
 
 def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
@@ -146,23 +176,32 @@ def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
     raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(patterns)}; there is {_some(found)}")
 
 
-def _read_files(files: list[Path]) -> tuple[dict, dict[str, str]]:
+def _read_files(files: list[Path], *, headers: bool = False) -> tuple[dict, dict[str, str]]:
     """Everything that the files hold at the top level, and the metadata of the safetensors among them."""
     content, metadata = {}, {}
     for file in files:
-        part, notes = _read_safetensors(file) if file.suffix == ".safetensors" else (_read_pickle(file), {})
+        safe = file.suffix == ".safetensors"
+        part, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file), {})
         if twice := content.keys() & part.keys():
             raise ValueError(f"{file} repeats keys of another shard, {_some(sorted(twice))}")
         content, metadata = content | part, metadata | notes
     return content, metadata
 
 
-def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(file, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
+def _read_safetensors(file: Path, headers: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:  # torch maps a file only where all of it would fit into memory
+        with safe_open(file, framework="numpy" if headers else "pt") as handle:
+            read = (lambda key: _hollow(handle.get_slice(key))) if headers else handle.get_tensor
+            return {key: read(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
+    except RuntimeError as error:
+        raise OSError(f"{file} cannot be mapped: {error}") from error
+
+
+def _hollow(part) -> Tensor:
+    """A tensor of the size and dtype of a slice of a safetensors file; of an unknown dtype as 8-bit integers."""
+    return torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
 
 
 def _read_pickle(file: Path) -> dict:
@@ -292,8 +331,9 @@ def _config(state: Mapping[str, Tensor], declared: Mapping, path: Path) -> WanCo
         raise ValueError(f"{path} has an unusable configuration: {error}") from error
 
 
-def _read_lora(path: Path, lora_scale: float) -> dict[str, LowRank]:
-    """The updates of a LoRA by the key of the weight that they change."""
+def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
+    """The updates of a LoRA by the key of the weight that they change, with the scale lora_scale * alpha / rank."""
+    path = Path(path)
     files = _find_files(path, LORA_FILES)
     content, metadata = _read_files(files)
     _, state = _select(content, ("generator_lora",), path, flat=True)

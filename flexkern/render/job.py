@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from tqdm import tqdm
 
+from flexkern.policies import Preset
+from flexkern.render.latents import LatentsFile
 from flexkern.render.writer import VideoWriter
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
-    from flexkern.engine import Session
+    from flexkern.engine import Chunk, Session
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 SHAPE = "a list of {at: seconds, prompt: text}, or a mapping of seconds to prompts"
@@ -92,24 +94,33 @@ def check_switches(session: "Session", switches: Sequence[PromptSwitch]) -> None
     """Raises ValueError, before any work, for a prompt that the model or a cut that the preset cannot follow."""
     for switch in switches:
         session.engine.encode(switch.prompt)
-    index = session.preset.position.index
+    check_cuts(session.preset, switches)
+
+
+def check_cuts(preset: Preset, switches: Sequence[PromptSwitch]) -> None:
+    """Raises ValueError for a cut that the preset cannot follow."""
+    index = preset.position.index
     if index != "slot" and (cuts := [switch.at for switch in switches if switch.cut]):
         raise ValueError(f"the cut at {cuts[0]} seconds needs position.index 'slot', the preset has {index!r}")
 
 
 def render(
-    session: "Session", writer: VideoWriter, *, pictures: int, switches: Sequence[PromptSwitch] = (),
-    progress: bool = True,
+    session: "Session", writer: VideoWriter | LatentsFile, *, pictures: int, switches: Sequence[PromptSwitch] = (),
+    progress: bool = True, start: "Chunk | None" = None,
 ) -> bool:  # fmt: skip
     """Write ``pictures`` pictures of the session's video, wherever its chunks end; False where Ctrl-C came first.
 
-    switches: in ascending order. progress: a bar on stderr. Memory does not grow with the length of the video.
+    switches: in ascending order. progress: a bar on stderr. start: what the session was prefilled with; written first.
+    Memory does not grow with the length of the video.
     """
     made, waiting = 0, list(switches)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
     options = {"bar_format": BAR, "mininterval": seconds, "disable": not progress}
     with tqdm(total=pictures, desc="chunk 0", unit=" pictures", **options) as bar:
         try:
+            if start is not None:
+                made += _write(writer, start, pictures)
+                bar.update(made)
             while made < pictures:
                 due = [switch for switch in waiting if switch.at * writer.fps <= made + 1e-6]
                 if due:
@@ -118,11 +129,20 @@ def render(
                         session.cut()
                     waiting = waiting[len(due) :]
                 chunk = session.step()
-                pixels = chunk.pixels[0, : pictures - made].cpu().numpy()
-                writer.write(pixels)
-                made += len(pixels)
+                new = _write(writer, chunk, pictures - made)
+                made += new
                 bar.set_description_str(f"chunk {chunk.index + 1}", refresh=False)
-                bar.update(len(pixels))
+                bar.update(new)
         except KeyboardInterrupt:
             return False
     return True
+
+
+def _write(writer: VideoWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
+    """Append at most so many pictures of the chunk. Returns how many."""
+    before = writer.pictures
+    if isinstance(writer, LatentsFile):
+        writer.write(chunk.latents[0], most)
+    else:
+        writer.write(chunk.pixels[0, :most].cpu().numpy())
+    return min(most, writer.pictures - before)
