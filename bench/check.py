@@ -1,6 +1,6 @@
 """Is a kernel right on the shapes it is used at, and the same every time? Writes correctness.csv.
 
-python bench/check.py frame_attention --save     # or hopper, norm_rope_write, modulate, gate_residual, rms_norm
+python bench/check.py frame_attention --save     # or hopper, fp8, norm_rope_write, modulate, gate_residual, rms_norm
 python bench/check.py --pytest                   # the kernels' tests, on the GPU if there is one
 
 Every shape is judged against the oracle in float64, then repeated and compared bit by bit; a small shape is repeated
@@ -17,9 +17,13 @@ import machine
 import torch
 from harness import Case
 
-BENCHES = ("frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm")
+BENCHES = ("frame_attention", "hopper", "fp8", "norm_rope_write", "modulate", "gate_residual", "rms_norm")
+PROVIDERS = {"frame_attention": "triton", "hopper": "hopper", "fp8": "fp8"}  # of bench_frame_attention.py
 # the last one may hang
-TESTS = ("frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "frame_attention_hopper")
+TESTS = (
+    "frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "quantize", "norm_rope_write_fp8",
+    "frame_attention_fp8", "frame_attention_hopper",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +67,12 @@ def check(kernel: str, case: Case, name: str, repeats: int) -> Check:
 
 def cases(kernel: str, is_tiny: bool):
     """(case, repeats) of a kernel: the small shape last, repeated most."""
-    is_attention = kernel in ("frame_attention", "hopper")
+    is_attention = kernel in PROVIDERS
     bench = import_module("bench_frame_attention" if is_attention else f"bench_{kernel}")
     shapes = [] if is_tiny else [(shape, 50) for shape in bench.SHORT]
     if is_attention:
         small = bench.TINY if is_tiny else replace(bench.SHORT[0], frames=1, read=3)
-        build = lambda shape: bench.build(shape, ("hopper" if kernel == "hopper" else "triton",))
+        build = lambda shape: bench.build(shape, (PROVIDERS[kernel],))
     else:
         small, build = bench.TINY if is_tiny else bench.SHORT[1], bench.build
     for shape, repeats in [*shapes, (small, 3 if is_tiny else 10_000)]:
@@ -92,7 +96,7 @@ def main() -> None:
     if args.pytest:
         raise SystemExit(run_pytest())
     out, all_right = harness.folder(args), True
-    name = "hopper" if args.kernel == "hopper" else "triton"
+    name = PROVIDERS.get(args.kernel, "triton")
     for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or harness.DEVICE == "cpu"):
         row = check(args.kernel or BENCHES[0], case, name, repeats)
         error = "" if math.isnan(row.error) else f"  error {row.error:.2e}"

@@ -36,17 +36,7 @@ from .frame_attention import load_page, turn_of
 from .merge import plan_job, store_part, store_rows
 from .quantize import in_value_order, refuse_without_fp8, to_e4m3
 from .schedule import count_items, find_item, find_rows
-from .tuned import INTERPRETER, Config, arch_of
-
-# chosen by reading SASS, for head dims 64 and 128; none has been timed
-TILES = {
-    # a tile's P V beside the accumulator takes registers: 128 keys spill in the loop, and so do descriptors on sm_120
-    89: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    120: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    # a third stage, in memory that bfloat16 needs for two
-    90: Config(block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True),
-    100: Config(block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True),
-}
+from .tuned import FP8, INTERPRETER, Config, arch_of
 
 
 @triton.jit
@@ -211,7 +201,7 @@ def frame_attention_fp8(
     assert all(x.is_contiguous() for x in contiguous), "query, pages, scales and plan must be contiguous"
     refuse_without_fp8(query.device)
     arch = arch_of(query.device)
-    config = config or (TILES[arch] if arch else INTERPRETER)
+    config = config or (FP8[arch] if arch else INTERPRETER)
     job = plan_job(
         query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n, least_n=32,
         want_lse=want_lse, programs=programs,

@@ -52,8 +52,8 @@ def make_inputs(b, f, s, h, d, r, g, dtype=torch.float32, bias=False) -> dict:
     pages[:, :, unused] = scales[:, :, unused] = math.nan
     angle = torch.rand(f, r, g, time, dtype=torch.float64) * 40
     inputs = dict(
-        query=query.to(dtype), key_pages=fp8.e4m3(pages[0] / fp8.by_token(scales[0])),
-        value_pages=fp8.e4m3(fp8.pack_values(pages[1] / fp8.by_token(scales[1]))),
+        query=query.to(dtype), key_pages=reference.to_e4m3(pages[0] / fp8.by_token(scales[0])),
+        value_pages=reference.to_e4m3(reference.pack_values(pages[1] / fp8.by_token(scales[1]))),
         key_scale=scales[0], value_scale=scales[1], slots=slots,
         turn=torch.stack((angle.cos(), angle.sin()), dim=-1).float(), logit_scale=0.5 + torch.rand(f), bias=None,
     )  # fmt: skip
@@ -65,7 +65,9 @@ def make_inputs(b, f, s, h, d, r, g, dtype=torch.float32, bias=False) -> dict:
 def numbers(inputs: dict, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [B, P, S, H, D] that the pages stand for."""
     keys = inputs["key_pages"].to(dtype) * fp8.by_token(inputs["key_scale"])
-    values = fp8.unpack_values(inputs["value_pages"].to(dtype), keys.shape[2]) * fp8.by_token(inputs["value_scale"])
+    values = reference.unpack_values(inputs["value_pages"].to(dtype), keys.shape[2]) * fp8.by_token(
+        inputs["value_scale"]
+    )
     return keys, values
 
 
@@ -85,14 +87,14 @@ def declared(inputs: dict) -> torch.Tensor:
         row = query[:, f, None].float()
         scale = row.abs().amax(-1, keepdim=True) * factor * 2**0.5 / 448
         turned = reference.rotate(row, reference.pad_turn(turn[f], dim // 2)[:, None]) * factor
-        turned = fp8.e4m3(turned / scale.where(scale > 0, 1)).float() * scale
+        turned = reference.to_e4m3(turned / scale.where(scale > 0, 1)).float() * scale
         score = torch.einsum("brqhd,brkhd->bhqrk", turned, keys) * (math.log2(math.e) / dim**0.5)
         if inputs["bias"] is not None:
             score = score + inputs["bias"][f][:, None] * math.log2(math.e)
         score = score.flatten(-2)
         pivot = score.amax(-1, keepdim=True).ceil() - 8
         weight = (score - pivot.nan_to_num(neginf=0)).exp2()
-        out = torch.einsum("bhqk,bkhd->bqhd", fp8.e4m3(weight).float(), values.flatten(1, 2))
+        out = torch.einsum("bhqk,bkhd->bqhd", reference.to_e4m3(weight).float(), values.flatten(1, 2))
         outputs.append(out / weight.sum(-1).clamp(min=1e-30).transpose(1, 2)[..., None])
     return torch.stack(outputs, dim=1).to(query.dtype)
 
@@ -125,8 +127,8 @@ def test_what_e4m3_costs(device):
     inputs["query"] = torch.randn(1, 1, 128, 1, 128)
     pages = torch.randn(2, 1, 6, 128, 1, 128)
     inputs["key_scale"], inputs["value_scale"] = (torch.full((1, 6, 1), 2.0**-6) for _ in "kv")
-    inputs["key_pages"] = fp8.e4m3(pages[0] * 64)
-    inputs["value_pages"] = fp8.e4m3(fp8.pack_values(pages[1] * 64))
+    inputs["key_pages"] = reference.to_e4m3(pages[0] * 64)
+    inputs["value_pages"] = reference.to_e4m3(reference.pack_values(pages[1] * 64))
     plan = {name: inputs[name] for name in ("slots", "turn", "logit_scale")}
     truth, _ = reference.frame_attention(inputs["query"].double(), *pages.double(), **plan)
     out, _ = run(inputs, device, config=Config(block_m=128, block_n=128, num_warps=4, num_stages=1))
@@ -196,11 +198,11 @@ def test_a_scale_is_worth_what_it_says(device):
     for name in ("key", "value"):
         stored = inputs[f"{name}_pages"].float().clamp(-200, 200)
         stored = torch.where(stored.abs() < 1, 0, stored)  # so that a half is a number of e4m3 as well
-        inputs[f"{name}_pages"] = fp8.e4m3(stored)
+        inputs[f"{name}_pages"] = reference.to_e4m3(stored)
         halved[f"{name}_pages"], halved[f"{name}_scale"] = stored.clone(), inputs[f"{name}_scale"].clone()
         halved[f"{name}_pages"][:, page] /= 2
         halved[f"{name}_scale"][:, page] *= 2
-        halved[f"{name}_pages"] = fp8.e4m3(halved[f"{name}_pages"])
+        halved[f"{name}_pages"] = reference.to_e4m3(halved[f"{name}_pages"])
     out, other = run(inputs, device)[0], run(halved, device)[0]
     torch.testing.assert_close(out, other, rtol=1e-5, atol=1e-6)
 

@@ -77,14 +77,14 @@ def test_matches_the_oracle(shape, dtype, device):
     scale = fp8.by_token(inputs["key_scale"])[:, at]
     exact, single = (truth(inputs, d)[1][:, at] for d in (torch.float64, torch.float32))
     codes = inputs["key_pages"][:, at]
-    assert_as_accurate(codes.float() * scale, exact, fp8.e4m3(single / scale).float() * scale)
-    different = codes.view(torch.uint8) != fp8.e4m3(single / scale).view(torch.uint8)
+    assert_as_accurate(codes.float() * scale, exact, reference.to_e4m3(single / scale).float() * scale)
+    different = codes.view(torch.uint8) != reference.to_e4m3(single / scale).view(torch.uint8)
     assert different.float().mean() < 1e-2, "only what lies between two codes may go to the other one"
 
-    values = fp8.e4m3(truth(inputs, torch.float32)[2] / fp8.by_token(inputs["value_scale"]))
-    expected = fp8.pack_values(values.float())[:, at]
+    values = reference.to_e4m3(truth(inputs, torch.float32)[2] / fp8.by_token(inputs["value_scale"]))
+    expected = reference.pack_values(values.float())[:, at]
     assert torch.equal(inputs["value_pages"][:, at].float(), expected), "a power of two divides exactly"
-    assert torch.equal(fp8.unpack_values(inputs["value_pages"], tokens)[:, at].float(), values[:, at].float())
+    assert torch.equal(reference.unpack_values(inputs["value_pages"], tokens)[:, at].float(), values[:, at].float())
 
 
 def test_the_query_is_that_of_the_other_kernel(device):
@@ -129,7 +129,7 @@ def test_two_passes_find_the_scale(device):
     for _ in range(2):
         quantize.renew_value_scales(inputs["value_scale"], inputs["value_seen"], inputs["slots"])
         run(inputs)
-        stored = fp8.unpack_values(inputs["value_pages"], tokens).double() * fp8.by_token(inputs["value_scale"])
+        stored = reference.unpack_values(inputs["value_pages"], tokens).double() * fp8.by_token(inputs["value_scale"])
         errors.append(((stored[:, at] - exact).square().mean() / exact.square().mean()).sqrt())
     assert errors[0] > 0.5 and 0.02 < errors[1] < 0.032
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flexkern.kernels import quantize
+from flexkern.kernels import quantize, reference
 from flexkern.kernels.common import dot
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -50,7 +50,7 @@ def test_rounds_to_nearest_even_and_saturates(device):
     edges = torch.cat((ordered, ties, torch.tensor([460.0, 464, 480, 1e9, 3e38, torch.inf, 1e-9, 1e-40])))
     edges = torch.cat((edges, edges.nextafter(torch.tensor(torch.inf)), edges.nextafter(torch.tensor(-1.0))))
     x = torch.cat((edges, -edges, torch.randn(500) * torch.logspace(-5, 3, 500)))
-    actual, expected = rounded(x, device), fp8.e4m3(x)
+    actual, expected = rounded(x, device), reference.to_e4m3(x)
     assert torch.equal(actual.view(torch.uint8), expected.view(torch.uint8))
     assert rounded(torch.tensor([torch.nan]), device).float().isnan().all()
 
@@ -69,15 +69,15 @@ def test_weights_meet_their_values(device):
     weights = torch.randn(16, 64)
     places, tokens = torch.empty(16, 64, device=device), torch.empty(64, dtype=torch.int32, device=device)
     _order[(1,)](weights.to(device), places, tokens, M=16, N=64)
-    assert torch.equal(tokens.cpu(), fp8.value_order(64).int())
+    assert torch.equal(tokens.cpu(), reference.value_order(64).int())
     assert torch.equal(places.cpu(), weights[:, tokens.cpu()])
 
 
 def test_values_come_back_from_their_order():
     values = torch.randn(2, 3, 23, 2, 8)
-    pages = fp8.pack_values(values)
+    pages = reference.pack_values(values)
     assert pages.shape == (2, 3, 2, 8, 32)
-    assert torch.equal(fp8.unpack_values(pages, 23), values)
+    assert torch.equal(reference.unpack_values(pages, 23), values)
     assert pages.count_nonzero() == values.count_nonzero(), "zeros behind the last token"
 
 
@@ -98,7 +98,7 @@ def test_no_key_saturates_and_the_bound_costs_no_accuracy():
 
     key = torch.randn(1000, heads, dim) * weight.view(heads, dim)
     tight = key.abs().amax((0, 2)) / 448
-    error = lambda s: (fp8.e4m3(key / s[:, None]).float() * s[:, None] - key).square().mean((0, 2)).sqrt()
+    error = lambda s: (reference.to_e4m3(key / s[:, None]).float() * s[:, None] - key).square().mean((0, 2)).sqrt()
     assert (error(scale) <= 1.02 * error(tight)).all()
     relative = error(scale) / key.square().mean((0, 2)).sqrt()
     assert ((relative > 0.02) & (relative < 0.032)).all(), "what e4m3 costs: 2.6 % root mean square"
