@@ -24,9 +24,10 @@ from flexkern.model.schedule import Schedule
 from flexkern.model.wan import CausalWan
 from flexkern.model.weights import load_transformer
 from flexkern.ops import PagedMemory
-from flexkern.plan import ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
+from flexkern.plan import band_split
 from flexkern.policies import Preset
 from flexkern.policies import preset as named_preset
+from flexkern.window import Window
 
 
 class TextEncoder(Protocol):
@@ -175,15 +176,18 @@ class Session:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
-        self.preset.retention.keep(0, max(engine.chunk, self.first_chunk))  # refuses a window that is too small
+        # these refuse a window that is too small, and a position policy that does not fit the model or the length
+        self.preset.retention.keep(0, max(engine.chunk, self.first_chunk))
+        bands = band_split(config.head_dim)[0]
+        self.preset.position.phases(query=[0], visible=[0], bands=bands, heads=config.num_heads, target=frames)
         self.text = engine.encode(prompt)
         self.batch = self.text[0][0].shape[0]
-        self.cache = FrameCache(
-            layers=config.num_layers, batch=self.batch, pages=self.preset.retention.window, tokens=rows * columns,
-            heads=config.num_heads, head_dim=config.head_dim, dtype=model.dtype, device=model.device,
+        self.window = Window(
+            self.preset, engine.backend, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim,
+            eps=config.eps, dtype=model.dtype, device=model.device,
         )  # fmt: skip
-        self.place_turn = place_turns(rows, columns, config.head_dim).to(model.device)
-        self.buffers = PlanBuffers(model.device)
+        self.window.begin(frames)
+        self.window.allocate((self.batch, rows, columns))
         shape = (config.out_dim, *self.size)
         self.noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
         self.decode = engine.decoder() if engine.decoder else None
@@ -191,7 +195,11 @@ class Session:
         self.chunks = 0
         self._recent: Tensor | None = None  # clean latents that a recache would run again
         self._cut = False
-        self._plan([0], [-1], [0], [-1])  # refuses a position policy that does not fit the model or the length
+
+    @property
+    def cache(self) -> FrameCache:
+        """The frames that later chunks see."""
+        return self.window.cache
 
     def __iter__(self) -> Iterator[Chunk]:
         """Chunks without end, or until ``frames`` latent frames are made."""
@@ -256,12 +264,9 @@ class Session:
         if text[0][0].shape[0] != self.batch:
             raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
         self.text = text
-        policy = self.preset.switch
-        if policy.kind == "flush":
-            count, sink = len(self.cache.pages), self.preset.retention.sink
-            self.cache.keep([i for i in range(count) if i < sink or i >= count - policy.recent])
-        elif policy.kind == "recache" and self._recent is not None:
-            self._recache()
+        if count := self.window.switch():
+            recent, timestep = self._recent[:, -count:], self.engine.schedule.context_timestep
+            self._run(recent, timestep, self.window.memory, keys_only=True)
 
     def cut(self) -> None:
         """Cut to a new scene: the next chunk alone sits at the preset's ``cut_position`` (Infinity-RoPE)."""
@@ -269,45 +274,9 @@ class Session:
             raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
         self._cut = True
 
-    def _recache(self) -> None:
-        """Run the last clean latents through the model again, in one bidirectional pass, with the new prompt.
-
-        keep_sink leaves the old sink in place and discards the keys and values that would overwrite it; without it all
-        recached frames are kept, and the first of them become the sink.
-        """
-        pages, recent = len(self.cache.pages), self._recent
-        count = min(recent.shape[1], pages)
-        frames = list(range(self.next_frame - count, self.next_frame))
-        if not self.preset.switch.keep_sink:
-            self.cache.keep(range(pages - count, pages))
-        places = range(len(self.cache.pages) - count, len(self.cache.pages))
-        pinned = self.preset.retention.sink if self.preset.switch.keep_sink and count < self.next_frame else 0
-        written = [(place, frame) for place, frame in zip(places, frames, strict=True) if place >= pinned]
-        if not written:
-            return
-        self.cache.rename(written[0][0], [frame for _, frame in written])
-        slots = [self.cache.slots[place] if place >= pinned else -1 for place in places]
-        plan = self._plan(frames, slots, self.cache.frames, self.cache.slots)
-        memory = PagedMemory(self.cache, plan, self.engine.backend, self.engine.model.config.eps)
-        self._run(recent[:, -count:], self.engine.schedule.context_timestep, memory, keys_only=True)
-
-    def _plan(
-        self, query: list[int], write: list[int], visible: list[int], read: list[int], cut: bool = False
-    ) -> ChunkPlan:
-        config = self.engine.model.config
-        phases = self.preset.position.phases(
-            query=query, visible=visible, bands=band_split(config.head_dim)[0], heads=config.num_heads,
-            target=self.target, cut=cut,
-        )  # fmt: skip
-        return self.buffers.hold(make_plan(phases, write_slots=write, read_slots=read, place_turn=self.place_turn))
-
     def _open(self, frames: list[int], cut: bool = False) -> PagedMemory:
-        """Evict, open pages for the frames, and plan their chunk."""
-        cache = self.cache
-        cache.keep(self.preset.retention.keep(len(cache.pages), len(frames)))
-        slots = cache.open(frames)
-        plan = self._plan(frames, slots, cache.frames, cache.slots, cut)
-        return PagedMemory(cache, plan, self.engine.backend, self.engine.model.config.eps)
+        """What the frames' passes attend through: room made, pages opened, positions planned."""
+        return self.window.open(frames[0], len(frames), self.window.shape, cut=cut)
 
     def _run(self, z: Tensor, timestep: float, memory: PagedMemory, *, keys_only: bool = False) -> Tensor | None:
         timesteps = torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)

@@ -261,7 +261,7 @@ def test_positions_have_no_end(engine):
     """The research code's table ends at 1024 latent frames."""
     session = engine.session(prompt_of(1), preset=preset("flex", {"retention.window": 6}))
     session.step()
-    session.next_frame = 14_400
+    session.next_frame, session.window.chunk = 14_400, (14_397, 3)
     session.noise.sources = [replace(session.preset.noise, kind="iid").source(0, shape=(16, *SIZE))]
     assert session.step().latents.isfinite().all()
 

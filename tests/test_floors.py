@@ -15,7 +15,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
     ["flexkern.kernels", "flexkern.testing", "flexkern.__version__"],
     ["flexkern.policies"],
     ["flexkern.cache", "flexkern.plan"],
-    ["flexkern.ops", "flexkern.backends", "flexkern.functional"],
+    ["flexkern.ops", "flexkern.backends", "flexkern.functional", "flexkern.window"],
     ["flexkern.model"],
     ["flexkern.engine", "flexkern.parallel"],
     ["flexkern.render", "flexkern.metrics", "flexkern.integrations", "flexkern.demo"],

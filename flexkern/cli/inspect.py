@@ -197,11 +197,11 @@ def text_lines(place: Path) -> Lines:
 
 def embeddings_lines(place: Path) -> Lines:
     from flexkern.model.text import SavedEmbeddings
-    from flexkern.model.weights import _some
+    from flexkern.model.weights import some_of
 
     saved = SavedEmbeddings(place)
     yield "is", "saved embeddings of prompts"
-    yield "prompts", _some(map(repr, saved.prompts))
+    yield "prompts", some_of(map(repr, saved.prompts))
     yield from data_lines(tensors_of(place))
     yield "complete", "yes"
     yield "use", f"flexkern render ... --embeddings {place}"
@@ -221,9 +221,9 @@ def unknown_lines(path: Path) -> Lines:
 def tensors_of(place: Path) -> "dict[str, Tensor]":
     """All tensors at a place, of whatever group."""
     from flexkern.model.survey import shards
-    from flexkern.model.weights import _read_files
+    from flexkern.model.weights import read_files
 
-    content, _ = _read_files(shards(place), headers=True)
+    content, _ = read_files(shards(place), headers=True)
     groups = [value for value in content.values() if isinstance(value, Mapping)]
     return {name: t for group in (content, *groups) for name, t in group.items() if hasattr(t, "numel")}
 

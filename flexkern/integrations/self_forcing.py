@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from flexkern.backends import get_backend
 from flexkern.engine import PolicyNoise
-from flexkern.integrations.window import Window
 from flexkern.policies import Preset
 from flexkern.policies import preset as named_preset
+from flexkern.window import Window
 
 HANDLE = "flexkern_patch"  # the pipeline's attribute that holds its patch
 ABSENT = object()

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from flexkern.model.weights import _check_fit, _read_files, _read_json, _select, _some
+from flexkern.model.weights import check_fit, read_files, read_json, select_group, some_of
 
 
 def need(name: str, purpose: str) -> ModuleType:
@@ -34,19 +34,19 @@ def find_part(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
     within = path / folder if (path / folder).is_dir() else path
     for pattern in patterns:
         index = within / f"{pattern.replace('*', '')}.index.json"  # as transformers and diffusers name it
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
+        names = sorted(set(read_json(index).get("weight_map", {}).values()))
         if absent := [name for name in names if not (within / name).is_file()]:
-            raise FileNotFoundError(f"{index} names files that are not there, {_some(absent)}")
+            raise FileNotFoundError(f"{index} names files that are not there, {some_of(absent)}")
         if files := [within / name for name in names] or sorted(within.glob(pattern)):
             return files
     found = sorted(file.name for file in within.iterdir())
-    raise FileNotFoundError(f"no weights in {within}: looked for {', '.join(patterns)}; there is {_some(found)}")
+    raise FileNotFoundError(f"no weights in {within}: looked for {', '.join(patterns)}; there is {some_of(found)}")
 
 
 def read_part(files: list[Path]) -> dict[str, Tensor]:
     """The tensors of the files, mapped where they can be. Raises ValueError for what is no plain state dict."""
-    content, _ = _read_files(files)
-    state = dict(_select(content, ("state_dict",), files[0], flat=True)[1])
+    content, _ = read_files(files)
+    state = dict(select_group(content, ("state_dict",), files[0], flat=True)[1])
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{files[0]}: {key} is {type(tensor).__name__}; expected tensors alone")
@@ -57,7 +57,7 @@ def read_part(files: list[Path]) -> dict[str, Tensor]:
 
 def declared(files: list[Path]) -> dict:
     """What the config.json beside the files says; ``{}`` where there is none."""
-    return _read_json(files[0].with_name("config.json"))
+    return read_json(files[0].with_name("config.json"))
 
 
 def fill(
@@ -73,10 +73,10 @@ def fill(
     ties = ties or {}
     with torch.device("meta"):
         module = make()
-    _check_fit(state, {key: tensor for key, tensor in module.state_dict().items() if key not in ties}, where)
+    check_fit(state, {key: tensor for key, tensor in module.state_dict().items() if key not in ties}, where)
     placed = {key: state.pop(key).to(device, dtype) for key in list(state)}
     module.load_state_dict(placed | {name: placed[of] for name, of in ties.items()}, assign=True)
     hollow = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
     if hollow:
-        raise RuntimeError(f"{where} left tensors of the module without data: {_some(hollow)}")
+        raise RuntimeError(f"{where} left tensors of the module without data: {some_of(hollow)}")
     return module.eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexkern.model.weights import LORA_PREFIXES, PICKLES, PREFIXES, _clean_name, _read_files, _some
+from flexkern.model.weights import LORA_PREFIXES, PICKLES, PREFIXES, clean_name, read_files, some_of
 
 SIGNS = {  # kind: what only its tensors are called, wrappers removed
     "LoRA": r".*\.lora_(A|B|down|up)\.(default\.)?weight",
@@ -40,7 +40,7 @@ class Parts:
 
 def kind_of(names: Iterable[str]) -> str | None:
     """What tensors of these names make up: a key of ``SIGNS``, None where no sign is known."""
-    plain = [_clean_name(_clean_name(name, LORA_PREFIXES), PREFIXES) for name in names]
+    plain = [clean_name(clean_name(name, LORA_PREFIXES), PREFIXES) for name in names]
     return next((kind for kind, sign in SIGNS.items() if any(re.fullmatch(sign, name) for name in plain)), None)
 
 
@@ -60,7 +60,7 @@ def identify(file: Path) -> str | None:
     if file.suffix in PICKLES and file.stat().st_size > UNMAPPED and not zipfile.is_zipfile(file):
         return None
     try:
-        return kind_of(tensor_names(_read_files([file], headers=True)[0]))
+        return kind_of(tensor_names(read_files([file], headers=True)[0]))
     except (ValueError, OSError):
         return None
 
@@ -107,7 +107,7 @@ def find_part(path: str | Path, kinds: Sequence[str]) -> tuple[str, Path]:
         if kind in kinds:
             return kind, item
     others = [f"{item.name} ({kind or 'unknown'})" for kind, item in found]
-    raise ValueError(f"{path} is not a {expected}: there is {_some(others)}")
+    raise ValueError(f"{path} is not a {expected}: there is {some_of(others)}")
 
 
 def holdings(path: str | Path) -> list[tuple[str | None, Path]]:
@@ -155,5 +155,5 @@ def _choose(path: Path, found: Sequence[Path], prefer: Sequence[str]) -> Path:
         return found[0]
     if not found:
         there = sorted(item.name for item in path.iterdir())
-        raise ValueError(f"no transformer in {path}; there is {_some(there)}")
+        raise ValueError(f"no transformer in {path}; there is {some_of(there)}")
     raise ValueError(f"several transformers in {path}: {', '.join(map(str, found))}; name one of them")

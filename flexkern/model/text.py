@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flexkern.model.parts import declared, fill, find_part, need, read_part
-from flexkern.model.weights import _some
+from flexkern.model.weights import some_of
 
 TOKENS = 512  # that every Wan 2.1 was trained with
 FOLDER_FILES = ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin")
@@ -136,7 +136,7 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
     keys.append(f"{feed_forward}.wi_0.weight")
     shapes = [tuple(state[key].shape) for key in keys if key in state]
     if len(shapes) < 4 or any(len(shape) != 2 for shape in shapes):
-        raise ValueError(f"{path} is no UMT5 encoder: it lacks some of {', '.join(keys)}; it holds {_some(state)}")
+        raise ValueError(f"{path} is no UMT5 encoder: it lacks some of {', '.join(keys)}; it holds {some_of(state)}")
     (vocabulary, dim), (inner, _), (buckets, heads), (hidden, _) = shapes
     layers = {int(match[1]) for key in state if (match := re.match(r"encoder\.block\.(\d+)\.", key))}
     return {
@@ -190,7 +190,7 @@ class SavedEmbeddings:
         _check_prompts(prompts)
         if unknown := [prompt for prompt in prompts if prompt not in self.prompts]:
             raise ValueError(
-                f"{self.path} holds no embedding of {_short(unknown[0])}; it holds {_some(map(_short, self.prompts))}"
+                f"{self.path} holds no embedding of {_short(unknown[0])}; it holds {some_of(map(_short, self.prompts))}"
             )
         padded = []
         with safe_open(self.path, framework="pt") as file:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from flexkern.model.chunks import ChunkDecoder
 from flexkern.model.parts import fill, find_part, read_part
-from flexkern.model.weights import _some
+from flexkern.model.weights import some_of
 
 FOLDER_FILES = ("taew2_1.safetensors", "taew2_1.pth")
 STRIDES = (1, 2, 2)  # by which the three levels stretch time; each doubles height and width
@@ -78,7 +78,7 @@ class TinyDecoder(ChunkDecoder):
     def restore(self, state: dict[str, Tensor]) -> None:
         expected = {str(i) for i, layer in enumerate(self._net.decoder) if isinstance(layer, _Memory)}
         if state.keys() not in (set(), expected):
-            raise ValueError(f"expected the state of a tiny decoder of {len(expected)} blocks, got {_some(state)}")
+            raise ValueError(f"expected the state of a tiny decoder of {len(expected)} blocks, got {some_of(state)}")
         self._held = {name: tensor.to(self.device, self.dtype) for name, tensor in state.items()}
 
     def _past(self) -> tuple[int, int, int] | None:
@@ -124,7 +124,7 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> tuple[int, list[int]]:
     if len(shapes) < 5 or any(len(shape) != 4 for shape in shapes.values()):
         names = sorted({re.sub(r"\.\D.*", "", key) for key in state})
         raise ValueError(
-            f"{path} is no TAEHV decoder: it lacks some of {', '.join((*WIDTHS, LAST))}; it has {_some(names)}"
+            f"{path} is no TAEHV decoder: it lacks some of {', '.join((*WIDTHS, LAST))}; it has {some_of(names)}"
         )
     if shapes[LAST][0] != 3:
         raise NotImplementedError(f"{path} makes {shapes[LAST][0]} channels; supported: 3, as for Wan 2.1")

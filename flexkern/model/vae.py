@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from flexkern.model.chunks import ChunkDecoder
 from flexkern.model.parts import declared, fill, find_part, need, read_part
 from flexkern.model.tiny_decoder import load_tiny_decoder
-from flexkern.model.weights import _some
+from flexkern.model.weights import some_of
 
 __all__ = ["StreamingDecoder", "WanVAE", "load_tiny_decoder", "load_vae"]
 
@@ -108,7 +108,7 @@ class StreamingDecoder(ChunkDecoder):
         kinds = state["kinds"].tolist() if "kinds" in state else []
         held = {f"slot.{i}" for i, kind in enumerate(kinds) if kind == HELD}
         if len(kinds) != len(self._slots) or held != state.keys() - {"kinds"}:
-            raise ValueError(f"expected the state of a decoder with {len(self._slots)} slots, got {_some(state)}")
+            raise ValueError(f"expected the state of a decoder with {len(self._slots)} slots, got {some_of(state)}")
         place = lambda i: state[f"slot.{i}"].to(self.device, self.dtype).contiguous()
         self._slots = [
             place(i) if kind == HELD else {EMPTY: None, REPEATED: "Rep"}[kind] for i, kind in enumerate(kinds)
@@ -203,4 +203,6 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> dict:
             "out_channels": shapes["decoder.conv_out.weight"][0],
         }  # fmt: skip
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{path} is no Wan VAE: cannot tell its sizes ({error!r}); it holds {_some(state)}") from None
+        raise ValueError(
+            f"{path} is no Wan VAE: cannot tell its sizes ({error!r}); it holds {some_of(state)}"
+        ) from None

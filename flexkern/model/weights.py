@@ -83,12 +83,12 @@ def read_checkpoint(path: str | Path, *, ema: bool | None = None, headers: bool 
     """
     path = Path(path)
     files = _find_files(path, FOLDER_FILES)
-    content, metadata = _read_files(files, headers=headers)
+    content, metadata = read_files(files, headers=headers)
     groups = ["generator_ema"] * (ema is not False) + ["generator", "model"] * (not ema)
-    group, state = _select(content, groups, path, flat=not ema)
+    group, state = select_group(content, groups, path, flat=not ema)
     diffusers = _is_diffusers(state)
     wrappers = [mark for mark in WRAPPERS if any(mark in key for key in state)]
-    wrappers += [mark for mark in PREFIXES if any(_clean_name(key, ()).startswith(mark) for key in state)][:1]
+    wrappers += [mark for mark in PREFIXES if any(clean_name(key, ()).startswith(mark) for key in state)][:1]
     state = _rename({key: value for key, value in state.items() if isinstance(value, Tensor)}, path, diffusers)
     declared = _declared_config(files[0], metadata, beside=path.is_dir() or files[0].match(FOLDER_FILES[0]))
     _refuse_image_models(state, declared, path)
@@ -131,7 +131,7 @@ def load_transformer(
     model.load_state_dict(placed, assign=True)
     hollow = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
     if hollow:
-        raise RuntimeError(f"{path} ({checkpoint.container}) left tensors without data: {_some(hollow)}")
+        raise RuntimeError(f"{path} ({checkpoint.container}) left tensors without data: {some_of(hollow)}")
     return model.eval().requires_grad_(False)
 
 
@@ -145,10 +145,10 @@ def _prepare(
     config = config or checkpoint.config
     if config is None:
         unknown = "does not show dim, ffn_dim, num_heads and num_layers of a Wan transformer, and no config was given"
-        raise ValueError(f"{where} {unknown}; it holds {_some(state)}")
+        raise ValueError(f"{where} {unknown}; it holds {some_of(state)}")
     with torch.device("meta"):
         model = CausalWan(config)
-    _check_fit(state, model.state_dict(), where)
+    check_fit(state, model.state_dict(), where)
     updates = {} if lora is None else read_lora(lora, lora_scale)
     _check_lora(updates, state, f"{lora} does not fit {where}")
     return checkpoint, model, updates
@@ -160,30 +160,30 @@ def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     if path.is_file():
         return [path]
-    parts = _read_json(path / "model_index.json")
+    parts = read_json(path / "model_index.json")
     if (parts.get("transformer_2") or [None])[0]:
         raise NotImplementedError(f"{path} has two transformers (Wan 2.2 A14B); supported: one, as in Wan 2.1")
     folder = path / "transformer" if (path / "transformer").is_dir() else path
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    if names := set(_read_json(index).get("weight_map", {}).values()):
+    if names := set(read_json(index).get("weight_map", {}).values()):
         if absent := [name for name in sorted(names) if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{index} names files that are not there, {_some(absent)}")
+            raise FileNotFoundError(f"{index} names files that are not there, {some_of(absent)}")
         return [folder / name for name in sorted(names)]
     for pattern in patterns:
         if files := sorted(folder.glob(pattern)):
             return files
     found = sorted(file.name for file in folder.iterdir())
-    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(patterns)}; there is {_some(found)}")
+    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(patterns)}; there is {some_of(found)}")
 
 
-def _read_files(files: list[Path], *, headers: bool = False) -> tuple[dict, dict[str, str]]:
+def read_files(files: list[Path], *, headers: bool = False) -> tuple[dict, dict[str, str]]:
     """Everything that the files hold at the top level, and the metadata of the safetensors among them."""
     content, metadata = {}, {}
     for file in files:
         safe = file.suffix == ".safetensors"
         part, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file), {})
         if twice := content.keys() & part.keys():
-            raise ValueError(f"{file} repeats keys of another shard, {_some(sorted(twice))}")
+            raise ValueError(f"{file} repeats keys of another shard, {some_of(sorted(twice))}")
         content, metadata = content | part, metadata | notes
     return content, metadata
 
@@ -218,7 +218,7 @@ def _read_pickle(file: Path) -> dict:
     return dict(content)
 
 
-def _read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict:
     """The object in a JSON file; ``{}`` where there is no file."""
     if not file.is_file():
         return {}
@@ -228,7 +228,7 @@ def _read_json(file: Path) -> dict:
         raise ValueError(f"{file} does not hold a JSON object: {error}") from error
 
 
-def _select(content: dict, groups: Iterable[str], path: Path, *, flat: bool) -> tuple[str, Mapping]:
+def select_group(content: dict, groups: Iterable[str], path: Path, *, flat: bool) -> tuple[str, Mapping]:
     """The first of the groups that is there, or, where that is allowed, the top level itself."""
     held = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
     if not held and any(isinstance(value, Tensor) for value in content.values()):
@@ -244,7 +244,8 @@ def _is_diffusers(keys: Iterable[str]) -> bool:
     return any(mark in key for key in keys for mark in (".attn1.", ".attn2.", ".ffn.net.", "condition_embedder."))
 
 
-def _clean_name(name: str, prefixes: Iterable[str]) -> str:
+def clean_name(name: str, prefixes: Iterable[str]) -> str:
+    """A tensor's name without wrappers (FSDP, compile, ...) and without the first of the prefixes that it has."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
@@ -262,7 +263,7 @@ def _original_name(name: str) -> str:
 def _rename(state: Mapping[str, Tensor], path: Path, diffusers: bool) -> dict[str, Tensor]:
     renamed = {}
     for key, tensor in state.items():
-        name = _clean_name(key, PREFIXES)
+        name = clean_name(key, PREFIXES)
         name = _original_name(name) if diffusers else name
         if name in renamed:
             raise ValueError(f"{path} holds {name} twice, the second time as {key}")
@@ -272,19 +273,20 @@ def _rename(state: Mapping[str, Tensor], path: Path, diffusers: bool) -> dict[st
     return renamed
 
 
-def _some(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
     """How many names there are and the first eight."""
     names = list(names)
     return f"{len(names)}{': ' if names else ''}{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
-def _check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str):
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+    """Raises ValueError that lists what is missing, unexpected or of another shape."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
     shapes = {key: (list(state[key].shape), list(expected[key].shape)) for key in expected if key in state}
     wrong = [f"{key} {got} instead of {want}" for key, (got, want) in shapes.items() if got != want]
     if missing or unexpected or wrong:
-        what = f"missing {_some(missing)}; unexpected {_some(unexpected)}; wrongly shaped {_some(wrong)}"
+        what = f"missing {some_of(missing)}; unexpected {some_of(unexpected)}; wrongly shaped {some_of(wrong)}"
         raise ValueError(f"{where} does not fit the model: {what}")
 
 
@@ -295,7 +297,7 @@ def _declared_config(file: Path, metadata: Mapping[str, str], *, beside: bool) -
         if unknown := sorted(declared.keys() - CONFIG_FIELDS):
             raise ValueError(f"{file}: flexkern_config has unknown fields {unknown}")
         return declared
-    found = _read_json(file.parent / "config.json") if beside else {}
+    found = read_json(file.parent / "config.json") if beside else {}
     declared = {CONFIG_NAMES.get(name, name): value for name, value in found.items() if value is not None}
     return declared | {"qk_norm": declared.get("qk_norm", True) in (True, "rms_norm_across_heads")}
 
@@ -335,14 +337,14 @@ def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
     """The updates of a LoRA by the key of the weight that they change, with the scale lora_scale * alpha / rank."""
     path = Path(path)
     files = _find_files(path, LORA_FILES)
-    content, metadata = _read_files(files)
-    _, state = _select(content, ("generator_lora",), path, flat=True)
+    content, metadata = read_files(files)
+    _, state = select_group(content, ("generator_lora",), path, flat=True)
     adapter = _adapter_config(files[0], content, metadata)
     if special := [name for name in ("use_rslora", "use_dora", "alpha_pattern") if adapter.get(name)]:
         raise NotImplementedError(f"{path} sets {', '.join(special)}; supported: plain LoRA with one alpha")
     diffusers, parts, strange = _is_diffusers(state), {}, []
     for key, value in state.items():
-        name = _clean_name(_clean_name(key, LORA_PREFIXES), PREFIXES)
+        name = clean_name(clean_name(key, LORA_PREFIXES), PREFIXES)
         match = re.fullmatch(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha))", name)
         if match is None:
             strange += [key] * isinstance(value, Tensor)
@@ -354,7 +356,7 @@ def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
         parts[target][role] = value
     strange += [f"half of {target}" for target, part in parts.items() if not part.keys() >= {"down", "up"}]
     if strange or not parts:
-        raise ValueError(f"{path} is not a plain LoRA; beside its {len(parts)} targets it holds {_some(strange)}")
+        raise ValueError(f"{path} is not a plain LoRA; beside its {len(parts)} targets it holds {some_of(strange)}")
     updates = {}
     for target, part in parts.items():
         rank = part["down"].shape[0]
@@ -368,7 +370,7 @@ def _adapter_config(file: Path, content: Mapping, metadata: Mapping[str, str]) -
     adapter = {"lora_alpha": content["alpha"]} if "alpha" in content else {}
     said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     adapter |= {name.rpartition(".")[2]: value for name, value in said.items()}
-    return adapter | (_read_json(file.with_name("adapter_config.json")) if file.stem == "adapter_model" else {})
+    return adapter | (read_json(file.with_name("adapter_config.json")) if file.stem == "adapter_model" else {})
 
 
 def _check_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], what: str):
@@ -379,7 +381,7 @@ def _check_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], wha
         if up[1:] != down[:1] or up[:1] + down[1:] != weight:
             wrong.append(f"{target} {weight} from {up} @ {down}")
     if unknown or wrong:
-        raise ValueError(f"{what}: unknown targets {_some(unknown)}; wrongly shaped {_some(wrong)}")
+        raise ValueError(f"{what}: unknown targets {some_of(unknown)}; wrongly shaped {some_of(wrong)}")
 
 
 def _convert(tensor: Tensor, update: LowRank | None, dtype: torch.dtype, device: str | torch.device) -> Tensor:

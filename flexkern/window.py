@@ -1,7 +1,8 @@
-"""Cache, plans and policies behind somebody else's loop: it says which frames it runs, a ``Window`` does the rest.
+"""Cache, plans and policies behind a denoising loop: the loop says which frames it runs, a ``Window`` does the rest.
 
-A loop that was written around a cache of its own calls the model several times for the same frames, then for the next
-ones. ``open`` tells these apart by their indices; all bookkeeping is on the host, in Python's integers.
+``flexkern.engine`` is one such loop, those of the research repositories are others. A loop calls the model several
+times for the same frames, then for the next ones. ``open`` tells these apart by their indices; all bookkeeping is on
+the host, in Python's integers.
 """
 
 from types import ModuleType
@@ -43,20 +44,21 @@ class Window:
         """Absolute indices of the frames being computed."""
         return [] if self.chunk is None else list(range(self.chunk[0], sum(self.chunk)))
 
-    def open(self, start: int, count: int, shape: tuple[int, int, int]) -> None:
+    def open(self, start: int, count: int, shape: tuple[int, int, int], *, cut: bool = False) -> PagedMemory:
         """Be ready for frames start .. start + count - 1: a further pass over the open chunk, the next, or a new video.
 
-        shape: batch, token rows, token columns. A video may start at any frame. One that is under way goes on with the
-        frame behind its last chunk, or begins anew at 0. Raises ValueError for any other frame, and for another shape.
+        shape: batch, token rows, token columns. cut: the chunk begins a new scene. A video may start at any frame. One
+        that is under way goes on with the frame behind its last chunk, or begins anew at 0. Raises ValueError for any
+        other frame, and for another shape.
         """
         if start == 0 and self.chunk not in (None, (0, count)):
             self.begin()
         if self.chunk is None:
-            self._allocate(shape)
+            self.allocate(shape)
         if shape != self.shape:
             raise ValueError(f"batch, rows and columns must stay {self.shape} within a video, got {shape}")
         if self.chunk == (start, count):
-            return
+            return self.memory
         if self.chunk is not None and start != sum(self.chunk):
             raise ValueError(
                 f"frames must be {self.frames} again, or follow them from {sum(self.chunk)} on, "
@@ -64,7 +66,7 @@ class Window:
             )
         frames = list(range(start, start + count))
         self.cache.keep(self.preset.retention.keep(len(self.cache.pages), count))
-        self._plan(frames, self.cache.open(frames))
+        return self._plan(frames, self.cache.open(frames), cut)
 
     def switch(self) -> int:
         """Do to the cache what the preset does at a change of prompt.
@@ -92,7 +94,8 @@ class Window:
         return count
 
     @torch.inference_mode(False)  # pages and plans outlive the mode they were made in
-    def _allocate(self, shape: tuple[int, int, int]) -> None:
+    def allocate(self, shape: tuple[int, int, int]) -> None:
+        """Pages for a video of that shape are there; ``open`` would make them, but later."""
         if shape == self.shape:
             return
         batch, rows, columns = shape
@@ -103,11 +106,12 @@ class Window:
         self.shape = shape
 
     @torch.inference_mode(False)
-    def _plan(self, frames: list[int], slots: list[int]) -> None:
+    def _plan(self, frames: list[int], slots: list[int], cut: bool = False) -> PagedMemory:
         phases = self.preset.position.phases(
             query=frames, visible=self.cache.frames, bands=band_split(self.model["head_dim"])[0],
-            heads=self.model["heads"], target=self.target,
+            heads=self.model["heads"], target=self.target, cut=cut,
         )  # fmt: skip
         plan = make_plan(phases, write_slots=slots, read_slots=self.cache.slots, place_turn=self.place_turn)
         self.memory = PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps)
         self.chunk = frames[0], len(frames)
+        return self.memory
