@@ -1,6 +1,6 @@
 """Run the 1.3B model once at full size on a CPU: weights written, found and loaded, a prompt encoded, a chunk decoded.
 
-python bench/full_size.py --folder /tmp/full_size
+python bench/full_size.py --folder full_size
 
 Random weights of the published shapes: the transformer of Wan 2.1 1.3B in bfloat16, the whole VAE, and a UMT5 encoder
 of full width with two layers and a small vocabulary. The picture is small, so that a CPU can do it.
