@@ -165,6 +165,7 @@ def frame_attention(
     """
     contiguous = query, key_pages, value_pages, slots, turn, logit_scale, *(() if bias is None else (bias,))
     assert all(x.is_contiguous() for x in contiguous), "query, pages and plan must be contiguous"
+    assert query.dtype == key_pages.dtype == value_pages.dtype, "query and pages must have one dtype"
     tokens, heads, dim = query.shape[2:]
     config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
     if config.path == "hopper":

@@ -154,6 +154,12 @@ def test_an_absent_backend_says_what_is_there_and_why_not(name, why, monkeypatch
         get_backend(name)
 
 
+def test_triton_refuses_a_head_that_does_not_tile():
+    q, k, v = inputs(48, torch.float32)
+    with pytest.raises(NotImplementedError, match="'triton' takes head dims that are powers of two from 16 on, got 48"):
+        get_backend("triton").frame_attention(q, k, v, plan_of(48))
+
+
 def test_triton_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -166,6 +166,9 @@ def test_refuses_what_it_cannot_address(device):
     inputs["query"] = inputs["query"].transpose(1, 2).contiguous().transpose(1, 2)
     with pytest.raises(AssertionError, match="must be contiguous"):
         run(inputs, device)
+    inputs = make_inputs(1, 2, 16, 2, 64, 3, 1)
+    with pytest.raises(AssertionError, match="must have one dtype"):
+        run(inputs | {"key_pages": inputs["key_pages"].bfloat16()}, device)
 
 
 @triton.jit
