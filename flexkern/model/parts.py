@@ -1,15 +1,14 @@
-"""What the text encoder and the VAE share: their weight files found in a model folder, read, and put into a module."""
+"""What the text encoder and the VAE share: their weight files read, and put into a module."""
 
 import importlib
-from collections.abc import Callable, Iterable, Mapping
-from itertools import chain
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from flexkern.model.weights import check_fit, read_files, read_json, select_group, some_of
+from flexkern.model.files import check_fit, finished, read_files, read_json, select_group
 
 
 def need(name: str, purpose: str) -> ModuleType:
@@ -20,27 +19,6 @@ def need(name: str, purpose: str) -> ModuleType:
         if error.name != name:
             raise
         raise ImportError(f'{purpose} needs {name}: pip install "flexkern[model]"') from error
-
-
-def find_part(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
-    """The weight files of a part of a model: the file itself, or those in its folder that match the first pattern.
-
-    folder: name of the part's folder in the diffusers layout. An index beside shards must find all of them.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}")
-    if path.is_file():
-        return [path]
-    within = path / folder if (path / folder).is_dir() else path
-    for pattern in patterns:
-        index = within / f"{pattern.replace('*', '')}.index.json"  # as transformers and diffusers name it
-        names = sorted(set(read_json(index).get("weight_map", {}).values()))
-        if absent := [name for name in names if not (within / name).is_file()]:
-            raise FileNotFoundError(f"{index} names files that are not there, {some_of(absent)}")
-        if files := [within / name for name in names] or sorted(within.glob(pattern)):
-            return files
-    found = sorted(file.name for file in within.iterdir())
-    raise FileNotFoundError(f"no weights in {within}: looked for {', '.join(patterns)}; there is {some_of(found)}")
 
 
 def read_part(files: list[Path]) -> dict[str, Tensor]:
@@ -76,7 +54,4 @@ def fill(
     check_fit(state, {key: tensor for key, tensor in module.state_dict().items() if key not in ties}, where)
     placed = {key: state.pop(key).to(device, dtype) for key in list(state)}
     module.load_state_dict(placed | {name: placed[of] for name, of in ties.items()}, assign=True)
-    hollow = [name for name, t in chain(module.named_parameters(), module.named_buffers()) if t.is_meta]
-    if hollow:
-        raise RuntimeError(f"{where} left tensors of the module without data: {some_of(hollow)}")
-    return module.eval().requires_grad_(False)
+    return finished(module, where)

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flexkern.model.weights import LORA_PREFIXES, PICKLES, PREFIXES, clean_name, read_files, some_of
+from flexkern.model.files import PICKLES, read_files, some_of
+from flexkern.model.weights import LORA_PREFIXES, PREFIXES, clean_name
 
 SIGNS = {  # kind: what only its tensors are called, wrappers removed
     "LoRA": r".*\.lora_(A|B|down|up)\.(default\.)?weight",

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flexkern.model.parts import declared, fill, find_part, need, read_part
-from flexkern.model.weights import some_of
+from flexkern.model.files import find_files, some_of
+from flexkern.model.parts import declared, fill, need, read_part
 
 TOKENS = 512  # that every Wan 2.1 was trained with
 FOLDER_FILES = ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin")
@@ -93,7 +93,7 @@ def load_text_encoder(
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, in which T5 does not overflow, got {dtype}")
     path = Path(path)
-    files = find_part(path, "text_encoder", FOLDER_FILES)
+    files = find_files(path, "text_encoder", FOLDER_FILES)
     folder = _find_tokenizer(files[0].parent if tokenizer is None else Path(tokenizer), given=tokenizer is not None)
     transformers = need("transformers", PURPOSE)
     need("ftfy", PURPOSE)

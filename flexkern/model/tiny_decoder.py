@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from flexkern.model.chunks import ChunkDecoder
-from flexkern.model.parts import fill, find_part, read_part
-from flexkern.model.weights import some_of
+from flexkern.model.files import find_files, some_of
+from flexkern.model.parts import fill, read_part
 
 FOLDER_FILES = ("taew2_1.safetensors", "taew2_1.pth")
 STRIDES = (1, 2, 2)  # by which the three levels stretch time; each doubles height and width
@@ -108,7 +108,7 @@ def load_tiny_decoder(
     that do not fit.
     """
     path = Path(path)
-    state = read_part(find_part(path, "", FOLDER_FILES))
+    state = read_part(find_files(path, "", FOLDER_FILES))
     state = {key: tensor for key, tensor in state.items() if not key.startswith("encoder.")}
     channels, widths = _sizes(state, path)
     for place, width, stride in zip(GROW, widths, STRIDES, strict=False):

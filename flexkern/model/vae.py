@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from flexkern.model.chunks import ChunkDecoder
-from flexkern.model.parts import declared, fill, find_part, need, read_part
+from flexkern.model.files import find_files, some_of
+from flexkern.model.parts import declared, fill, need, read_part
 from flexkern.model.tiny_decoder import load_tiny_decoder
-from flexkern.model.weights import some_of
 
 __all__ = ["StreamingDecoder", "WanVAE", "load_tiny_decoder", "load_vae"]
 
@@ -139,7 +139,7 @@ def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: tor
     VAE of Wan 2.2; ValueError that lists the keys that do not fit.
     """
     path = Path(path)
-    files = find_part(path, "vae", FOLDER_FILES)
+    files = find_files(path, "vae", FOLDER_FILES)
     diffusers = need("diffusers", "the VAE")
     found = declared(files)
     found = found if found.get("_class_name") == "AutoencoderKLWan" else {}  # beside Wan's own file, the transformer's

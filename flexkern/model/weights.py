@@ -7,18 +7,15 @@ scripts/convert_wan_to_diffusers.py; PEFT and kohya for the names in a LoRA.
 """
 
 import json
-import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flexkern.model.files import check_fit, find_files, finished, read_files, read_json, select_group, some_of
 from flexkern.model.wan import CausalWan, WanConfig
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # removed anywhere in a key
@@ -26,7 +23,6 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")  # one of th
 LORA_PREFIXES = ("base_model.model.", "transformer.")
 FOLDER_FILES = ("diffusion_pytorch_model*.safetensors", "model.pt")
 LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "lora.pt")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
 _ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
 DIFFUSERS_NAMES = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -53,8 +49,6 @@ SIZES = {  # field: (key, axis) that shows it
     "text_dim": ("text_embedding.0.weight", 1),
     "freq_dim": ("time_embedding.0.weight", 1),
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 HEAD_DIM = 128  # of every published Wan; the shapes do not show it
 LowRank = tuple[Tensor, Tensor, float]  # up [out, rank], down [rank, in], scale: the update scale * up @ down
 
@@ -129,10 +123,7 @@ def load_transformer(
     # popped one by one: what was read can go as soon as it is converted
     placed = {key: _convert(state.pop(key), updates.get(key), dtype, device) for key in list(state)}
     model.load_state_dict(placed, assign=True)
-    hollow = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
-    if hollow:
-        raise RuntimeError(f"{path} ({checkpoint.container}) left tensors without data: {some_of(hollow)}")
-    return model.eval().requires_grad_(False)
+    return finished(model, f"{path} ({checkpoint.container})")
 
 
 def _prepare(
@@ -155,89 +146,12 @@ def _prepare(
 
 
 def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
-    """The weight files that a path stands for."""
+    """The weight files of the transformer, or of a LoRA, that a path stands for."""
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if path.is_file():
-        return [path]
-    parts = read_json(path / "model_index.json")
-    if (parts.get("transformer_2") or [None])[0]:
+    if path.is_dir() and (read_json(path / "model_index.json").get("transformer_2") or [None])[0]:
         raise NotImplementedError(f"{path} has two transformers (Wan 2.2 A14B); supported: one, as in Wan 2.1")
-    folder = path / "transformer" if (path / "transformer").is_dir() else path
-    index = folder / "diffusion_pytorch_model.safetensors.index.json"
-    if names := set(read_json(index).get("weight_map", {}).values()):
-        if absent := [name for name in sorted(names) if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"{index} names files that are not there, {some_of(absent)}")
-        return [folder / name for name in sorted(names)]
-    for pattern in patterns:
-        if files := sorted(folder.glob(pattern)):
-            return files
-    found = sorted(file.name for file in folder.iterdir())
-    raise FileNotFoundError(f"no weights in {folder}: looked for {', '.join(patterns)}; there is {some_of(found)}")
-
-
-def read_files(files: list[Path], *, headers: bool = False) -> tuple[dict, dict[str, str]]:
-    """Everything that the files hold at the top level, and the metadata of the safetensors among them."""
-    content, metadata = {}, {}
-    for file in files:
-        safe = file.suffix == ".safetensors"
-        part, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file), {})
-        if twice := content.keys() & part.keys():
-            raise ValueError(f"{file} repeats keys of another shard, {some_of(sorted(twice))}")
-        content, metadata = content | part, metadata | notes
-    return content, metadata
-
-
-def _read_safetensors(file: Path, headers: bool) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:  # torch maps a file only where all of it would fit into memory
-        with safe_open(file, framework="numpy" if headers else "pt") as handle:
-            read = (lambda key: _hollow(handle.get_slice(key))) if headers else handle.get_tensor
-            return {key: read(key) for key in handle.keys()}, handle.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file} is not a readable safetensors file: {error}") from error
-    except RuntimeError as error:
-        raise OSError(f"{file} cannot be mapped: {error}") from error
-
-
-def _hollow(part) -> Tensor:
-    """A tensor of the size and dtype of a slice of a safetensors file; of an unknown dtype as 8-bit integers."""
-    return torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
-
-
-def _read_pickle(file: Path) -> dict:
-    if file.suffix not in PICKLES:
-        raise ValueError(f"{file}: expected .safetensors, {', '.join(PICKLES)}, got {file.suffix!r}")
-    try:  # only the zip format of torch.save can be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        found = re.search(r"(GLOBAL|Unsupported operand) \S+", str(error))
-        reason = found[0] if found else re.split(r"\.\s|\n", str(error))[0] or "end of file"
-        raise ValueError(f"{file} cannot be read as tensors alone ({reason}); save its state dict by itself") from error
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{file}: expected a dictionary of tensors, got {type(content).__name__}")
-    return dict(content)
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; ``{}`` where there is no file."""
-    if not file.is_file():
-        return {}
-    try:
-        return dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{file} does not hold a JSON object: {error}") from error
-
-
-def select_group(content: dict, groups: Iterable[str], path: Path, *, flat: bool) -> tuple[str, Mapping]:
-    """The first of the groups that is there, or, where that is allowed, the top level itself."""
-    held = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
-    if not held and any(isinstance(value, Tensor) for value in content.values()):
-        held, content = ["flat"], {"flat": content}
-    for name in (*groups, "flat") if flat else groups:
-        if name in held and content[name]:
-            return name, content[name]
-    expected = " | ".join((*groups, "flat tensors") if flat else groups)
-    raise ValueError(f"{path} does not hold {expected}; it holds {', '.join(held) or 'no tensors'}")
+    return find_files(path, "transformer", patterns)
 
 
 def _is_diffusers(keys: Iterable[str]) -> bool:
@@ -271,23 +185,6 @@ def _rename(state: Mapping[str, Tensor], path: Path, diffusers: bool) -> dict[st
             raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point, not quantised weights")
         renamed[name] = tensor
     return renamed
-
-
-def some_of(names: Iterable[str]) -> str:
-    """How many names there are and the first eight."""
-    names = list(names)
-    return f"{len(names)}{': ' if names else ''}{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
-
-
-def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
-    """Raises ValueError that lists what is missing, unexpected or of another shape."""
-    missing = [key for key in expected if key not in state]
-    unexpected = [key for key in state if key not in expected]
-    shapes = {key: (list(state[key].shape), list(expected[key].shape)) for key in expected if key in state}
-    wrong = [f"{key} {got} instead of {want}" for key, (got, want) in shapes.items() if got != want]
-    if missing or unexpected or wrong:
-        what = f"missing {some_of(missing)}; unexpected {some_of(unexpected)}; wrongly shaped {some_of(wrong)}"
-        raise ValueError(f"{where} does not fit the model: {what}")
 
 
 def _declared_config(file: Path, metadata: Mapping[str, str], *, beside: bool) -> dict:
