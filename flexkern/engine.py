@@ -176,10 +176,8 @@ class Session:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
-        # these refuse a window that is too small, and a position policy that does not fit the model or the length
-        self.preset.retention.keep(0, max(engine.chunk, self.first_chunk))
-        bands = band_split(config.head_dim)[0]
-        self.preset.position.phases(query=[0], visible=[0], bands=bands, heads=config.num_heads, target=frames)
+        sizes = {"bands": band_split(config.head_dim)[0], "heads": config.num_heads}
+        self.preset.check(chunk=max(engine.chunk, self.first_chunk), **sizes, target=frames)
         self.text = engine.encode(prompt)
         self.batch = self.text[0][0].shape[0]
         self.window = Window(

@@ -196,8 +196,8 @@ def text_lines(place: Path) -> Lines:
 
 
 def embeddings_lines(place: Path) -> Lines:
+    from flexkern.model.files import some_of
     from flexkern.model.text import SavedEmbeddings
-    from flexkern.model.weights import some_of
 
     saved = SavedEmbeddings(place)
     yield "is", "saved embeddings of prompts"
@@ -220,8 +220,8 @@ def unknown_lines(path: Path) -> Lines:
 
 def tensors_of(place: Path) -> "dict[str, Tensor]":
     """All tensors at a place, of whatever group."""
+    from flexkern.model.files import read_files
     from flexkern.model.survey import shards
-    from flexkern.model.weights import read_files
 
     content, _ = read_files(shards(place), headers=True)
     groups = [value for value in content.values() if isinstance(value, Mapping)]

@@ -75,7 +75,6 @@ class Plan:
     """What will be loaded, found and checked; tiny: the VAE is a tiny decoder."""
 
     family: Family
-    size: tuple[int, int]
     transformer: Path
     vae: Path | None
     tiny: bool
@@ -184,7 +183,7 @@ def check(
     if render.lora is None and parts.loras:
         note(f"{', '.join(map(str, parts.loras))} is a LoRA; it is used with --lora PATH only")
     return Plan(
-        family=family, size=family.size, transformer=parts.transformer, vae=vae, tiny=kind == "tiny VAE",
+        family=family, transformer=parts.transformer, vae=vae, tiny=kind == "tiny VAE",
         embeddings=embeddings, text_encoder=encoder,
     )  # fmt: skip
 
@@ -202,15 +201,15 @@ def load(render: "Render", plan: Plan, prompts: Sequence[str], device: str, pict
         decoder = vae.decoder
         _check_vae(vae, plan.vae)
     if render.image is not None:
-        start = vae.encode(_read_image(render.image, plan.size))
+        start = vae.encode(_read_image(render.image, family.size))
     model = load_transformer(
         plan.transformer, ema=_ema(render), lora=render.lora, lora_scale=render.lora_scale, dtype=dtype, device=device
     )
     engine = Engine(
-        model, schedule=family.schedule, backend=render.backend, chunk=family.chunk, size=plan.size,
+        model, schedule=family.schedule, backend=render.backend, chunk=family.chunk, size=family.size,
         text_encoder=known, encoder=vae.encode if vae else None, decoder=None if render.latents else decoder,
     )  # fmt: skip
-    size = plan.size[0] * STRIDE, plan.size[1] * STRIDE
+    size = family.size[0] * STRIDE, family.size[1] * STRIDE
     return Source(
         engine=engine, pictures=pictures, fps=family.fps, size=size, first_chunk=family.first_chunk,
         per_frame=PICTURES_PER_FRAME, start=start,
@@ -249,9 +248,8 @@ def _check_config(config: WanConfig, path: Path, preset: Preset, family: Family,
     if config.in_dim != CHANNELS or config.out_dim != CHANNELS:
         got = f"{config.in_dim} in, {config.out_dim} out"
         raise ValueError(f"{path} has latents of {got} channels; expected {CHANNELS}, as Wan 2.1 has")
-    preset.retention.keep(0, max(family.chunk, family.first_chunk))
-    bands = band_split(config.head_dim)[0]
-    preset.position.phases(query=[0], visible=[0], bands=bands, heads=config.num_heads, target=frames, cut=False)
+    sizes = {"bands": band_split(config.head_dim)[0], "heads": config.num_heads}
+    preset.check(chunk=max(family.chunk, family.first_chunk), **sizes, target=frames)
 
 
 def _check_embeddings(path: Path, prompts: Sequence[str], config: WanConfig) -> None:

@@ -45,6 +45,14 @@ class Preset:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    def check(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
+        """Raises ValueError for a window too small for the chunk, or positions that fit not the model or the length.
+
+        chunk: the most frames computed together. target: latent frames of the video, None for no end.
+        """
+        self.retention.keep(0, chunk)
+        self.position.phases(query=[0], visible=[0], bands=bands, heads=heads, target=target)
+
 
 POLICIES = ("position", "retention", "noise", "switch")
 
