@@ -104,6 +104,14 @@ def _norm_rope_write(
                 tl.store(value_page_ptr + page + offs_c, value, mask=offs_c < CHANNELS)
 
 
+def row_tile(heads: int, dim: int) -> tuple[int, int, int]:
+    """BLOCK_H, BLOCK_P and warps of a program that holds a token's row."""
+    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    # 64 channels a thread, padding included (which costs nothing): 12 heads of 128 fill one warp, which needs no
+    # barrier. By its registers an SM holds 40 to 60 KB of rows at C = 1536 to 5120; 1 us at 4.8 TB/s is 36 KB an SM
+    return block_h, block_p, min(max(block_h * block_p // 1024, 1), 16)
+
+
 def norm_rope_write(
     query: Tensor | None,
     key: Tensor,
@@ -123,10 +131,7 @@ def norm_rope_write(
     assert key_pages.stride() == value_pages.stride(), "key and value pages must be laid out alike"
     out = None if query is None else torch.empty_like(query)
     parts = 2 if query is None else 3
-    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
-    # 64 channels a thread, padding included (which costs nothing): 12 heads of 128 fill one warp, which needs no
-    # barrier. By its registers an SM holds 40 to 60 KB of rows at C = 1536 to 5120; 1 us at 4.8 TB/s is 36 KB an SM
-    num_warps = min(max(block_h * block_p // 1024, 1), 16)
+    block_h, block_p, num_warps = row_tile(heads, dim)
     _norm_rope_write[(tokens, frames, batch * parts)](
         key if query is None else query, key, value, query_weight, key_weight, place_turn,
         key_pages, value_pages, slots, key if out is None else out,

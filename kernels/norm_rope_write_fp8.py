@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .norm_rope_write import _norm_rope, norm_turn
+from .norm_rope_write import _norm_rope, norm_turn, row_tile
 from .quantize import refuse_without_fp8, to_e4m3, token_at
 
 
@@ -99,14 +99,14 @@ def norm_rope_write_fp8(
     refuse_without_fp8(key.device)
     out = None if query is None else torch.empty_like(query)
     parts = 1 if query is None else 2
-    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    block_h, block_p, num_warps = row_tile(heads, dim)
     pages, padded = value_pages.shape[1], value_pages.shape[-1]
     _norm_rope_write_fp8[(tokens, frames, batch * parts)](
         key if query is None else query, key, query_weight, key_weight, place_turn,
         key_pages, key_scale, slots, key if out is None else out,
         key_pages.stride(0), key_pages.stride(1), pages, eps,
         PARTS=parts, HEADS=heads, PAIRS=dim // 2, PLACE_PAIRS=place_turn.shape[1], BLOCK_H=block_h, BLOCK_P=block_p,
-        num_warps=min(max(block_h * block_p // 1024, 1), 16), enable_fp_fusion=True,  # as in norm_rope_write
+        num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
     _write_values_fp8[(heads, triton.cdiv(padded, 64), batch * frames)](
         value, value_pages, value_scale, value_seen, slots,

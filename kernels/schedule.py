@@ -1,9 +1,10 @@
 """Who computes which part of an attention: whole tiles first, then tiles cut by key frame, dealt evenly.
 
 A tile is BLOCK_M query rows of one (batch, head) against all R frames. With G programs, program p takes the whole
-tiles p, G + p, 2 G + p, ...: at any time all programs stand on neighbouring tiles and on the same frame, so that what
-they read of the cache is little and stays in L2. The tiles mod G tiles that remain are ``units`` (tile, frame) pairs;
-program p takes [p * units / G, (p + 1) * units / G). That is less than R units, so it touches at most two tiles.
+tiles p, G + p, 2 G + p, ...: all programs begin together, on neighbouring tiles and the same frame, and go on at one
+pace, so that what they read of the cache at a time is little enough for L2. The tiles mod G tiles that remain are
+``units`` (tile, frame) pairs; program p takes [p * units / G, (p + 1) * units / G). That is less than R units, so it
+touches at most two tiles.
 
 The last wave of an uncut grid leaves SMs idle: 444 tiles on 132 SMs take 4 waves for the work of 3.36. Cut, they take
 ceil(444 * R / 132) / R = 3.42 at R = 12.

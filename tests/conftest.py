@@ -23,3 +23,18 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_outputs(monkeypatch):
+    """What a launcher allocates like an input is NaN until its kernel writes it."""
+    monkeypatch.setattr(torch, "empty_like", lambda t: torch.full_like(t, float("nan")))
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every torch.empty is filled with NaN."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(before)
