@@ -1,7 +1,7 @@
 """Time frame_attention: alone, beside every library, and the three designs of the turn; or every tile.
 
 python bench/bench_frame_attention.py --save                     # ours alone: frame_attention.csv
-python bench/bench_frame_attention.py --what fp8 --save          # or hopper: beside the one that is selected
+python bench/bench_frame_attention.py --what hopper --save       # beside the one that is selected
 python bench/bench_frame_attention.py --what peers --save        # and libraries, and the designs: also designs.csv
 python bench/bench_frame_attention.py --what tiles --save        # every tile that might be the best: tiles.csv
 python bench/bench_frame_attention.py --what once                # two launches, for a profiler
@@ -21,7 +21,7 @@ from harness import Case, Provider, Row
 from peers import PEERS, first, get_peer
 from roofs import DEVICE, measure_roofs
 
-from flexkern.kernels import reference, tuned
+from flexkern.kernels import tuned
 from flexkern.kernels.frame_attention import frame_attention
 
 LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and rounded before a library sees them
@@ -49,22 +49,6 @@ def hopper(problem: Problem) -> Provider | str:
     return Provider(call=call, result=problem.sample, everything=lambda out: out)
 
 
-def eight_bit(problem: Problem) -> Provider | str:
-    if DEVICE == "cuda" and torch.cuda.get_device_capability() < (8, 9):
-        return "needs a GPU of compute capability 8.9"
-    from flexkern.kernels.frame_attention_fp8 import frame_attention_fp8
-
-    query, keys, values, *plan = problem.plan(problem.turn)
-    scale = torch.full((*keys.shape[:2], keys.shape[3]), 2.0**-6, device=DEVICE)  # of numbers that are at most 7
-    keys = reference.to_e4m3(keys.float() / scale[:, :, None, :, None])
-    values = reference.to_e4m3(reference.pack_values(values.float()) / scale[..., None, None])
-    call = lambda: first(frame_attention_fp8(query, keys, values, scale, scale, *plan))
-    finer = torch.finfo(torch.bfloat16).eps / torch.finfo(query.dtype).eps
-    # 9 % of these logits, which are twice normal, where bfloat16 makes 0.3 %
-    budget = {"mean": 60 * finer, "worst": 80 * finer}
-    return Provider(call=call, result=problem.sample, everything=lambda out: out, **budget)
-
-
 def library(problem: Problem, name: str) -> Provider | str:
     attend = get_peer(name, DEVICE)
     if isinstance(attend, str):
@@ -84,7 +68,7 @@ def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str])
 def build(shape: Shape, names: tuple[str, ...] = PROVIDERS) -> Case:
     """Our attention and that of the libraries, which get their keys gathered and turned for nothing."""
     problem = Problem(shape, DEVICE)
-    special = {"triton": ours, "hopper": hopper, "fp8": eight_bit}
+    special = {"triton": ours, "hopper": hopper}
     made = {name: special[name](problem) if name in special else library(problem, name) for name in names}
     return case_of("frame_attention", problem, made)
 
@@ -173,9 +157,7 @@ def run_peers(args: argparse.Namespace, shapes: list[Shape]) -> None:
 
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument(
-        "--what", choices=("ours", "hopper", "fp8", "peers", "tiles", "once", "compile"), default="ours"
-    )
+    parser.add_argument("--what", choices=("ours", "hopper", "peers", "tiles", "once", "compile"), default="ours")
     parser.add_argument("--part", type=int, default=0, help=f"of the tiles to compile, 0 to {COMPILERS - 1}")
     args = parser.parse_args()
     shapes = harness.shapes_for(args, SHORT, EVERY, TINY)

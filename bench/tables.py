@@ -99,8 +99,6 @@ def targets(rows: dict[str, list[Row]]) -> str:
     against("speed over keys turned once a chunk and the best library", "turned once a chunk", 3, 1.03)
     against("speed over keys turned once a chunk and the best library", "turned once a chunk", 1, 1.3)
     against("speed over the research code's path", "research", 3, 2.0)
-    eight = [ratio(rows["frame_attention"], "triton", "fp8", 3, read) for read in (12, 21)]
-    add("speed of fp8 over bfloat16, or it is not selected", ">= 1.4", eight, min, lambda value: value >= 1.4)
     for name in POINTWISE:
         percent = [row.roof_percent for row in rows[name] if row.provider == "triton"]
         add(f"{name}, percent of the copy rate", ">= 90", percent, min, lambda value: value >= 90)

@@ -21,16 +21,16 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .common import cast, dot
-from .merge import plan_job, store_part, store_rows
-from .schedule import count_items, find_item, find_rows
+from .merge import close_item, plan_job
+from .schedule import Sizes, count_items, open_item
 from .tuned import Config, arch_of, frame_attention_config
 
 
 @triton.jit
-def turn_of(turn_ptr, scale_ptr, frame, key_frame, read, group, groups, T: tl.constexpr, PAIRS: tl.constexpr):
+def turn_of(turn_ptr, scale_ptr, frame, key_frame, item, sizes, T: tl.constexpr, PAIRS: tl.constexpr):
     """(cos, sin) [1, PAIRS] for a query frame that meets a key frame, times the query frame's logit_scale."""
     pair = tl.arange(0, PAIRS)
-    turn_ptr += ((frame * read + key_frame) * groups + group) * (2 * T)
+    turn_ptr += ((frame * sizes.read + key_frame) * sizes.groups + item.head % sizes.groups) * (2 * T)
     scale = tl.load(scale_ptr + frame)
     cos = tl.load(turn_ptr + 2 * pair, mask=pair < T, other=1.0)
     sin = tl.load(turn_ptr + 2 * pair + 1, mask=pair < T, other=0.0)
@@ -38,23 +38,41 @@ def turn_of(turn_ptr, scale_ptr, frame, key_frame, read, group, groups, T: tl.co
 
 
 @triton.jit
-def turned_query(
-    query_ptr, turn_ptr, scale_ptr, rows, left, frame, frames, key_frame, read, group, groups, channels,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CROSSES: tl.constexpr,
-):  # fmt: skip
-    """The tile's query [BLOCK_M, D], turned for one key frame and rounded once; ``left`` rows belong to ``frame``."""
-    PAIRS: tl.constexpr = D // 2
+def load_query(query_ptr, item, sizes, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Real and imaginary channels of the item's rows [BLOCK_M, D / 2], zeros behind its last row."""
+    channels = sizes.heads * D
+    rows = query_ptr + (item.batch.to(tl.int64) * sizes.frames * S + item.row) * channels + item.head * D
     offs_m = tl.arange(0, BLOCK_M)
-    ptr = query_ptr + offs_m[:, None] * channels + tl.arange(0, PAIRS)[None, :]
-    mask_m = (offs_m < rows)[:, None]
+    ptr = rows + offs_m[:, None] * channels + tl.arange(0, D // 2)[None, :]
+    mask_m = (item.row + offs_m < item.stop)[:, None]
     real = tl.load(ptr, mask=mask_m, other=0.0).to(tl.float32)
-    imag = tl.load(ptr + PAIRS, mask=mask_m, other=0.0).to(tl.float32)
-    cos, sin = turn_of(turn_ptr, scale_ptr, frame, key_frame, read, group, groups, T, PAIRS)
+    imag = tl.load(ptr + D // 2, mask=mask_m, other=0.0).to(tl.float32)
+    return real, imag
+
+
+@triton.jit
+def turn_rows(
+    turn_ptr, scale_ptr, key_frame, item, sizes,
+    S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """(cos, sin) [BLOCK_M or 1, D / 2] by which the item's rows turn on their way to a key frame."""
+    cos, sin = turn_of(turn_ptr, scale_ptr, item.frame, key_frame, item, sizes, T, D // 2)
     if CROSSES:  # rows behind the frame's end belong to the next one
-        next_frame = tl.minimum(frame + 1, frames - 1)
-        next_cos, next_sin = turn_of(turn_ptr, scale_ptr, next_frame, key_frame, read, group, groups, T, PAIRS)
-        is_next = (offs_m >= left)[:, None]
+        next_frame = tl.minimum(item.frame + 1, sizes.frames - 1)
+        next_cos, next_sin = turn_of(turn_ptr, scale_ptr, next_frame, key_frame, item, sizes, T, D // 2)
+        is_next = (item.row + tl.arange(0, BLOCK_M) >= (item.frame + 1) * S)[:, None]
         cos, sin = tl.where(is_next, next_cos, cos), tl.where(is_next, next_sin, sin)
+    return cos, sin
+
+
+@triton.jit
+def turned_query(
+    query_ptr, turn_ptr, scale_ptr, key_frame, item, sizes,
+    S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """The item's query [BLOCK_M, D], turned for one key frame and rounded once."""
+    real, imag = load_query(query_ptr, item, sizes, S, D, BLOCK_M)
+    cos, sin = turn_rows(turn_ptr, scale_ptr, key_frame, item, sizes, S, T, D, BLOCK_M, CROSSES)
     dtype: tl.constexpr = query_ptr.dtype.element_ty
     turned = tl.join(cast(real * cos - imag * sin, dtype), cast(real * sin + imag * cos, dtype))
     return turned.permute(0, 2, 1).reshape(BLOCK_M, D)
@@ -93,29 +111,24 @@ def _frame_attention(
     HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     # one program per SM walks through its items: a tile of query rows and a range of key frames
-    program, programs = tl.program_id(0), tl.num_programs(0)
+    sizes = Sizes(tiles, spans, frames, read, pages, heads, groups)
     channels = heads * D
     FULL: tl.constexpr = S // BLOCK_N * BLOCK_N
-    for item in range(0, count_items(program, programs, tiles, read)):
-        tile, begin, end, part = find_item(item, program, programs, tiles, read)
-        batch, head, row, stop = find_rows(tile, heads, spans, SPAN, BLOCK_M)
-        column, group, frame = head * D, head % groups, row // S
-        tile_ptr = query_ptr + (batch.to(tl.int64) * frames * S + row) * channels + column
-        left = (frame + 1) * S - row
-
+    for index in range(0, count_items(tl.program_id(0), tl.num_programs(0), sizes.tiles, sizes.read)):
+        item = open_item(index, sizes, S, SPAN, BLOCK_M)
+        column = item.head * D
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
         # carried through the loop over frames: only then the compiler leaves it in shared memory, where wgmma reads it
         q = turned_query(
-            tile_ptr, turn_ptr, scale_ptr, stop - row, left, frame, frames, begin, read, group, groups, channels,
-            T, D, BLOCK_M, CROSSES,
+            query_ptr, turn_ptr, scale_ptr, item.begin, item, sizes, S, T, D, BLOCK_M, CROSSES
         )  # fmt: skip
-        for key_frame in tl.range(begin, end):
-            page = batch * pages + tl.load(slot_ptr + key_frame)
+        for key_frame in tl.range(item.begin, item.end):
+            page = item.batch * sizes.pages + tl.load(slot_ptr + key_frame)
             tokens = S
             if HAS_BIAS:  # the same for the whole frame: the pivot moves instead of the scores
-                bias = tl.load(bias_ptr + frame * read + key_frame) * 1.4426950408889634
+                bias = tl.load(bias_ptr + item.frame * sizes.read + key_frame) * 1.4426950408889634
                 tokens = tl.where(bias > float("-inf"), S, 0)
                 bias = tl.where(bias > float("-inf"), bias, 0.0)
                 m_i -= bias
@@ -132,18 +145,10 @@ def _frame_attention(
                 acc, m_i, l_i = softmax_step(score, v, acc, m_i, l_i, log2_scale)
             if HAS_BIAS:
                 m_i += bias
-            q = turned_query(
-                tile_ptr, turn_ptr, scale_ptr, stop - row, left, frame, frames, tl.minimum(key_frame + 1, read - 1),
-                read, group, groups, channels, T, D, BLOCK_M, CROSSES,
-            )  # fmt: skip
+            following = tl.minimum(key_frame + 1, sizes.read - 1)
+            q = turned_query(query_ptr, turn_ptr, scale_ptr, following, item, sizes, S, T, D, BLOCK_M, CROSSES)
 
-        if end - begin == read:
-            offs_m = row + tl.arange(0, BLOCK_M)
-            store_rows(
-                out_ptr, lse_ptr, acc, m_i, l_i, batch, head, offs_m, offs_m < stop, frames, heads, S, D, HAS_LSE
-            )
-        else:
-            store_part(acc_ptr, sums_ptr, acc, m_i, l_i, part, D, BLOCK_M)
+        close_item(item, sizes, out_ptr, lse_ptr, acc_ptr, sums_ptr, acc, m_i, l_i, S, D, BLOCK_M, HAS_LSE)
 
 
 def frame_attention(

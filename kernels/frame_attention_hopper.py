@@ -22,7 +22,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .hopper import ROWS, fetch, first_tile, last_product, load_query, operand_layout, product_layout, step, store_query
+from .hopper import (
+    ROWS,
+    QueryTile,
+    Ring,
+    fetch,
+    first_tile,
+    last_product,
+    load_query,
+    operand_layout,
+    product_layout,
+    step,
+    store_query,
+)
 from .merge import plan_job
 from .schedule import count_items, find_item, find_rows
 
@@ -56,7 +68,6 @@ def produce(
 ):  # fmt: skip
     """The fetching warp: all tiles of all items of this program, the keys of tile n before the values of tile n - 1."""
     keys, values, last_keys, last_values = descriptors
-    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
     tiles, spans, frames, read, pages, heads, groups = sizes
     program, programs = gl.program_id(0), gl.num_programs(0)
     TILES: gl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
@@ -73,18 +84,21 @@ def produce(
             for j in range(TILES):
                 start, before = j * BLOCK_N, (j - 1) * BLOCK_N
                 if LAST_N > 0 and j == TILES - 1:
-                    fetch(last_keys, k_buffers, k_full, k_free, n, page, start, column, STAGES, FINAL_N)
+                    fetch(last_keys, ring.k, ring.k_full, ring.k_free, n, page, start, column, STAGES, FINAL_N)
                 else:
-                    fetch(keys, k_buffers, k_full, k_free, n, page, start, column, STAGES, BLOCK_N)
+                    fetch(keys, ring.k, ring.k_full, ring.k_free, n, page, start, column, STAGES, BLOCK_N)
                 if j > 0:
-                    fetch(values, v_buffers, v_full, v_free, n - 1, page, before, column, STAGES, BLOCK_N)
+                    fetch(values, ring.v, ring.v_full, ring.v_free, n - 1, page, before, column, STAGES, BLOCK_N)
                 elif n > 0:
-                    fetch(last_values, v_buffers, v_full, v_free, n - 1, last_page, FINAL, last_column, STAGES, FINAL_N)
+                    fetch(
+                        last_values, ring.v, ring.v_full, ring.v_free, n - 1, last_page, FINAL, last_column,
+                        STAGES, FINAL_N,
+                    )  # fmt: skip
                 n += 1
             last_page, last_column = page, column
             key_frame = next_visible(bias_ptr, frame, read, key_frame + 1, end, HAS_BIAS)
     if n > 0:
-        fetch(last_values, v_buffers, v_full, v_free, n - 1, last_page, FINAL, last_column, STAGES, FINAL_N)
+        fetch(last_values, ring.v, ring.v_full, ring.v_free, n - 1, last_page, FINAL, last_column, STAGES, FINAL_N)
 
 
 @gluon.jit
@@ -94,7 +108,7 @@ def attend(
     BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """64 rows against the visible key frames of [key_frame, end), at least one: accumulator, pivot, sum, next tile."""
-    frame, read = query[5], query[7]
+    frame, read = query.frame, query.read
     TILES: gl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
     FIRST_N: gl.constexpr = BLOCK_N if S >= BLOCK_N else LAST_N
     FIRST_KEYS: gl.constexpr = BLOCK_N if S >= BLOCK_N else S
@@ -190,7 +204,9 @@ def consume(
         # the frame of the tile's first row, for both halves: all three roles must see the same frames
         frame, row, channels = first // S, first + half * ROWS, heads * D
         rows_ptr = query_ptr + (batch.to(gl.int64) * frames * S + row) * channels + head * D
-        query = rows_ptr, turn_ptr, scale_ptr, row, stop, frame, frames, read, channels, head % groups, groups
+        query = QueryTile(
+            rows_ptr, turn_ptr, scale_ptr, row, stop, frame, frames, read, channels, head % groups, groups
+        )
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, product_layout(D)))
         l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, product_layout(D)))
         acc = gl.zeros([ROWS, D], gl.float32, product_layout(D))
@@ -232,7 +248,7 @@ def _frame_attention_hopper(
         mbarrier.init(v_free.index(b), count=2)
     fence_async_shared()  # TMA meets the barriers through the asynchronous proxy
 
-    ring = k_buffers, v_buffers, k_full, k_free, v_full, v_free
+    ring = Ring(k_buffers, v_buffers, k_full, k_free, v_full, v_free)
     sizes = tiles, spans, frames, read, pages, heads, groups
     pointers = query_ptr, out_ptr, lse_ptr, acc_ptr, sums_ptr, turn_ptr, scale_ptr
     descriptors = keys, values, last_keys, last_values

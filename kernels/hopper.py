@@ -7,6 +7,8 @@ parity is the opposite, and which counts as over before the first. A warpgroup a
 barrier of its four warps that Triton puts there.
 """
 
+from typing import NamedTuple
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -18,6 +20,33 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 ROWS = gl.constexpr(64)  # query rows of a warpgroup
+
+
+class Ring(NamedTuple):
+    """Buffers [STAGES, BLOCK_N, D] for tiles of keys and of values, and the two barriers of each buffer."""
+
+    k: object
+    v: object
+    k_full: object
+    k_free: object
+    v_full: object
+    v_free: object
+
+
+class QueryTile(NamedTuple):
+    """Where the 64 query rows of a warpgroup lie, and the tables that turn them."""
+
+    rows_ptr: object
+    turn_ptr: object
+    scale_ptr: object
+    row: object  # first row, within the rows of its head
+    stop: object  # end of the tile's span
+    frame: object  # frame of the tile's first row
+    frames: object
+    read: object
+    channels: object
+    group: object
+    groups: object
 
 
 @gluon.constexpr_function
@@ -63,10 +92,9 @@ def fetch(descriptor, buffers, full, free, n, page, start, column, STAGES: gl.co
 @gluon.jit
 def load_turn(query, frame, key_frame, T: gl.constexpr, D: gl.constexpr):
     """(cos, sin) [1, D / 2] for a query frame that meets a key frame, times the query frame's logit_scale."""
-    rows_ptr, turn_ptr, scale_ptr, row, stop, first_frame, frames, read, channels, group, groups = query
     pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
-    turn_ptr += ((frame * read + key_frame) * groups + group) * (2 * T)
-    scale = gl.load(scale_ptr + frame)
+    turn_ptr = query.turn_ptr + ((frame * query.read + key_frame) * query.groups + query.group) * (2 * T)
+    scale = gl.load(query.scale_ptr + frame)
     cos = gl.load(turn_ptr + 2 * pair, mask=pair < T, other=1.0)
     sin = gl.load(turn_ptr + 2 * pair + 1, mask=pair < T, other=0.0)
     return (cos * scale)[None, :], (sin * scale)[None, :]
@@ -75,14 +103,13 @@ def load_turn(query, frame, key_frame, T: gl.constexpr, D: gl.constexpr):
 @gluon.jit
 def load_query(query, key_frame, T: gl.constexpr, D: gl.constexpr):
     """This warpgroup's query rows, real and imaginary parts, and the turn of the tile's frame for a key frame."""
-    rows_ptr, turn_ptr, scale_ptr, row, stop, frame, frames, read, channels, group, groups = query
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
     pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
-    ptr = rows_ptr + offs_m[:, None] * channels + pair[None, :]
-    mask_m = (row + offs_m < stop)[:, None]
+    ptr = query.rows_ptr + offs_m[:, None] * query.channels + pair[None, :]
+    mask_m = (query.row + offs_m < query.stop)[:, None]
     real = gl.load(ptr, mask=mask_m, other=0.0)
     imag = gl.load(ptr + D // 2, mask=mask_m, other=0.0)
-    cos, sin = load_turn(query, frame, key_frame, T, D)
+    cos, sin = load_turn(query, query.frame, key_frame, T, D)
     return real, imag, cos, sin
 
 
@@ -92,14 +119,13 @@ def store_query(
 ):
     """Turn what ``load_query`` loaded in float32, round it once and put it where wgmma reads it."""
     real, imag, cos, sin = loaded
-    rows_ptr, turn_ptr, scale_ptr, row, stop, frame, frames, read, channels, group, groups = query
     real, imag = real.to(gl.float32), imag.to(gl.float32)
     if CROSSES:  # rows behind the frame's end belong to the next one
         next_cos, next_sin = cos, sin
-        if row + ROWS > (frame + 1) * S:
-            next_cos, next_sin = load_turn(query, gl.minimum(frame + 1, frames - 1), key_frame, T, D)
+        if query.row + ROWS > (query.frame + 1) * S:
+            next_cos, next_sin = load_turn(query, gl.minimum(query.frame + 1, query.frames - 1), key_frame, T, D)
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
-        is_next = (row + offs_m >= (frame + 1) * S)[:, None]
+        is_next = (query.row + offs_m >= (query.frame + 1) * S)[:, None]
         cos, sin = gl.where(is_next, next_cos, cos), gl.where(is_next, next_sin, sin)
     turned = gl.join((real * cos - imag * sin).to(buffer.dtype), (real * sin + imag * cos).to(buffer.dtype))
     buffer.store(turned.permute((0, 2, 1)).reshape([ROWS, D]))
@@ -134,18 +160,17 @@ def first_tile(
     N: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of an item's first tile, n, beside which no product runs: operand p, pivot, sum."""
-    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
-    wait_full(k_full, n, True, STAGES)
+    wait_full(ring.k_full, n, True, STAGES)
     zeros = gl.zeros([ROWS, N], gl.float32, product_layout(N))
-    score = warpgroup_mma(q, tile_of(k_buffers, n, STAGES, N).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    score = warpgroup_mma(q, tile_of(ring.k, n, STAGES, N).permute((1, 0)), zeros, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
-    mbarrier.arrive(k_free.index(n % STAGES), count=1)
+    mbarrier.arrive(ring.k_free.index(n % STAGES), count=1)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, state)
     l_i = gl.full([ROWS], 0.0, gl.float32, state)
     p, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, N, KEYS, HAS_BIAS)
-    wait_full(k_full, n + 1, more, STAGES)
-    p = gl.convert_layout(p.to(k_buffers.dtype), operand_layout(D))
+    wait_full(ring.k_full, n + 1, more, STAGES)
+    p = gl.convert_layout(p.to(ring.k.dtype), operand_layout(D))
     return p, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
@@ -159,32 +184,30 @@ def step(
     The keys of tile n + 1 have been waited for; those of tile n + 2 are then, if the item has ``more``.
     Returns operand p of tile n + 1, accumulator, pivot, sum.
     """
-    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
     D: gl.constexpr = acc.shape[1]
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
     zeros = gl.zeros([ROWS, NEXT_N], gl.float32, product_layout(NEXT_N))
-    k = tile_of(k_buffers, n + 1, STAGES, NEXT_N).permute((1, 0))
+    k = tile_of(ring.k, n + 1, STAGES, NEXT_N).permute((1, 0))
     score = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-    wait_full(v_full, n, True, STAGES)
-    product = warpgroup_mma(p, tile_of(v_buffers, n, STAGES, N), acc, is_async=True)
+    wait_full(ring.v_full, n, True, STAGES)
+    product = warpgroup_mma(p, tile_of(ring.v, n, STAGES, N), acc, is_async=True)
     score = warpgroup_mma_wait(1, deps=(score,))
-    mbarrier.arrive(k_free.index((n + 1) % STAGES), count=1)
+    mbarrier.arrive(ring.k_free.index((n + 1) % STAGES), count=1)
     p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
     # this wait stands here, and p_next in the next one, or ptxas would put the exponentials behind the product
-    wait_full(k_full, n + 2, more, STAGES)
+    wait_full(ring.k_full, n + 2, more, STAGES)
     acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
-    mbarrier.arrive(v_free.index(n % STAGES), count=1)
+    mbarrier.arrive(ring.v_free.index(n % STAGES), count=1)
     acc *= gl.convert_layout(alpha, state)[:, None]
-    p_next = gl.convert_layout(p_next.to(k_buffers.dtype), operand_layout(D))
+    p_next = gl.convert_layout(p_next.to(ring.k.dtype), operand_layout(D))
     return p_next, acc, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
 @gluon.jit
 def last_product(p, acc, ring, n, STAGES: gl.constexpr, N: gl.constexpr):
     """The product of an item's last tile, n, under which nothing is left to do: accumulator."""
-    k_buffers, v_buffers, k_full, k_free, v_full, v_free = ring
-    wait_full(v_full, n, True, STAGES)
-    acc = warpgroup_mma(p, tile_of(v_buffers, n, STAGES, N), acc, is_async=True)
+    wait_full(ring.v_full, n, True, STAGES)
+    acc = warpgroup_mma(p, tile_of(ring.v, n, STAGES, N), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(v_free.index(n % STAGES), count=1)
+    mbarrier.arrive(ring.v_free.index(n % STAGES), count=1)
     return acc

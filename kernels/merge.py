@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import cast
-from .schedule import find_rows, owner, share
+from .schedule import Sizes, find_rows, owner, share
 from .tuned import multiprocessors
 
 
@@ -40,6 +40,22 @@ def store_part(acc_ptr, sums_ptr, acc, m_i, l_i, part, D: tl.constexpr, BLOCK_M:
     tl.store(acc_ptr + rows[:, None] * D + tl.arange(0, D)[None, :], acc)
     tl.store(sums_ptr + 2 * rows, m_i)
     tl.store(sums_ptr + 2 * rows + 1, l_i)
+
+
+@triton.jit
+def close_item(
+    item, sizes, out_ptr, lse_ptr, acc_ptr, sums_ptr, acc, m_i, l_i,
+    S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """Rows that met every key frame go to the output, those of a cut tile to the workspace."""
+    if item.end - item.begin == sizes.read:
+        offs_m = item.row + tl.arange(0, BLOCK_M)
+        store_rows(
+            out_ptr, lse_ptr, acc, m_i, l_i, item.batch, item.head, offs_m, offs_m < item.stop,
+            sizes.frames, sizes.heads, S, D, HAS_LSE,
+        )  # fmt: skip
+    else:
+        store_part(acc_ptr, sums_ptr, acc, m_i, l_i, item.part, D, BLOCK_M)
 
 
 @triton.jit
@@ -89,18 +105,19 @@ class Job:
     programs: int
     block_m: int
     last_n: int
-    sizes: tuple[int, ...]
+    sizes: Sizes
     constants: dict
 
     def merge(self) -> None:
         """Add the parts of the tiles that were cut, if any were."""
-        tiles, spans, frames, read, _, heads, _ = self.sizes
-        if tiles % self.programs == 0:
+        sizes = self.sizes
+        if sizes.tiles % self.programs == 0:
             return
         rows = min(self.block_m, 32)
         taken = {name: self.constants[name] for name in ("S", "D", "SPAN", "HAS_LSE")}
-        _merge[(tiles % self.programs, self.block_m // rows)](
-            self.out, self.lse, self.acc, self.sums, tiles, spans, frames, read, self.programs, heads,
+        _merge[(sizes.tiles % self.programs, self.block_m // rows)](
+            self.out, self.lse, self.acc, self.sums,
+            sizes.tiles, sizes.spans, sizes.frames, sizes.read, self.programs, sizes.heads,
             **taken, BLOCK_M=self.block_m, ROWS=rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
 
@@ -133,7 +150,7 @@ def plan_job(
         programs=programs,
         block_m=block_m,
         last_n=last_n,
-        sizes=(tiles, spans, frames, read, pages, heads, groups),
+        sizes=Sizes(tiles, spans, frames, read, pages, heads, groups),
         constants=dict(
             S=tokens,
             T=time,

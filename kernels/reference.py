@@ -115,29 +115,3 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tens
 def gate_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + update * gate, gate by frame: x and update [B, F, S, C], gate [B, F, C]."""
     return x + update * gate.unsqueeze(2)
-
-
-def to_e4m3(x: Tensor) -> Tensor:
-    """Rounded to the nearest e4m3, saturated at 448; torch's own cast turns what is too large into NaN."""
-    return x.clamp(-448, 448).to(torch.float8_e4m3fn)
-
-
-def value_order(tokens: int) -> Tensor:
-    """Which token stands at each place of an fp8 value page [S_pad]; from ``tokens`` on, none. See quantize.py."""
-    groups = -(-tokens // 16)
-    return torch.arange(16 * groups).view(groups, 2, 4, 2).transpose(1, 2).flatten()
-
-
-def pack_values(values: Tensor) -> Tensor:
-    """Values [B, P, S, H, D], any dtype, as they stand in fp8 value pages: [B, P, H, D, S_pad], zeros behind."""
-    tokens = values.shape[2]
-    order = value_order(tokens)
-    padded = values.new_zeros(*values.shape[:2], len(order), *values.shape[3:])
-    padded[:, :, :tokens] = values
-    return padded[:, :, order].permute(0, 1, 3, 4, 2).contiguous()
-
-
-def unpack_values(pages: Tensor, tokens: int) -> Tensor:
-    """Inverse of ``pack_values``."""
-    values = pages.permute(0, 1, 4, 2, 3)
-    return values[:, :, value_order(tokens).argsort()][:, :, :tokens]

@@ -10,8 +10,35 @@ The last wave of an uncut grid leaves SMs idle: 444 tiles on 132 SMs take 4 wave
 ceil(444 * R / 132) / R = 3.42 at R = 12.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Sizes(NamedTuple):
+    """One call in numbers: tiles, spans, F, R, pages of a layer, H, and G (1, or H for an angle per head)."""
+
+    tiles: int
+    spans: int
+    frames: int
+    read: int
+    pages: int
+    heads: int
+    groups: int
+
+
+class Item(NamedTuple):
+    """A tile of query rows and the key frames [begin, end) that it meets; ``part`` is where a cut tile is left."""
+
+    batch: object
+    head: object
+    row: object
+    stop: object
+    frame: object
+    begin: object
+    end: object
+    part: object
 
 
 @triton.jit
@@ -59,3 +86,11 @@ def find_rows(tile, heads, spans, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
     span = tile // TILES % spans
     head = tile // TILES // spans
     return head // heads, head % heads, span * SPAN + tile % TILES * BLOCK_M, (span + 1) * SPAN
+
+
+@triton.jit
+def open_item(index, sizes, S: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The index-th item of this program."""
+    tile, begin, end, part = find_item(index, tl.program_id(0), tl.num_programs(0), sizes.tiles, sizes.read)
+    batch, head, row, stop = find_rows(tile, sizes.heads, sizes.spans, SPAN, BLOCK_M)
+    return Item(batch, head, row, stop, row // S, begin, end, part)

@@ -44,17 +44,6 @@ HALF = {
 }
 
 
-# of frame_attention_fp8: unproven, selected by nobody until a GPU shows it 1.4 times as fast as bfloat16
-FP8 = {
-    # a tile's P V beside the accumulator takes registers: 128 keys spill in the loop, and so do descriptors on sm_120
-    89: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    120: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    # a third stage, in memory that bfloat16 needs for two
-    90: Config(block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True),
-    100: Config(block_m=128, block_n=128, num_warps=8, num_stages=3, tma=True),
-}
-
-
 def arch_of(device: torch.device) -> int:
     """The table's architecture for a device: 80, 89, 90, 100 or 120; 0 for the interpreter on a CPU."""
     return 0 if device.type != "cuda" else _arch_of(device.index or 0)

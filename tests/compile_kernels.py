@@ -29,8 +29,8 @@ TABLE = Path(__file__).parent / "data" / "compile.csv"
 ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may ask for
 # functions that must use the matrix units
-MULTIPLIES = ("_frame_attention", "_frame_attention_hopper", "_frame_attention_fp8")
-UNITS = ("HGMMA", "UTCHMMA", "HMMA", "QGMMA", "UTCQMMA", "QMMA")
+MULTIPLIES = ("_frame_attention", "_frame_attention_hopper")
+UNITS = ("HGMMA", "UTCHMMA", "HMMA")
 COLUMNS = ("function", "triton", "num_warps", "registers", "stack", "spill_stores", "spill_loads", "shared")
 PROGRAMS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}  # multiprocessors of A100, 4090, H200, B200, 5090
 FRAMES, READ, TOKENS, HEADS = 3, 12, 1560, 12  # Wan 2.1 1.3B at 480p: a chunk of three frames reads twelve
@@ -60,13 +60,6 @@ def pages(case: Case) -> torch.Tensor:
     return empty(case, 1, READ, TOKENS, HEADS, case.head_dim)
 
 
-def pages_fp8(case: Case) -> tuple[torch.Tensor, ...]:
-    """Key pages, value pages and the scales of either."""
-    padded, scale = -(-TOKENS // 16) * 16, torch.empty(1, READ, HEADS)
-    codes = lambda *shape: torch.empty(1, READ, *shape, dtype=torch.float8_e4m3fn)
-    return codes(TOKENS, HEADS, case.head_dim), codes(HEADS, case.head_dim, padded), scale, scale
-
-
 def turn(case: Case, *shape: int) -> torch.Tensor:
     return torch.empty((*shape, 22 if case.head_dim == 128 else 12, 2))
 
@@ -85,9 +78,8 @@ def frame_attention(launcher, case: Case) -> None:
     groups = HEADS if case.variant == "turn by head" else 1
     query = empty(case, 1, frames, TOKENS, HEADS, case.head_dim)
     bias = torch.empty(frames, READ) if case.variant == "bias" else None
-    read = pages_fp8(case) if case.kernel == "frame_attention_fp8" else (pages(case), pages(case))
     launcher(
-        query, *read, torch.empty(READ, dtype=torch.int32), turn(case, frames, READ, groups),
+        query, pages(case), pages(case), torch.empty(READ, dtype=torch.int32), turn(case, frames, READ, groups),
         torch.empty(frames), bias, want_lse=case.variant == "lse",
     )  # fmt: skip
 
@@ -98,19 +90,13 @@ def norm_rope_write(launcher, case: Case) -> None:
     pairs = case.head_dim // 2 - turn(case, 1).shape[-2]
     slots = torch.empty(FRAMES, dtype=torch.int32)
     query = None if case.variant == "recache" else query
-    if case.kernel == "norm_rope_write_fp8":
-        written = (*pages_fp8(case), torch.empty(1, READ, HEADS))
-    else:
-        written = pages(case), pages(case)
-    launcher(query, key, value, weight, weight, torch.empty(TOKENS, pairs, 2), *written, slots)
+    launcher(query, key, value, weight, weight, torch.empty(TOKENS, pairs, 2), pages(case), pages(case), slots)
 
 
 LAUNCH = {
     "frame_attention": frame_attention,
     "frame_attention_hopper": frame_attention,
-    "frame_attention_fp8": frame_attention,
     "norm_rope_write": norm_rope_write,
-    "norm_rope_write_fp8": norm_rope_write,
     "rms_norm": lambda launcher, case: launcher(stream(case), empty(case, HEADS * case.head_dim)),
     "modulate": lambda launcher, case: launcher(stream(case), *gates(case)[:2]),
     "gate_residual": lambda launcher, case: launcher(stream(case), stream(case), gates(case)[2]),
@@ -118,7 +104,7 @@ LAUNCH = {
 
 
 def runs_on(kernel: str, arch: int) -> bool:
-    return arch == 90 if "hopper" in kernel else arch > 80 or "fp8" not in kernel
+    return arch == 90 or "hopper" not in kernel
 
 
 SHIPPED = [
@@ -131,8 +117,6 @@ SHIPPED = [
     Case(kernel="frame_attention_hopper", arch=90, dtype="float16"),
     Case(kernel="frame_attention_hopper", arch=90, head_dim=64),
     *(Case(kernel="frame_attention_hopper", arch=90, variant=v) for v in ("bias", "lse", "one frame")),
-    Case(kernel="frame_attention_fp8", arch=90, head_dim=64),
-    *(Case(kernel="frame_attention_fp8", arch=90, variant=v) for v in ("bias", "one frame")),
     Case(kernel="norm_rope_write", arch=90, dtype="float32"),
     Case(kernel="norm_rope_write", arch=90, variant="recache"),
     Case(kernel="norm_rope_write", arch=90, head_dim=64),
@@ -194,8 +178,7 @@ def objections(case: Case, fact: dict, lengths: str | None = None) -> list[str]:
         and (fact["stack"] or fact["spill_stores"] or fact["spill_loads"])
     ):
         wrong.append(f"spills {fact['spill_stores']} bytes and loads {fact['spill_loads']}, stack {fact['stack']}")
-    kind = "Q" if "fp8" in case.kernel else "H"
-    unit = {90: f"{kind}GMMA", 100: f"UTC{kind}MMA"}.get(case.arch, f"{kind}MMA")
+    unit = {90: "HGMMA", 100: "UTCHMMA"}.get(case.arch, "HMMA")
     if fact["function"] in MULTIPLIES and case.dtype != "float32" and not (loops and loops[0].get(unit)):
         wrong.append(f"no {unit} in a loop; found {counts}")
     if fact["function"] == "_frame_attention_hopper":  # what it is written for

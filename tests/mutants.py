@@ -11,28 +11,25 @@ TESTS = {
     "kernels/frame_attention.py": ["test_frame_attention.py"],
     "kernels/merge.py": ["test_frame_attention.py"],
     "kernels/schedule.py": ["test_frame_attention.py"],
-    "kernels/frame_attention_fp8.py": ["test_frame_attention_fp8.py"],
-    "kernels/norm_rope_write_fp8.py": ["test_norm_rope_write_fp8.py"],
-    "kernels/quantize.py": ["test_quantize.py", "test_norm_rope_write_fp8.py", "test_frame_attention_fp8.py"],
 }
 
 MUTANTS = [
     # the query stays turned for the frame before
-    ("kernels/frame_attention.py", "tl.minimum(key_frame + 1, read - 1)", "key_frame"),
+    ("kernels/frame_attention.py", "tl.minimum(key_frame + 1, sizes.read - 1)", "key_frame"),
     # turned backwards
     ("kernels/frame_attention.py", "real * cos - imag * sin", "real * cos + imag * sin"),
     # one row too few has the next frame's angle
-    ("kernels/frame_attention.py", "offs_m >= left", "offs_m > left"),
+    ("kernels/frame_attention.py", ">= (item.frame + 1) * S)", "> (item.frame + 1) * S)"),
     # logit_scale reaches the cosine alone
     ("kernels/frame_attention.py", "(sin * scale)[None, :]", "sin[None, :]"),
     # every head has the first one's angle
-    ("kernels/frame_attention.py", "head % groups", "0"),
+    ("kernels/frame_attention.py", "item.head % sizes.groups", "0"),
     # the neighbour's first token joins the last tile
     ("kernels/frame_attention.py", "tl.arange(0, LAST_N) < S", "tl.arange(0, LAST_N) <= S"),
     # slots are ignored
     ("kernels/frame_attention.py", "tl.load(slot_ptr + key_frame)", "key_frame"),
     # every video reads the first one's pages
-    ("kernels/frame_attention.py", "page = batch * pages + ", "page = "),
+    ("kernels/frame_attention.py", "page = item.batch * sizes.pages + ", "page = "),
     # the running sum is not rescaled
     ("kernels/frame_attention.py", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)"),
     # the accumulator is not rescaled
@@ -172,156 +169,4 @@ MUTANTS = [
         "value = cast(value, ",
         "value = cast(value.to(tl.float32) * 1.0001, ",
     ),
-    # the query stays turned for the frame before
-    ("kernels/frame_attention_fp8.py", "tl.minimum(key_frame + 1, read - 1)", "key_frame"),
-    # turned backwards
-    ("kernels/frame_attention_fp8.py", "real * cos - imag * sin", "real * cos + imag * sin"),
-    # one row too few has the next frame's angle
-    ("kernels/frame_attention_fp8.py", "tl.arange(0, BLOCK_M) >= left", "tl.arange(0, BLOCK_M) > left"),
-    # half of the pairs do not count for a row's scale
-    ("kernels/frame_attention_fp8.py", "tl.maximum(tl.abs(real), tl.abs(imag))", "tl.abs(real)"),
-    # a turn may make a channel larger than the scale reaches
-    ("kernels/frame_attention_fp8.py", "(1.4142136 / 448)", "(1.0 / 448)"),
-    # the scale of rows forgets the logits' factor
-    ("kernels/frame_attention_fp8.py", " * tl.abs(tl.load(scale_ptr + frame))", ""),
-    # every query row has the scale of the first frame
-    (
-        "kernels/frame_attention_fp8.py",
-        "(row + tl.arange(0, BLOCK_M)) // S",
-        "(row + tl.zeros([BLOCK_M], tl.int32)) // S",
-    ),
-    # a row of zeros divides by zero
-    (
-        "kernels/frame_attention_fp8.py",
-        "tl.where(largest > 0, largest * (1.4142136 / 448), 1.0)",
-        "largest * (1.4142136 / 448)",
-    ),
-    # all keys have the scale of page 0
-    ("kernels/frame_attention_fp8.py", "tl.load(key_scale_ptr + page * heads + head)", "tl.load(key_scale_ptr + head)"),
-    # all heads have the value scale of the first
-    (
-        "kernels/frame_attention_fp8.py",
-        "tl.load(value_scale_ptr + page * heads + head)",
-        "tl.load(value_scale_ptr + page * heads)",
-    ),
-    # the accumulator moves the wrong way between pages
-    ("kernels/frame_attention_fp8.py", "acc *= v_scale / page_scale", "acc *= page_scale / v_scale"),
-    # the accumulator does not move between pages
-    ("kernels/frame_attention_fp8.py", "acc *= v_scale / page_scale", "pass"),
-    # a hidden frame's scale counts
-    ("kernels/frame_attention_fp8.py", 'page_scale = tl.where(bias > float("-inf"), page_scale, v_scale)', "pass"),
-    # the last scale is forgotten
-    ("kernels/frame_attention_fp8.py", "        acc *= v_scale\n", ""),
-    # a wrong bias
-    ("kernels/frame_attention_fp8.py", "m_i += bias", "m_i -= 0 * bias"),
-    # weights up to 512 saturate
-    ("kernels/frame_attention_fp8.py", "tl.max(score, 1) * factor) - 8", "tl.max(score, 1) * factor) - 9"),
-    # weights up to 1 lose their small ones
-    ("kernels/frame_attention_fp8.py", "tl.max(score, 1) * factor) - 8", "tl.max(score, 1) * factor) - 0"),
-    # the pivot is no integer: weights round anew at every cut
-    ("kernels/frame_attention_fp8.py", "tl.ceil(tl.max(score, 1) * factor)", "(tl.max(score, 1) * factor)"),
-    # the accumulator is not rescaled
-    ("kernels/frame_attention_fp8.py", "tl.fma(acc, alpha[:, None], product)", "acc + product"),
-    # the sum is not rescaled
-    ("kernels/frame_attention_fp8.py", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)"),
-    # weights meet the values of other tokens
-    ("kernels/frame_attention_fp8.py", "dot(in_value_order(to_e4m3(p))", "dot((to_e4m3(p))"),
-    # weights stay in float32
-    ("kernels/frame_attention_fp8.py", "dot(in_value_order(to_e4m3(p))", "dot(in_value_order(p)"),
-    # the neighbour's first token joins the last tile
-    ("kernels/frame_attention_fp8.py", "tl.arange(0, LAST_N) < S", "tl.arange(0, LAST_N) <= S"),
-    # values of the first head for all
-    ("kernels/frame_attention_fp8.py", "channel = (page * heads + head) * D", "channel = page * heads * D"),
-    # every video reads the first one's pages
-    ("kernels/frame_attention_fp8.py", "page = batch * pages + ", "page = "),
-    # slots are ignored
-    ("kernels/frame_attention_fp8.py", "tl.load(slot_ptr + key_frame)", "key_frame"),
-    # every head has the first one's angle
-    ("kernels/frame_attention_fp8.py", "head % groups", "0"),
-    # the key's scale is not applied
-    ("kernels/norm_rope_write_fp8.py", "to_e4m3(real * inverse)", "to_e4m3(real)"),
-    # imaginary channels overwrite their neighbours
-    ("kernels/norm_rope_write_fp8.py", "page_ptr + offs + PAIRS", "page_ptr + offs + PAIRS + 1"),
-    # page 0 is not written with keys, negative slots are written: the first condition of two
-    (
-        "kernels/norm_rope_write_fp8.py",
-        "slot = tl.load(slot_ptr + frame).to(tl.int64)\n        if slot >= 0",
-        "slot = tl.load(slot_ptr + frame).to(tl.int64)\n        if slot > 0",
-    ),
-    # a negative slot writes values to page 0
-    (
-        "kernels/norm_rope_write_fp8.py",
-        "slot = tl.load(slot_ptr + frame).to(tl.int64)\n    if slot >= 0",
-        "slot = tl.maximum(tl.load(slot_ptr + frame).to(tl.int64), 0)\n    if slot >= 0",
-    ),
-    # every video has the key scales of the first
-    (
-        "kernels/norm_rope_write_fp8.py",
-        "key_scale_ptr + (batch * pages + slot) * HEADS",
-        "key_scale_ptr + slot * HEADS",
-    ),
-    # every head has the key scale of the first
-    ("kernels/norm_rope_write_fp8.py", "tl.load(scale_ptr + offs_h, mask", "tl.load(scale_ptr + 0 * offs_h, mask"),
-    # tokens in their natural order
-    ("kernels/norm_rope_write_fp8.py", "token = token_at(offs_s)", "token = offs_s"),
-    # behind the last token of a frame stands the next frame's first
-    ("kernels/norm_rope_write_fp8.py", "(token < tokens)[:, None] & ", ""),
-    # the places behind the last token are not written
-    ("kernels/norm_rope_write_fp8.py", "(offs_s < padded)[None, :]", "(offs_s < tokens)[None, :]"),
-    # the largest of signed values
-    ("kernels/norm_rope_write_fp8.py", "tl.max(tl.max(tl.abs(value), 1), 0)", "tl.max(tl.max(value, 1), 0)"),
-    # what is recorded is the last block's largest, not the largest of all
-    ("kernels/norm_rope_write_fp8.py", "tl.atomic_max(", "tl.atomic_xchg("),
-    # values of every page under the scale of the first
-    ("kernels/norm_rope_write_fp8.py", "tl.load(value_scale_ptr + scale)", "tl.load(value_scale_ptr + head)"),
-    # every video writes the values of the first
-    (
-        "kernels/norm_rope_write_fp8.py",
-        "page = batch * stride_pb + slot * stride_pp + (head",
-        "page = slot * stride_pp + (head",
-    ),
-    # every frame stores the values of the first
-    (
-        "kernels/norm_rope_write_fp8.py",
-        "((batch * frames + frame) * tokens + token)",
-        "((batch * frames) * tokens + token)",
-    ),
-    # ties go up
-    ("kernels/quantize.py", "0x7FFFF + ((bits >> 20) & 1)", "0x80000"),
-    # the largest is one code less
-    ("kernels/quantize.py", "tl.minimum(tl.abs(x), 448.0)", "tl.minimum(tl.abs(x), 416.0)"),
-    # subnormals are cut off
-    ("kernels/quantize.py", "(magnitude + 16384.0)", "(magnitude + 16383.9995)"),
-    # NaN becomes 448
-    ("kernels/quantize.py", "subnormal, normal), 0x7F)", "subnormal, normal), 0x7E)"),
-    # places of tokens: bits exchanged
-    ("kernels/quantize.py", "((place & 2) << 2) | ((place & 12) >> 1)", "((place & 4) << 1) | ((place & 10) >> 1)"),
-    # places of weights: another order
-    ("kernels/quantize.py", ".permute(0, 1, 3, 2, 4)", ".permute(0, 1, 3, 4, 2)"),
-    # powers of two below
-    ("kernels/quantize.py", "(bits + 0x7FFFFF) & 0x7F800000", "bits & 0x7F800000"),
-    # a bound for half of the channels
-    ("kernels/quantize.py", "weight.numel() ** 0.5", "(weight.numel() / heads) ** 0.5"),
-    # heads of the weight in the wrong order
-    ("kernels/quantize.py", ".view(heads, -1).abs().amax(1)", ".view(-1, heads).abs().amax(0)"),
-    # no margin
-    ("kernels/quantize.py", "seen * (MARGIN / LARGEST)", "seen / LARGEST"),
-    # a page that nobody has seen gets the smallest scale
-    (
-        "kernels/quantize.py",
-        "torch.where(seen > 0, power_of_two(seen * (MARGIN / LARGEST)), standing)",
-        "power_of_two(seen * (MARGIN / LARGEST))",
-    ),
-    # every page's scale is renewed
-    (
-        "kernels/quantize.py",
-        "torch.where(is_written, scale_of(value_seen, value_scale), value_scale)",
-        "scale_of(value_seen, value_scale)",
-    ),
-    # what was seen stays for ever
-    ("kernels/quantize.py", "value_seen.masked_fill_(is_written, 0)", "pass"),
-    # old GPUs pass
-    ("kernels/quantize.py", "arch == 80 or ", ""),
-    # 8.6 passes
-    ("kernels/quantize.py", "< (8, 9)", "< (8, 6)"),
 ]

@@ -83,18 +83,18 @@ def test_the_order_does_not_change_a_bit():
 
 
 SCORES_DONE = "    score = warpgroup_mma_wait(1, deps=(score,))\n"
-KEYS_FREE = "    mbarrier.arrive(k_free.index((n + 1) % STAGES), count=1)\n"
+KEYS_FREE = "    mbarrier.arrive(ring.k_free.index((n + 1) % STAGES), count=1)\n"
 PRODUCT_DONE = "    acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))\n"
 LAST_DONE = "    acc = warpgroup_mma_wait(0, deps=(acc,))\n"
-VALUES_FREE = "    mbarrier.arrive(v_free.index(n % STAGES), count=1)\n"
+VALUES_FREE = "    mbarrier.arrive(ring.v_free.index(n % STAGES), count=1)\n"
 MUTANTS = {  # name: what stands in the sources once, what stands there instead
     "the fetching warp waits for the wrong use": ("(n // STAGES & 1) ^ 1)", "n // STAGES & 1)"),
     "it never waits": ("    mbarrier.wait(free.index(n % STAGES), (n // STAGES & 1) ^ 1)\n", ""),
     "it expects too few bytes": ("N * buffers.shape[2] * 2)", "N * buffers.shape[2])"),
     "one warpgroup is enough to free keys": ("init(k_free.index(b), count=2)", "init(k_free.index(b), count=1)"),
-    "values are not waited for": ("    wait_full(v_full, n, True, STAGES)\n    product", "    product"),
-    "keys are not waited for": ("    wait_full(k_full, n + 2, more, STAGES)\n", ""),
-    "keys of the next item are waited for": ("wait_full(k_full, n + 2, more", "wait_full(k_full, n + 2, True"),
+    "values are not waited for": ("    wait_full(ring.v_full, n, True, STAGES)\n    product", "    product"),
+    "keys are not waited for": ("    wait_full(ring.k_full, n + 2, more, STAGES)\n", ""),
+    "keys of the next item are waited for": ("k_full, n + 2, more", "k_full, n + 2, True"),
     "keys are freed before they are read": (SCORES_DONE + KEYS_FREE, KEYS_FREE + SCORES_DONE),
     "values are freed before they are read": (PRODUCT_DONE + VALUES_FREE, VALUES_FREE + PRODUCT_DONE),
     "the product is used too early": ("warpgroup_mma_wait(0, deps=(product", "warpgroup_mma_wait(1, deps=(product"),
