@@ -37,7 +37,7 @@ train-demo: $(STAMP)
 	$(BIN)/python -m flexkern.demo.train $(ARGS)
 
 mutate: $(STAMP)
-	$(BIN)/python tests/mutate.py $(ARGS)
+	$(BIN)/python tests/support/mutate.py $(ARGS)
 
 # the Triton of torch 2.11, in an environment of its own; --no-deps, because torch pins another
 TRITON ?= 3.6.0
@@ -46,4 +46,4 @@ compile:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch numpy setuptools
 	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$(TRITON)
-	$(OTHER)/bin/python tests/compile_kernels.py $(ARGS)
+	$(OTHER)/bin/python tests/support/compile_kernels.py $(ARGS)

@@ -1,6 +1,6 @@
-"""The two things pyproject.toml cannot say: kernels/ joins the packages found, and an sdist leaves the tests out."""
+"""What pyproject.toml cannot say: an sdist leaves the tests out."""
 
-from setuptools import find_packages, setup
+from setuptools import setup
 from setuptools.command.sdist import sdist
 
 
@@ -12,10 +12,4 @@ class SdistWithoutTests(sdist):
         super().make_distribution()
 
 
-setup(
-    packages=[
-        *find_packages(include=["flexkern", "flexkern.*"]),
-        *(f"flexkern.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
-    ],
-    cmdclass={"sdist": SdistWithoutTests},
-)
+setup(cmdclass={"sdist": SdistWithoutTests})

@@ -21,13 +21,13 @@ from harness import Case, Provider, Row
 from peers import PEERS, first, get_peer
 from roofs import DEVICE, measure_roofs
 
-from flexkern.kernels import tuned
-from flexkern.kernels.frame_attention import frame_attention
+from flexkern.kernels.attention import tiles as tuned
+from flexkern.kernels.attention.portable import frame_attention
 
 LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and rounded before a library sees them
 QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: its error is in the table
 COMPILERS = 8  # processes that compile tiles side by side
-HOPPER = "flexkern.kernels.frame_attention_hopper"
+HOPPER = "flexkern.kernels.attention.hopper"
 PROVIDERS = ("triton", *PEERS)
 
 
@@ -42,7 +42,7 @@ def hopper(problem: Problem) -> Provider | str:
         return "no such kernel in this version"
     if DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0):
         return "needs a GPU of compute capability 9.0"
-    from flexkern.kernels.frame_attention_hopper import frame_attention_hopper
+    from flexkern.kernels.attention.hopper import frame_attention_hopper
 
     plan = problem.plan(problem.turn)
     call = lambda: first(frame_attention_hopper(*plan))

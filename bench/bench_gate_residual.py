@@ -10,7 +10,7 @@ from pointwise import EVERY, PROVIDERS, SHORT, TINY, Tokens, copy_of, shared
 from roofs import DEVICE
 
 from flexkern.kernels import reference
-from flexkern.kernels.gate_residual import gate_residual
+from flexkern.kernels.pointwise.gate_residual import gate_residual
 
 
 def build(shape: Tokens) -> Case:

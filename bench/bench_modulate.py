@@ -10,7 +10,7 @@ from pointwise import EVERY, PROVIDERS, SHORT, TINY, Tokens, copy_of, shared
 from roofs import DEVICE
 
 from flexkern.kernels import reference
-from flexkern.kernels.modulate import modulate
+from flexkern.kernels.pointwise.modulate import modulate
 
 
 def build(shape: Tokens) -> Case:

@@ -11,7 +11,7 @@ from roofs import DEVICE
 from torch import Tensor
 
 from flexkern.kernels import reference
-from flexkern.kernels.norm_rope_write import norm_rope_write
+from flexkern.kernels.pages.norm_rope_write import norm_rope_write
 
 EPS = 1e-6
 

@@ -10,7 +10,7 @@ from pointwise import EVERY, PROVIDERS, SHORT, TINY, Tokens, copy_of, shared
 from roofs import DEVICE
 
 from flexkern.kernels import reference
-from flexkern.kernels.rms_norm import rms_norm
+from flexkern.kernels.pointwise.rms_norm import rms_norm
 
 
 def build(shape: Tokens) -> Case:

@@ -79,7 +79,7 @@ def cases(kernel: str, is_tiny: bool):
 def run_pytest() -> int:
     import pytest
 
-    tests = [machine.ROOT / f"tests/test_{name}.py" for name in TESTS]
+    tests = [machine.ROOT / f"tests/kernels/test_{name}.py" for name in TESTS]
     tests = [str(path) for path in tests if path.is_file()]
     options = ["--rootdir", str(machine.ROOT), "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
     return pytest.main([*options, *tests])

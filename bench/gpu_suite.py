@@ -58,7 +58,7 @@ def without(tool: str) -> Callable[[], str]:
 
 
 def without_hopper() -> str:
-    return "" if (machine.ROOT / "kernels/frame_attention_hopper.py").is_file() else "no such kernel in this version"
+    return "" if (machine.ROOT / "kernels/attention/hopper.py").is_file() else "no such kernel in this version"
 
 
 def without_numpy() -> str:

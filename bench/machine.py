@@ -8,24 +8,26 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 RESULTS = BENCH / "results"
-IMPORTABLE = BENCH / "importable"
 
-if "flexkern" not in sys.modules and str(IMPORTABLE) not in sys.path:
-    sys.path.insert(0, str(IMPORTABLE))
+if "flexkern" not in sys.modules:
+    # this tree's, whatever is installed; not left on the path, where kernels/ would hide Hugging Face's package
+    sys.path.insert(0, str(ROOT))
+    import_module("flexkern")
+    sys.path.remove(str(ROOT))
 
 
 def child_environment() -> dict[str, str]:
-    """The environment in which a child, and its children, import flexkern and the benches from this tree.
+    """The environment in which a child, and its children, import the benches, and with them this tree's flexkern.
 
     They also take this process's word for the commit.
     """
-    path = [str(IMPORTABLE), str(BENCH), os.environ.get("PYTHONPATH", "")]
-    # a working directory of ROOT must not put a flexkern without its kernels in front
+    path = [str(BENCH), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, path)),

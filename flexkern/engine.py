@@ -20,14 +20,14 @@ from torch import Tensor
 
 from flexkern.backends import get_backend
 from flexkern.cache import FrameCache
+from flexkern.memory import PagedMemory
 from flexkern.model.schedule import Schedule
 from flexkern.model.wan import CausalWan
 from flexkern.model.weights import load_transformer
-from flexkern.ops import PagedMemory
+from flexkern.noise import Noise, PolicyNoise
 from flexkern.plan import band_split
-from flexkern.policies import Preset
-from flexkern.policies import preset as named_preset
-from flexkern.window import Window
+from flexkern.policies import Preset, get_preset
+from flexkern.window import CacheWindow
 
 
 class TextEncoder(Protocol):
@@ -47,52 +47,6 @@ class Encoder(Protocol):
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """uint8 [B, pictures, height, width, 3] -> latents [B, F, C, h, w]."""
-
-
-class Noise(Protocol):
-    """Where a session's noise comes from."""
-
-    def initial(self, frames: Sequence[int]) -> Tensor:
-        """Noise [B, F, C, h, w] that the frames start from."""
-
-    def renoise(self, frames: Sequence[int], step: int) -> Tensor:
-        """Fresh noise [B, F, C, h, w] after denoising step ``step`` (from 0)."""
-
-
-class PolicyNoise:
-    """Noise of a policy: a function of seed, frame and step alone. Video b of a batch is drawn from seed + b."""
-
-    def __init__(self, policy, seed: int, batch: int, shape: tuple[int, ...], target: int | None):
-        self.sources = [policy.source(seed + b, shape=shape, target=target) for b in range(batch)]
-
-    def initial(self, frames: Sequence[int]) -> Tensor:
-        return torch.stack([torch.from_numpy(source.initial(frames)) for source in self.sources])
-
-    def renoise(self, frames: Sequence[int], step: int) -> Tensor:
-        return torch.stack([torch.from_numpy(source.renoise(frames, step)) for source in self.sources])
-
-
-class ResearchNoise:
-    """The draw order of the research code: the whole video's noise at once, then fresh noise step by step.
-
-    Equal numbers need the same device, dtype and generator state as the original run.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int, int], generator: torch.Generator, dtype=torch.bfloat16):
-        self.generator, self.dtype = generator, dtype
-        self.video = self._draw(shape)
-
-    def _draw(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.dtype)
-
-    def initial(self, frames: Sequence[int]) -> Tensor:
-        if frames[-1] >= self.video.shape[1]:
-            raise ValueError(f"noise was drawn for {self.video.shape[1]} frames, got frame {frames[-1]}")
-        return self.video[:, frames[0] : frames[-1] + 1]
-
-    def renoise(self, frames: Sequence[int], step: int) -> Tensor:
-        batch, _, *rest = self.video.shape
-        return self._draw((batch * len(frames), *rest)).view(batch, len(frames), *rest)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +121,7 @@ class Session:
         end; policies that depend on the length of the video need it. size: height and width of a latent frame.
         noise: takes the place of the preset's noise. first_chunk: frames of the first chunk, where it differs
         (1 for models trained with ``independent_first_frame``)."""
-        self.engine, self.preset, self.target = engine, named_preset(preset), frames
+        self.engine, self.preset, self.target = engine, get_preset(preset), frames
         self.size = tuple(size or engine.size)
         self.first_chunk = first_chunk or engine.chunk
         if frames is not None and frames < 1:
@@ -180,7 +134,7 @@ class Session:
         self.preset.check(chunk=max(engine.chunk, self.first_chunk), **sizes, target=frames)
         self.text = engine.encode(prompt)
         self.batch = self.text[0][0].shape[0]
-        self.window = Window(
+        self.window = CacheWindow(
             self.preset, engine.backend, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim,
             eps=config.eps, dtype=model.dtype, device=model.device,
         )  # fmt: skip

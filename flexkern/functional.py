@@ -1,7 +1,7 @@
 """Attention for other people's code: functions of tensors over one operator, ``torch.ops.flexkern.frame_attention``.
 
 torch.compile (fullgraph) and torch.export keep the operator whole. Where it runs follows from the device of the tensors
-and nothing else: on CUDA the Triton kernel ``flexkern.kernels.frame_attention``; on a CPU torch's
+and nothing else: on CUDA the Triton kernel ``flexkern.kernels.attention.portable``; on a CPU torch's
 scaled_dot_product_attention over keys that were turned. Other devices raise. Inference only: there is no backward.
 
 Letters: B batch, F frames of the query, R frames of the keys, S tokens of a frame, H heads, D head dim, P pages,
@@ -18,7 +18,7 @@ from flexkern.backends.gathered import attend_turned
 from flexkern.backends.sdpa import attend
 from flexkern.kernels.reference import split_pairs
 from flexkern.plan import band_split, turns
-from flexkern.policies import PositionPolicy, Preset, preset
+from flexkern.policies import PositionPolicy, Preset, get_preset
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 CUDA_HEAD_DIMS = 64, 128
@@ -118,7 +118,7 @@ def frame_turns(
     """
     if torch.compiler.is_compiling():
         raise NotImplementedError("angles come from the host: call frame_turns outside of torch.compile and pass turn")
-    position = policy if isinstance(policy, PositionPolicy) else preset(policy).position
+    position = policy if isinstance(policy, PositionPolicy) else get_preset(policy).position
     bands = band_split(head_dim)[0]
     phases = position.phases(query=query_frames, visible=key_frames, bands=bands, heads=heads, target=target)
     query, key = torch.from_numpy(phases.query), torch.from_numpy(phases.key)
@@ -206,7 +206,7 @@ def on_cuda(
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """The operator by the Triton kernel."""
-    from flexkern.kernels.frame_attention import frame_attention
+    from flexkern.kernels.attention.portable import frame_attention
 
     return frame_attention(query, key_pages, value_pages, slots, turn, logit_scale, bias)[0]
 

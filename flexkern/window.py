@@ -1,4 +1,4 @@
-"""Cache, plans and policies behind a denoising loop: the loop says which frames it runs, a ``Window`` does the rest.
+"""What a denoising loop needs of cache, plans and policies: it says which frames it runs, the window does the rest.
 
 ``flexkern.engine`` is one such loop, those of the research repositories are others. A loop calls the model several
 times for the same frames, then for the next ones. ``open`` tells these apart by their indices; all bookkeeping is on
@@ -10,12 +10,12 @@ from types import ModuleType
 import torch
 
 from flexkern.cache import FrameCache
-from flexkern.ops import PagedMemory
+from flexkern.memory import PagedMemory
 from flexkern.plan import PlanBuffers, band_split, make_plan, place_turns
 from flexkern.policies import Preset
 
 
-class Window:
+class CacheWindow:
     """The cached frames of one video, and the plan of the chunk that is being computed, for all layers.
 
     chunk: first frame and number of frames of that chunk, None before the first. memory: what its layers attend

@@ -81,7 +81,7 @@ def package(tmp_path_factory) -> SimpleNamespace:
     source = tmp / "source"
     for name in ("flexkern", "kernels", "tests", "bench"):
         if (ROOT / name).exists():
-            shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     sdist = build("sdist", source, tmp / "sdist")
@@ -121,7 +121,7 @@ def test_wheel_says_what_it_is(package):
 def test_sdist_holds_what_the_wheel_needs(package):
     with tarfile.open(package.sdist) as archive:
         files = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    assert {"LICENSE", "README.md", "kernels/__init__.py", "pyproject.toml", "setup.py"} <= files
+    assert {"LICENSE", "README.md", "flexkern/kernels/__init__.py", "pyproject.toml", "setup.py"} <= files
     assert not {name for name in files if name.startswith(("tests/", "bench/"))}
 
 
@@ -140,7 +140,7 @@ def test_install_gives_flexkern_and_no_kernels(package, kind):
             *(site / f"flexkern/kernels/{n}.py" for n in ("__init__", "reference")),
         ]
     else:
-        names = ("flexkern/__init__.py", "kernels/__init__.py", "kernels/reference.py")
+        names = ("flexkern/__init__.py", "flexkern/kernels/__init__.py", "flexkern/kernels/reference.py")
         assert files == [package.source / name for name in names]
     assert found["shadow"] is None or "site-packages/kernels/" in found["shadow"]
     assert found["version"] == flexkern.__version__

@@ -2,11 +2,11 @@
 
 from torch import Tensor
 
-from flexkern.kernels.frame_attention import frame_attention as attend_frames
-from flexkern.kernels.gate_residual import gate_residual  # noqa: F401
-from flexkern.kernels.modulate import modulate  # noqa: F401
-from flexkern.kernels.norm_rope_write import norm_rope_write  # noqa: F401
-from flexkern.kernels.rms_norm import rms_norm  # noqa: F401
+from flexkern.kernels.attention.portable import frame_attention as attend_frames
+from flexkern.kernels.pages.norm_rope_write import norm_rope_write  # noqa: F401
+from flexkern.kernels.pointwise.gate_residual import gate_residual  # noqa: F401
+from flexkern.kernels.pointwise.modulate import modulate  # noqa: F401
+from flexkern.kernels.pointwise.rms_norm import rms_norm  # noqa: F401
 from flexkern.plan import ChunkPlan
 
 

@@ -36,7 +36,7 @@ class Inspect:
 
     def run(self) -> int:
         with refusing(ValueError, OSError, NotImplementedError):
-            from flexkern.model.survey import holdings
+            from flexkern.model.find import holdings
 
             found = holdings(self.path)
             known = [(kind, place) for kind, place in found if kind is not None]
@@ -221,7 +221,7 @@ def unknown_lines(path: Path) -> Lines:
 def tensors_of(place: Path) -> "dict[str, Tensor]":
     """All tensors at a place, of whatever group."""
     from flexkern.model.files import read_files
-    from flexkern.model.survey import shards
+    from flexkern.model.find import shards
 
     content, _ = read_files(shards(place), headers=True)
     groups = [value for value in content.values() if isinstance(value, Mapping)]

@@ -15,8 +15,7 @@ import tyro
 
 from flexkern.cli.errors import refusing
 from flexkern.cli.research import Research, read_prompts, read_research
-from flexkern.policies import Preset
-from flexkern.policies import preset as named_preset
+from flexkern.policies import Preset, get_preset
 from flexkern.policies.checks import did_you_mean
 from flexkern.policies.presets import POLICIES
 
@@ -218,7 +217,7 @@ class Render:
             given, default = getattr(self, part), getattr(base, part)
             names = [f.name for f in fields(default) if getattr(given, f.name) != getattr(default, f.name)]
             changes |= {f"{part}.{name}": getattr(given, name) for name in names}
-        return named_preset(base, changes)
+        return get_preset(base, changes)
 
     def chosen_videos(self, preset: Preset) -> tuple[Video, ...]:
         """What to show and where to. Raises where a file cannot be read or written, or a cut cannot be followed."""
@@ -304,7 +303,7 @@ def base_preset(name: str | None, model: str, research: Research | None) -> Pres
         from flexkern.model.families import FAMILIES
 
         name = FAMILIES[model].preset
-    return named_preset(name or PRESET, research.policies if research else None)
+    return get_preset(name or PRESET, research.policies if research else None)
 
 
 def render_command(argv: Sequence[str]) -> type[Render]:

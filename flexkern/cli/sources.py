@@ -16,7 +16,7 @@ from torch import Tensor
 from flexkern.backends import get_backend
 from flexkern.engine import Chunk, Engine, Session, frames_for
 from flexkern.model.families import FAMILIES, PICTURES_PER_FRAME, STRIDE, Family
-from flexkern.model.survey import find_part, find_parts
+from flexkern.model.find import find_part, find_parts
 from flexkern.model.text import SavedEmbeddings, load_text_encoder, save_embeddings
 from flexkern.model.vae import load_tiny_decoder, load_vae
 from flexkern.model.wan import WanConfig

@@ -20,7 +20,7 @@ from flexkern.demo.evaluate import differences, held_out_scenes, render_chunks, 
 from flexkern.demo.measure import Marks, curves, measure
 from flexkern.demo.picture import contact_sheet, drift_plot
 from flexkern.engine import Engine
-from flexkern.policies import preset as named_preset
+from flexkern.policies import get_preset
 from flexkern.render.writer import VideoWriter
 
 
@@ -75,7 +75,7 @@ def report(marks: dict[str, Marks], frames: int) -> None:
 def main(args: Args) -> None:
     began = time.perf_counter()
     scenes = chosen_scenes(args.prompt, args.videos)
-    presets = [named_preset(name).name for name in args.presets]  # a misspelt one fails before the work
+    presets = [get_preset(name).name for name in args.presets]  # a misspelt one fails before the work
     engine = load_engine(args.weights, device=args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     marks, pictures = {}, {}

@@ -20,7 +20,7 @@ from torch import Tensor
 from flexkern.demo import WEIGHTS, load_engine, world
 from flexkern.demo.measure import FIGURES, Marks, measure, summary
 from flexkern.engine import Chunk, Engine
-from flexkern.policies import preset as named_preset
+from flexkern.policies import get_preset
 
 WORLD = "world"  # the ceiling's name, where presets have theirs
 
@@ -135,7 +135,7 @@ class Args:
 def evaluate(args: Args) -> dict[str, Marks]:
     """Render, measure, print and write; returns the marks of every preset, and of the world's own clips."""
     scenes = held_out_scenes(args.clips, args.seed)
-    presets = [named_preset(name).name for name in args.presets]  # a misspelt one fails before the work
+    presets = [get_preset(name).name for name in args.presets]  # a misspelt one fails before the work
     engine = load_engine(args.weights, device=args.device)
     truth = world.clips(scenes, args.frames, torch.Generator().manual_seed(args.seed))
     marks = {WORLD: measure(truth, scenes)}

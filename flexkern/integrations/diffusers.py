@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from flexkern.backends import get_backend
 from flexkern.cache import FrameCache
 from flexkern.engine import Engine
+from flexkern.memory import PagedMemory
 from flexkern.model.wan import CausalWan, WanConfig
-from flexkern.ops import PagedMemory
 from flexkern.plan import BASE, ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
-from flexkern.policies import Preset
-from flexkern.policies import preset as named_preset
+from flexkern.policies import Preset, get_preset
 
 TRIED = "0.42.1"
 
@@ -179,7 +178,7 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
     Under torch.no_grad() only. Raises TypeError, ValueError or NotImplementedError, before anything is changed, for a
     transformer that this door does not know.
     """
-    chosen = named_preset(preset)
+    chosen = get_preset(preset)
     config = _config(transformer)
     get_backend(backend)
     return Patch(transformer, ClipMemory(config, chosen, backend), [0] * config.num_layers)

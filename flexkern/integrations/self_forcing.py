@@ -20,10 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from flexkern.backends import get_backend
-from flexkern.engine import PolicyNoise
-from flexkern.policies import Preset
-from flexkern.policies import preset as named_preset
-from flexkern.window import Window
+from flexkern.noise import PolicyNoise
+from flexkern.policies import Preset, get_preset
+from flexkern.window import CacheWindow
 
 HANDLE = "flexkern_patch"  # the pipeline's attribute that holds its patch
 ABSENT = object()
@@ -119,14 +118,14 @@ class Patch:
     """What was replaced in a pipeline, and how to undo it. Leaving it as a context manager undoes it."""
 
     def __init__(self, pipeline: nn.Module, upstream: Upstream, preset: str | Preset, seed: int | None, backend: str):
-        self.pipeline, self.upstream, self.preset, self.seed = pipeline, upstream, named_preset(preset), seed
+        self.pipeline, self.upstream, self.preset, self.seed = pipeline, upstream, get_preset(preset), seed
         if seed is not None and (not isinstance(seed, int) or seed < 0):
             raise ValueError(f"seed must be a whole number >= 0, or None, got {seed!r}")
         model = recognise(pipeline, upstream)
         self.preset.retention.keep(0, pipeline.num_frame_per_block)  # refuses a window that is too small
         weight, attn = model.patch_embedding.weight, model.blocks[0].self_attn
         self.made_for = weight.dtype, weight.device
-        self.window = Window(
+        self.window = CacheWindow(
             self.preset, get_backend(backend, weight.device), layers=len(model.blocks), heads=attn.num_heads,
             head_dim=attn.head_dim, eps=model.eps, dtype=weight.dtype, device=weight.device,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flexkern.model.files import find_files, some_of
-from flexkern.model.parts import declared, fill, need, read_part
+from flexkern.model.load import declared, fill, need, read_part
 
 TOKENS = 512  # that every Wan 2.1 was trained with
 FOLDER_FILES = ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin")

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexkern.model.chunks import ChunkDecoder
+from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import find_files, some_of
-from flexkern.model.parts import fill, read_part
+from flexkern.model.load import fill, read_part
 
 FOLDER_FILES = ("taew2_1.safetensors", "taew2_1.pth")
 STRIDES = (1, 2, 2)  # by which the three levels stretch time; each doubles height and width

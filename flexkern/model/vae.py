@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexkern.model.chunks import ChunkDecoder
+from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import find_files, some_of
-from flexkern.model.parts import declared, fill, need, read_part
+from flexkern.model.load import declared, fill, need, read_part
 from flexkern.model.tiny_decoder import load_tiny_decoder
 
 __all__ = ["StreamingDecoder", "WanVAE", "load_tiny_decoder", "load_vae"]

@@ -2,7 +2,7 @@
 
 The module tree carries the published checkpoints' key names, so a cleaned state dict loads with ``strict=True``.
 Attention over time is not in here: every block hands query, key and value to ``memory.attend`` and does not know
-whether they meet a paged cache (``flexkern.ops.PagedMemory``) or a training mask (``flexkern.demo.train``).
+whether they meet a paged cache (``flexkern.memory.PagedMemory``) or a training mask (``flexkern.demo.train``).
 
     x += gate_1 * SelfAttention(LN(x) * (1 + scale_1) + shift_1)
     x += CrossAttention(LN_affine(x))

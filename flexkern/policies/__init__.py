@@ -2,7 +2,7 @@
 
 from .noise import NoisePolicy, NoiseSource
 from .position import Phases, PositionPolicy
-from .presets import PRESETS, Preset, SwitchPolicy, preset
+from .presets import PRESETS, Preset, SwitchPolicy, get_preset
 from .retention import SinkWindow
 
 __all__ = [
@@ -14,5 +14,5 @@ __all__ = [
     "Preset",
     "SinkWindow",
     "SwitchPolicy",
-    "preset",
+    "get_preset",
 ]

@@ -158,7 +158,7 @@ _ALL = (
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
-def preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
+def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
     """The preset of that name, or the given one, with single fields of its policies replaced.
 
     overrides: dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.

@@ -1,0 +1,55 @@
+"""A session's noise as tensors: from a preset's policy, or in the draw order of the research code."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from flexkern.policies import NoisePolicy
+
+
+class Noise(Protocol):
+    """Where a session's noise comes from."""
+
+    def initial(self, frames: Sequence[int]) -> Tensor:
+        """Noise [B, F, C, h, w] that the frames start from."""
+
+    def renoise(self, frames: Sequence[int], step: int) -> Tensor:
+        """Fresh noise [B, F, C, h, w] after denoising step ``step`` (from 0)."""
+
+
+class PolicyNoise:
+    """Noise of a policy: a function of seed, frame and step alone. Video b of a batch is drawn from seed + b."""
+
+    def __init__(self, policy: NoisePolicy, seed: int, batch: int, shape: tuple[int, ...], target: int | None):
+        self.sources = [policy.source(seed + b, shape=shape, target=target) for b in range(batch)]
+
+    def initial(self, frames: Sequence[int]) -> Tensor:
+        return torch.stack([torch.from_numpy(source.initial(frames)) for source in self.sources])
+
+    def renoise(self, frames: Sequence[int], step: int) -> Tensor:
+        return torch.stack([torch.from_numpy(source.renoise(frames, step)) for source in self.sources])
+
+
+class ResearchNoise:
+    """The draw order of the research code: the whole video's noise at once, then fresh noise step by step.
+
+    Equal numbers need the same device, dtype and generator state as the original run.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int, int], generator: torch.Generator, dtype=torch.bfloat16):
+        self.generator, self.dtype = generator, dtype
+        self.video = self._draw(shape)
+
+    def _draw(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.dtype)
+
+    def initial(self, frames: Sequence[int]) -> Tensor:
+        if frames[-1] >= self.video.shape[1]:
+            raise ValueError(f"noise was drawn for {self.video.shape[1]} frames, got frame {frames[-1]}")
+        return self.video[:, frames[0] : frames[-1] + 1]
+
+    def renoise(self, frames: Sequence[int], step: int) -> Tensor:
+        batch, _, *rest = self.video.shape
+        return self._draw((batch * len(frames), *rest)).view(batch, len(frames), *rest)

@@ -1,0 +1,1 @@
+"""Attention over the pages of a cache: the portable Triton kernel and the Hopper kernel, and what they share."""

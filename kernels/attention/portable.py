@@ -1,0 +1,199 @@
+"""Attention over listed pages of the cache, every key frame at its own temporal distance, in one pass.
+
+    logit[q, k] = logit_scale[f] * <R(turn[f, r]) q, k> / sqrt(D) + bias[f, r]    q in frame f, k in the page of frame r
+    out = softmax(logit) v
+
+The query tile is turned once per key frame instead of every key tile: 2 * D * BLOCK_M multiplications and additions
+against 4 * S * D * BLOCK_M, and outside the loop over keys. A page is read once per query tile, by nobody else.
+
+Bytes: keys and values 2 * R * S * C * itemsize, query and output 2 * F * S * C * itemsize; parts of cut tiles, fp32.
+Flops: 4 * F * S * R * S * C.
+Numerics: q is turned and scaled in float32, from the unturned query each time, and rounded once; scores, base-2 softmax
+and accumulation in float32; P rounded to the value's dtype. Shapes and number of programs fix the order of every sum.
+Oracle: ``reference.frame_attention``. Source: Wan 2.1 self-attention; the online softmax of FlashAttention-2.
+"""
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..common import cast, dot
+from .launch import close_item, prepare_launch
+from .tiles import Config, arch_of, frame_attention_config
+from .work import Sizes, count_items, open_item
+
+
+@triton.jit
+def turn_of(turn_ptr, scale_ptr, frame, key_frame, item, sizes, T: tl.constexpr, PAIRS: tl.constexpr):
+    """(cos, sin) [1, PAIRS] for a query frame that meets a key frame, times the query frame's logit_scale."""
+    pair = tl.arange(0, PAIRS)
+    turn_ptr += ((frame * sizes.read + key_frame) * sizes.groups + item.head % sizes.groups) * (2 * T)
+    scale = tl.load(scale_ptr + frame)
+    cos = tl.load(turn_ptr + 2 * pair, mask=pair < T, other=1.0)
+    sin = tl.load(turn_ptr + 2 * pair + 1, mask=pair < T, other=0.0)
+    return (cos * scale)[None, :], (sin * scale)[None, :]
+
+
+@triton.jit
+def load_query(query_ptr, item, sizes, S: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Real and imaginary channels of the item's rows [BLOCK_M, D / 2], zeros behind its last row."""
+    channels = sizes.heads * D
+    rows = query_ptr + (item.batch.to(tl.int64) * sizes.frames * S + item.row) * channels + item.head * D
+    offs_m = tl.arange(0, BLOCK_M)
+    ptr = rows + offs_m[:, None] * channels + tl.arange(0, D // 2)[None, :]
+    mask_m = (item.row + offs_m < item.stop)[:, None]
+    real = tl.load(ptr, mask=mask_m, other=0.0).to(tl.float32)
+    imag = tl.load(ptr + D // 2, mask=mask_m, other=0.0).to(tl.float32)
+    return real, imag
+
+
+@triton.jit
+def turn_rows(
+    turn_ptr, scale_ptr, key_frame, item, sizes,
+    S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """(cos, sin) [BLOCK_M or 1, D / 2] by which the item's rows turn on their way to a key frame."""
+    cos, sin = turn_of(turn_ptr, scale_ptr, item.frame, key_frame, item, sizes, T, D // 2)
+    if CROSSES:  # rows behind the frame's end belong to the next one
+        next_frame = tl.minimum(item.frame + 1, sizes.frames - 1)
+        next_cos, next_sin = turn_of(turn_ptr, scale_ptr, next_frame, key_frame, item, sizes, T, D // 2)
+        is_next = (item.row + tl.arange(0, BLOCK_M) >= (item.frame + 1) * S)[:, None]
+        cos, sin = tl.where(is_next, next_cos, cos), tl.where(is_next, next_sin, sin)
+    return cos, sin
+
+
+@triton.jit
+def turned_query(
+    query_ptr, turn_ptr, scale_ptr, key_frame, item, sizes,
+    S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, CROSSES: tl.constexpr,
+):  # fmt: skip
+    """The item's query [BLOCK_M, D], turned for one key frame and rounded once."""
+    real, imag = load_query(query_ptr, item, sizes, S, D, BLOCK_M)
+    cos, sin = turn_rows(turn_ptr, scale_ptr, key_frame, item, sizes, S, T, D, BLOCK_M, CROSSES)
+    dtype: tl.constexpr = query_ptr.dtype.element_ty
+    turned = tl.join(cast(real * cos - imag * sin, dtype), cast(real * sin + imag * cos, dtype))
+    return turned.permute(0, 2, 1).reshape(BLOCK_M, D)
+
+
+@triton.jit
+def load_page(
+    pages, page, start, column, channels, S: tl.constexpr, D: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr
+):
+    """N tokens of a page [N, D] from ``start``, zeros behind the frame's end: a neighbour's NaN cannot leak in."""
+    if TMA:
+        return pages.load([page, start, column]).reshape(N, D)
+    else:
+        offs_n = start + tl.arange(0, N)
+        rows = pages + page.to(tl.int64) * (S * channels) + offs_n[:, None] * channels
+        return tl.load(rows + (column + tl.arange(0, D))[None, :], mask=(offs_n < S)[:, None], other=0.0)
+
+
+@triton.jit
+def softmax_step(score, value, acc, m_i, l_i, log2_scale):
+    """One tile of keys joins the running softmax: accumulator, pivot and sum, in base 2."""
+    m_new = tl.maximum(m_i, tl.max(score, 1) * log2_scale)
+    p = tl.math.exp2(score * log2_scale - m_new[:, None])
+    alpha = tl.math.exp2(m_i - m_new)
+    acc = dot(cast(p, value.dtype), value, acc * alpha[:, None])
+    return acc, m_new, l_i * alpha + tl.sum(p, 1)
+
+
+@triton.jit
+def _frame_attention(
+    query_ptr, out_ptr, lse_ptr, acc_ptr, sums_ptr, turn_ptr, scale_ptr, bias_ptr, slot_ptr,
+    keys, values, last_keys, last_values,
+    log2_scale, tiles, spans, frames, read, pages, heads, groups,
+    S: tl.constexpr, T: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, CROSSES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    # one program per SM walks through its items: a tile of query rows and a range of key frames
+    sizes = Sizes(tiles, spans, frames, read, pages, heads, groups)
+    channels = heads * D
+    FULL: tl.constexpr = S // BLOCK_N * BLOCK_N
+    for index in range(0, count_items(tl.program_id(0), tl.num_programs(0), sizes.tiles, sizes.read)):
+        item = open_item(index, sizes, S, SPAN, BLOCK_M)
+        column = item.head * D
+        m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l_i = tl.zeros([BLOCK_M], tl.float32)
+        acc = tl.zeros([BLOCK_M, D], tl.float32)
+        # carried through the loop over frames: only then the compiler leaves it in shared memory, where wgmma reads it
+        q = turned_query(
+            query_ptr, turn_ptr, scale_ptr, item.begin, item, sizes, S, T, D, BLOCK_M, CROSSES
+        )  # fmt: skip
+        for key_frame in tl.range(item.begin, item.end):
+            page = item.batch * sizes.pages + tl.load(slot_ptr + key_frame)
+            tokens = S
+            if HAS_BIAS:  # the same for the whole frame: the pivot moves instead of the scores
+                bias = tl.load(bias_ptr + item.frame * sizes.read + key_frame) * 1.4426950408889634
+                tokens = tl.where(bias > float("-inf"), S, 0)
+                bias = tl.where(bias > float("-inf"), bias, 0.0)
+                m_i -= bias
+            for start in tl.range(0, tokens // BLOCK_N * BLOCK_N, BLOCK_N, num_stages=STAGES):
+                k = load_page(keys, page, start, column, channels, S, D, BLOCK_N, TMA)
+                score = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+                v = load_page(values, page, start, column, channels, S, D, BLOCK_N, TMA)
+                acc, m_i, l_i = softmax_step(score, v, acc, m_i, l_i, log2_scale)
+            if LAST_N > 0 and tokens > 0:
+                k = load_page(last_keys, page, FULL, column, channels, S, D, LAST_N, TMA)
+                score = dot(q, k.T, tl.zeros([BLOCK_M, LAST_N], tl.float32))
+                score = tl.where((FULL + tl.arange(0, LAST_N) < S)[None, :], score, float("-inf"))
+                v = load_page(last_values, page, FULL, column, channels, S, D, LAST_N, TMA)
+                acc, m_i, l_i = softmax_step(score, v, acc, m_i, l_i, log2_scale)
+            if HAS_BIAS:
+                m_i += bias
+            following = tl.minimum(key_frame + 1, sizes.read - 1)
+            q = turned_query(query_ptr, turn_ptr, scale_ptr, following, item, sizes, S, T, D, BLOCK_M, CROSSES)
+
+        close_item(item, sizes, out_ptr, lse_ptr, acc_ptr, sums_ptr, acc, m_i, l_i, S, D, BLOCK_M, HAS_LSE)
+
+
+def frame_attention(
+    query: Tensor,  # [B, F, S, H, D], as norm_rope_write returns it
+    key_pages: Tensor,  # [B, P, S, H, D]
+    value_pages: Tensor,  # [B, P, S, H, D]
+    slots: Tensor,  # [R] int32, pages to read
+    turn: Tensor,  # [F, R, G, T, 2] float32
+    logit_scale: Tensor,  # [F] float32
+    bias: Tensor | None = None,  # [F, R] float32; -inf hides a frame, which is then not read
+    *,
+    want_lse: bool = False,
+    config: Config | None = None,
+    programs: int | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Launch the kernels. Arguments as in ``reference.frame_attention``; the log-sum-exp [B, F, H, S] only if wanted.
+
+    config: a tile other than the tuned one. programs: how many run side by side; default one per multiprocessor.
+    """
+    contiguous = query, key_pages, value_pages, slots, turn, logit_scale, *(() if bias is None else (bias,))
+    assert all(x.is_contiguous() for x in contiguous), "query, pages and plan must be contiguous"
+    assert query.dtype == key_pages.dtype == value_pages.dtype, "query and pages must have one dtype"
+    tokens, heads, dim = query.shape[2:]
+    config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
+    if config.path == "hopper":
+        from .hopper import frame_attention_hopper  # Gluon, which only this path needs
+
+        inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
+        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, stages=config.num_stages)
+    launch = prepare_launch(
+        query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,
+        want_lse=want_lse, programs=programs,
+    )  # fmt: skip
+
+    def blocks(pages: Tensor, rows: int) -> TensorDescriptor | Tensor:
+        if not (config.tma and rows):
+            return pages
+        return TensorDescriptor.from_tensor(pages.view(-1, tokens, heads * dim), [1, rows, dim])
+
+    _frame_attention[(launch.programs,)](
+        query, launch.out, launch.lse, launch.acc, launch.sums, turn, logit_scale, bias, slots,
+        *(blocks(pages, rows) for rows in (config.block_n, launch.last_n) for pages in (key_pages, value_pages)),
+        math.log2(math.e) / math.sqrt(dim), *launch.sizes, **launch.constants, BLOCK_M=launch.block_m,
+        STAGES=config.num_stages, TMA=config.tma,
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
+    )  # fmt: skip
+    launch.merge()
+    return launch.out, launch.lse

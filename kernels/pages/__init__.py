@@ -1,0 +1,1 @@
+"""Kernels that write the pages of a cache."""

@@ -1,0 +1,1 @@
+"""Kernels that read each token once and write it once."""

@@ -1,0 +1,163 @@
+"""``flexkern inspect`` says what a file is, what is missing of it, and which --model fits."""
+
+import json
+import re
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
+pytest.importorskip("transformers", reason='needs pip install "flexkern[model]"')
+
+import layouts
+
+from flexkern.cli import main
+from flexkern.model.wan import CONFIGS, CausalWan
+
+
+@pytest.fixture
+def inspect_(capsys):
+    """Runs the command: (status, {place: {name: text}}, stderr)."""
+
+    def run(path):
+        try:
+            status = main(["inspect", str(path)])
+        except SystemExit as stop:
+            status = stop.code
+        out, err = capsys.readouterr()
+        places = {}
+        for part in filter(None, out.split("\n\n")):
+            place, *lines = part.strip("\n").split("\n")
+            places.setdefault(place, {}).update(line.strip().split(None, 1) for line in lines)
+        return status, places, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return layouts.tiny_transformer()
+
+
+def sparse(file, shapes, dtype="BF16"):
+    """A safetensors file of these shapes whose data was never written: reading it would take minutes."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        size = 2 * torch.Size(shape).numel()
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        out.truncate(8 + len(text) + end)
+
+
+@pytest.mark.parametrize(("size", "parameters", "data", "cache"), [
+    ("1.3B", "825, 1,418,996,800 parameters", "bfloat16, 2.84 GB", "287.5 MB"),
+    ("14B", "1,095, 14,288,491,584 parameters", "bfloat16, 28.58 GB", "1,278.0 MB"),
+])  # fmt: skip
+def test_published_sizes_are_told_from_headers(inspect_, tmp_path, size, parameters, data, cache):
+    with torch.device("meta"):
+        shapes = {f"model.{key}": tensor.shape for key, tensor in CausalWan(CONFIGS[size]).state_dict().items()}
+    file = tmp_path / "krea.safetensors"
+    sparse(file, shapes)
+    status, places, _ = inspect_(file)
+    told = places[str(file)]
+    assert status == 0 and f"{size}: dim {CONFIGS[size].dim}, " in told["is"]
+    assert (told["tensors"], told["data"], told["complete"]) == (parameters, data, "yes")
+    assert told["cache"] == f"{cache} per cached frame of 480x832 in bfloat16"
+    assert (told["prefix"], told["EMA"]) == ("model.", "no")
+
+
+def test_a_repository_with_averaged_weights(inspect_, tmp_path):
+    root = layouts.save_self_forcing(tmp_path / "repo")
+    status, places, _ = inspect_(root)
+    told = places[f"{root}/checkpoints/self_forcing_dmd.pt"]
+    assert status == 0 and told["container"] == "pt, generator_ema, Wan keys; there are generator as well"
+    assert told["EMA"].startswith("yes, it is taken") and told["use"].endswith("--model self-forcing")
+    assert told["data"] == "float32, 8695 kB" and "other: dim 256, feed-forward 512, 2 heads, 2 layers" in told["is"]
+    wan = root / "wan_models/Wan2.1-T2V-1.3B"
+    assert places[f"{wan}/Wan2.1_VAE.pth"]["latents"] == "16 channels, strides 4 in time, 8 in space"
+    assert "not distilled" in places[str(wan)]["note"]
+    assert places[str(root)] == {"lacks": layouts_lack("text encoder")}
+
+
+def layouts_lack(kind):
+    from flexkern.cli.inspect import NEEDED
+
+    return f"{kind}: {NEEDED[kind]}"
+
+
+def test_wrappers_and_the_family_of_a_folder(inspect_, tmp_path):
+    root = layouts.save_rolling_forcing(tmp_path / "repo")
+    told = inspect_(root / "checkpoints/rolling_forcing_dmd.pt")[1].popitem()[1]
+    assert told["prefix"] == "_fsdp_wrapped_module. model." and told["use"].endswith("--model rolling-forcing")
+    root = layouts.save_causvid(tmp_path / "causvid")
+    assert inspect_(root)[1][f"{root}/model.pt"]["use"].endswith("--model causvid")
+
+
+def test_a_diffusers_folder(inspect_, tmp_path):
+    root = layouts.save_diffusers(tmp_path / "any")
+    status, places, _ = inspect_(root)
+    assert status == 0 and places[str(root)]["use"] == f"flexkern render --weights {root} --model wan-diffusers"
+    assert "VAE of Wan, diffusers keys" in places[f"{root}/vae"]["is"]
+
+
+def test_a_lora(inspect_, tiny, tmp_path):
+    file = tmp_path / "lora.safetensors"
+    save_file(layouts.kohya(layouts.low_rank(tiny), 8.0), file)
+    status, places, _ = inspect_(file)
+    told = places[str(file)]
+    assert status == 0 and told["is"] == "LoRA of a Wan transformer, for another size"
+    assert (told["rank"], told["alpha"].split(",")[0]) == ("4", "8")
+    assert told["targets"].startswith("20: ") and "self_attn.q in 2 blocks" in told["targets"]
+
+
+def test_a_text_encoder_and_saved_embeddings(inspect_, tmp_path):
+    folder = layouts.save_wan(tmp_path / "wan", text=True)
+    told = inspect_(folder)[1][f"{folder}/models_t5_umt5-xxl-enc-bf16.pth"]
+    assert "text encoder UMT5, Wan keys" in told["is"] and told["complete"] == "yes, the tokenizer as well"
+    (folder / "google/umt5-xxl/tokenizer.json").unlink()
+    (folder / "google/umt5-xxl/tokenizer_config.json").unlink()
+    status, places, _ = inspect_(folder / "models_t5_umt5-xxl-enc-bf16.pth")
+    assert status == 1 and "no tokenizer" in places.popitem()[1]["complete"]
+    file = layouts.save_prompts(tmp_path / "e.safetensors")
+    assert inspect_(file)[1][str(file)]["prompts"] == "2: 'a cat', 'a dog'"
+
+
+def test_what_is_missing_or_unknown_is_listed(inspect_, tiny, tmp_path):
+    broken = {key: tensor for key, tensor in tiny.items() if key != "head.modulation"} | {"extra.1": torch.ones(1)}
+    torch.save({"generator": broken}, tmp_path / "broken.pt")
+    status, places, _ = inspect_(tmp_path / "broken.pt")
+    expected = "no: missing 1: head.modulation; unexpected 1: extra.1; wrongly shaped 0"
+    assert status == 1 and places.popitem()[1]["complete"] == expected
+    vae = layouts.tiny_vae()
+    del vae["decoder.head.2.bias"]
+    torch.save(vae, tmp_path / "vae.pth")
+    status, places, _ = inspect_(tmp_path / "vae.pth")
+    assert status == 1 and "missing 1: decoder.conv_out.bias" in places.popitem()[1]["complete"]
+
+
+def test_what_is_not_supported_or_unknown_is_said(inspect_, tiny, tmp_path):
+    save_file(tiny | {"patch_embedding.weight": torch.ones(256, 36, 1, 2, 2)}, tmp_path / "i2v.safetensors")
+    status, places, _ = inspect_(tmp_path / "i2v.safetensors")
+    told = places.popitem()[1]
+    assert status == 1 and told["is"] == "transformer, not supported" and "36 input channels" in told["complete"]
+    torch.save({"classifier.weight": torch.ones(2)}, tmp_path / "other.pt")
+    status, places, _ = inspect_(tmp_path / "other.pt")
+    told = places.popitem()[1]
+    assert status == 1 and "nothing that flexkern knows" in told["is"] and told["names"] == "classifier.weight"
+    (tmp_path / "text.txt").write_text("x")
+    assert inspect_(tmp_path / "text.txt")[0] == 1
+    status, _, err = inspect_(tmp_path / "nowhere")
+    assert status == 2 and re.fullmatch(r"flexkern: error: there is nothing at [^\n]*nowhere\n", err)
+
+
+def test_the_demo_is_told_by_its_channels(inspect_):
+    from flexkern.demo import WEIGHTS
+
+    told = inspect_(WEIGHTS)[1][str(WEIGHTS)]
+    assert told["use"].startswith(f"flexkern render --model {WEIGHTS}") and "cache" not in told

@@ -1,0 +1,129 @@
+"""Agreement with the published pipelines: what they computed, at a tiny size in float32, is in tests/data."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import flexkern
+from flexkern.engine import Engine
+from flexkern.kernels import reference
+from flexkern.model.schedule import SCHEDULES
+from flexkern.model.wan import CONFIGS, CausalWan
+from flexkern.plan import turns
+from flexkern.policies import get_preset
+
+DATA = Path(__file__).parent.parent / "data"
+TOLERANCE = 1e-4
+PRESETS = {
+    "sf_global": ("self-forcing", {}),
+    "sf_local": ("self-forcing", {"retention.window": 6}),
+    "longlive_inf": ("longlive-infinite", {"retention.window": 9}),
+}
+
+
+class RecordedNoise:
+    """The noise the pipeline drew, in its order."""
+
+    def __init__(self, tensors):
+        self.tensors, self.drawn = tensors, 0
+
+    def initial(self, frames):
+        return self.tensors["noise"][:, frames]
+
+    def renoise(self, frames, step):
+        self.drawn += 1
+        return self.tensors[f"fresh_noise.{self.drawn - 1}"][None]
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = CausalWan(CONFIGS["tiny"])
+    model.load_state_dict(load_file(DATA / "tiny_wan.safetensors"))
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def recorded(request):
+    path = DATA / f"{request.param}.safetensors"
+    with safe_open(path, "pt") as file:
+        return request.param, file.metadata(), load_file(path)
+
+
+def rendered(model, name, tensors, backend):
+    engine = Engine(model, schedule=SCHEDULES["self-forcing"], backend=backend, size=(8, 8))
+    noise = RecordedNoise(tensors)
+    frames = tensors["noise"].shape[1]
+    session = engine.session(tensors["prompt"], preset=get_preset(*PRESETS[name]), frames=frames, noise=noise)
+    return session, torch.cat([chunk.latents for chunk in session], dim=1)
+
+
+def test_schedule_is_the_recorded_one(recorded):
+    _, metadata, _ = recorded
+    assert SCHEDULES["self-forcing"].timesteps() == json.loads(metadata["denoising_steps"])
+
+
+def test_latents_and_cache_agree(model, recorded):
+    name, _, tensors = recorded
+    session, latents = rendered(model, name, tensors, "sdpa")
+    assert (latents - tensors["latents"]).abs().max() < TOLERANCE
+
+    cache, slots = session.cache, torch.tensor(session.cache.slots)
+    tokens = len(slots) * cache.keys.shape[3]
+    for layer in range(model.config.num_layers):
+        values = cache.values[layer][:, slots].flatten(1, 2)
+        assert (values - tensors[f"kv_v.{layer}"][:, :tokens]).abs().max() < TOLERANCE
+        if name == "longlive_inf":
+            continue  # its recorded keys carry no rotation at all, ours the one by place
+        keys = cache.keys[layer][:, slots]
+        theta = torch.from_numpy(session.preset.position.frequencies(22))
+        angle = torch.tensor(cache.frames).double()[:, None] * theta
+        turn = reference.pad_turn(turns(angle), model.config.head_dim // 2)
+        keys = reference.rotate(keys, turn[None, :, None, None])
+        interleaved = keys.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2).flatten(1, 2)
+        assert (interleaved - tensors[f"kv_k.{layer}"][:, :tokens]).abs().max() < TOLERANCE
+
+
+def test_the_oracle_backend_agrees(model):
+    name = "longlive_inf"
+    tensors = load_file(DATA / f"{name}.safetensors")
+    _, latents = rendered(model, name, tensors, "reference")
+    assert (latents - tensors["latents"]).abs().max() < TOLERANCE
+
+
+def test_the_kernels_agree(model, device):
+    """The first two chunks, so that the interpreter ends: the second reads the first one's pages."""
+    tensors = load_file(DATA / "sf_local.safetensors")
+    engine = Engine(model.to(device), schedule=SCHEDULES["self-forcing"], backend="triton", size=(8, 8))
+    session = engine.session(
+        tensors["prompt"].to(device), preset=get_preset(*PRESETS["sf_local"]), noise=RecordedNoise(tensors)
+    )
+    latents = torch.cat([session.step().latents for _ in range(2)], dim=1).cpu()
+    model.cpu()
+    assert (latents - tensors["latents"][:, :6]).abs().max() < 1e-5
+
+
+def test_a_wrong_window_or_position_does_not_agree(model):
+    """The recordings tell the policies apart."""
+    tensors = load_file(DATA / "longlive_inf.safetensors")
+    for wrong in ({"retention.sink": 0}, {"retention.window": 12}, {"position.index": "absolute"}):
+        engine = Engine(model, size=(8, 8))
+        chosen = get_preset(*PRESETS["longlive_inf"])
+        session = engine.session(
+            tensors["prompt"], preset=get_preset(chosen, wrong), noise=RecordedNoise(tensors), frames=21
+        )
+        latents = torch.cat([chunk.latents for chunk in session], dim=1)
+        assert (latents - tensors["latents"]).abs().max() > 100 * TOLERANCE
+
+
+def test_bfloat16_stays_near_float32():
+    """The same loop from a checkpoint on disk in bfloat16: the research pipelines differ by 6e-3 relative there."""
+    tensors = load_file(DATA / "sf_local.safetensors")
+    engine = flexkern.Engine.from_pretrained(DATA / "tiny_wan.safetensors", dtype=torch.bfloat16, size=(8, 8))
+    noise, chosen = RecordedNoise(tensors), get_preset(*PRESETS["sf_local"])
+    session = engine.session(tensors["prompt"], preset=chosen, frames=18, noise=noise)
+    latents = torch.cat([chunk.latents for chunk in session], dim=1)
+    assert 1e-4 < (latents - tensors["latents"]).norm() / tensors["latents"].norm() < 1e-2

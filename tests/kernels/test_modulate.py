@@ -1,0 +1,87 @@
+import pytest
+import torch
+
+from flexkern.kernels import reference
+from flexkern.kernels.pointwise.modulate import modulate
+from flexkern.testing import assert_as_accurate
+
+pytestmark = pytest.mark.usefixtures("poisoned_outputs")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+SHAPES = [
+    (2, 3, 1, 192),
+    (1, 2, 7, 160),
+    (2, 1, 33, 64),
+    (1, 1, 16, 1536),
+    (1, 2, 3, 5120),
+    (1, 2, 40, 8),
+]  # B, F, S, C
+
+
+def make_inputs(shape, dtype, device, offset=1.0):
+    """x; scale and shift as views out of one tensor, as a block makes them."""
+    batch, frames, tokens, channels = shape
+    x = (torch.randn(shape, device=device) + offset) * torch.logspace(-4, 2, tokens, device=device)[:, None]
+    parameters = torch.randn(batch, frames, 6, channels, device=device).to(dtype)
+    return x.to(dtype), parameters[:, :, 1], parameters[:, :, 4]
+
+
+def check(x, scale, shift, **kwargs):
+    actual = modulate(x, scale, shift, **kwargs)
+    assert actual.dtype == x.dtype and actual.shape == x.shape
+    exact = reference.modulate(x.double(), scale.double(), shift.double(), **kwargs)
+    entitled = reference.modulate(x.float(), scale.float(), shift.float(), **kwargs).to(x.dtype)
+    assert_as_accurate(actual, exact, entitled)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-F{}-S{}-C{}".format(*s))
+def test_matches_oracle(shape, dtype, device):
+    check(*make_inputs(shape, dtype, device))
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 0.5])
+def test_eps_counts(eps, device):
+    check(*make_inputs((1, 1, 7, 192), torch.float32, device), eps=eps)
+
+
+def test_a_large_mean_does_not_cancel_the_variance(device):
+    check(*make_inputs((1, 1, 200, 256), torch.float32, device, offset=30.0), eps=1e-12)
+
+
+def test_scale_and_shift_have_strides_of_their_own(device):
+    x, scale, _ = make_inputs((2, 3, 7, 160), torch.float32, device)
+    shift = torch.randn(3, 2, 160, device=device).transpose(0, 1)
+    check(x, scale, shift)
+    check(x, shift, scale)
+    check(x, scale[:1].expand(2, -1, -1), shift[:, :1].expand(-1, 3, -1))
+
+
+def test_parameters_may_have_another_dtype(device):
+    x, scale, shift = make_inputs((1, 2, 7, 192), torch.float32, device)
+    check(x.bfloat16(), scale, shift)
+
+
+@DTYPES
+def test_a_constant_row_gives_the_shift(dtype, device):
+    x, scale, shift = make_inputs((1, 2, 3, 160), dtype, device)
+    x[:, :, 1] = 0
+    x[:, :, 2] = 0.5
+    assert torch.equal(modulate(x, scale, shift)[:, :, 1:], shift.unsqueeze(2).expand(-1, -1, 2, -1))
+
+
+def test_tokens_do_not_see_each_other(device):
+    x, scale, shift = make_inputs((1, 1, 33, 160), torch.float32, device)
+    clean = modulate(x, scale, shift)
+    x[0, 0, 5] = float("nan")
+    out = modulate(x, scale, shift)
+    assert out[0, 0, 5].isnan().all()
+    others = torch.arange(33, device=device) != 5
+    assert torch.equal(out[:, :, others], clean[:, :, others])
+
+
+def test_strided_channels_are_refused(device):
+    x, scale, shift = make_inputs((1, 1, 8, 8), torch.float32, device)
+    with pytest.raises(AssertionError, match="contiguous"):
+        modulate(x.transpose(2, 3), scale, shift)
+    with pytest.raises(AssertionError, match="contiguous"):
+        modulate(x, scale, torch.randn(1, 1, 16, device=device)[..., ::2])

@@ -1,0 +1,281 @@
+"""Compile every shipped configuration of every kernel, with no GPU, and print what ptxas and SASS say.
+
+    python tests/support/compile_kernels.py [--write] [--json FILE] [--only TEXT]
+
+--write replaces tests/data/compile.csv, the committed table of loop lengths that kernels/test_compile.py compares with.
+Needs torch and Triton (3.6 or 3.7) and nothing else. A new kernel is one entry in LAUNCH and its cases in SHIPPED.
+"""
+
+import argparse
+import csv
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from types import ModuleType
+
+if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # before any `import triton`
+
+import torch
+
+ROOT = Path(__file__).parent.parent.parent
+TABLE = Path(__file__).parent.parent / "data" / "compile.csv"
+ARCHS = (80, 89, 90, 100, 120)
+SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may ask for
+# functions that must use the matrix units
+MULTIPLIES = ("_frame_attention", "_frame_attention_hopper")
+UNITS = ("HGMMA", "UTCHMMA", "HMMA")
+COLUMNS = ("function", "triton", "num_warps", "registers", "stack", "spill_stores", "spill_loads", "shared")
+PROGRAMS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}  # multiprocessors of A100, 4090, H200, B200, 5090
+FRAMES, READ, TOKENS, HEADS = 3, 12, 1560, 12  # Wan 2.1 1.3B at 480p: a chunk of three frames reads twelve
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One configuration that somebody may run: a launcher of kernels/ on a chip, with these arguments."""
+
+    kernel: str
+    arch: int
+    dtype: str = "bfloat16"
+    head_dim: int = 128
+    variant: str = ""
+
+    def __str__(self) -> str:
+        return "-".join(
+            filter(None, (self.kernel, f"sm_{self.arch}", self.dtype, f"d{self.head_dim}", self.variant))
+        ).replace(" ", "_")
+
+
+def empty(case: Case, *shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=getattr(torch, case.dtype))
+
+
+def pages(case: Case) -> torch.Tensor:
+    return empty(case, 1, READ, TOKENS, HEADS, case.head_dim)
+
+
+def turn(case: Case, *shape: int) -> torch.Tensor:
+    return torch.empty((*shape, 22 if case.head_dim == 128 else 12, 2))
+
+
+def stream(case: Case) -> torch.Tensor:
+    return empty(case, 1, FRAMES, TOKENS, HEADS * case.head_dim)
+
+
+def gates(case: Case) -> tuple[torch.Tensor, ...]:
+    """Scale, shift and gate, as the model passes them: views out of one tensor."""
+    return empty(case, 1, FRAMES, 6, HEADS * case.head_dim).unbind(2)
+
+
+def frame_attention(launcher, case: Case) -> None:
+    frames = 1 if case.variant == "one frame" else FRAMES
+    groups = HEADS if case.variant == "turn by head" else 1
+    query = empty(case, 1, frames, TOKENS, HEADS, case.head_dim)
+    bias = torch.empty(frames, READ) if case.variant == "bias" else None
+    launcher(
+        query, pages(case), pages(case), torch.empty(READ, dtype=torch.int32), turn(case, frames, READ, groups),
+        torch.empty(frames), bias, want_lse=case.variant == "lse",
+    )  # fmt: skip
+
+
+def norm_rope_write(launcher, case: Case) -> None:
+    query, key, value = (empty(case, 1, FRAMES, TOKENS, HEADS, case.head_dim) for _ in range(3))
+    weight = empty(case, HEADS * case.head_dim)
+    pairs = case.head_dim // 2 - turn(case, 1).shape[-2]
+    slots = torch.empty(FRAMES, dtype=torch.int32)
+    query = None if case.variant == "recache" else query
+    launcher(query, key, value, weight, weight, torch.empty(TOKENS, pairs, 2), pages(case), pages(case), slots)
+
+
+MODULES = {  # of kernels/, that hold the launchers
+    "frame_attention": "attention.portable",
+    "frame_attention_hopper": "attention.hopper",
+    "norm_rope_write": "pages.norm_rope_write",
+    "rms_norm": "pointwise.rms_norm",
+    "modulate": "pointwise.modulate",
+    "gate_residual": "pointwise.gate_residual",
+}
+LAUNCH = {
+    "frame_attention": frame_attention,
+    "frame_attention_hopper": frame_attention,
+    "norm_rope_write": norm_rope_write,
+    "rms_norm": lambda launcher, case: launcher(stream(case), empty(case, HEADS * case.head_dim)),
+    "modulate": lambda launcher, case: launcher(stream(case), *gates(case)[:2]),
+    "gate_residual": lambda launcher, case: launcher(stream(case), stream(case), gates(case)[2]),
+}
+
+
+def runs_on(kernel: str, arch: int) -> bool:
+    return arch == 90 or "hopper" not in kernel
+
+
+SHIPPED = [
+    *(Case(kernel=kernel, arch=arch) for kernel in LAUNCH for arch in ARCHS if runs_on(kernel, arch)),
+    # the rest of a kernel's variety where it is fast: a chip that differs in tiles alone would repeat the answer
+    Case(kernel="frame_attention", arch=90, dtype="float16"),
+    Case(kernel="frame_attention", arch=90, dtype="float32"),
+    Case(kernel="frame_attention", arch=90, head_dim=64),
+    *(Case(kernel="frame_attention", arch=90, variant=v) for v in ("bias", "lse", "one frame", "turn by head")),
+    Case(kernel="frame_attention_hopper", arch=90, dtype="float16"),
+    Case(kernel="frame_attention_hopper", arch=90, head_dim=64),
+    *(Case(kernel="frame_attention_hopper", arch=90, variant=v) for v in ("bias", "lse", "one frame")),
+    Case(kernel="norm_rope_write", arch=90, dtype="float32"),
+    Case(kernel="norm_rope_write", arch=90, variant="recache"),
+    Case(kernel="norm_rope_write", arch=90, head_dim=64),
+]
+
+
+def load_kernels() -> ModuleType:
+    """The package kernels/ of this tree, installed or not."""
+    path = ROOT / "kernels" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("shipped", path, submodule_search_locations=[str(path.parent)])
+    package = sys.modules["shipped"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(package)
+    return package
+
+
+def compile_case(case: Case) -> list[dict]:
+    """Facts of every kernel that the case launches, as plain dictionaries; or one that holds the compiler's error."""
+    try:
+        return facts_of_case(case)
+    except Exception as error:
+        chain = [error]  # Triton wraps an error once for every function that it is inlined into
+        while chain[-1].__cause__:
+            chain.append(chain[-1].__cause__)
+        return [{"function": case.kernel, "error": "\n".join(f"{type(e).__name__}: {e}" for e in chain[-2:])}]
+
+
+def facts_of_case(case: Case) -> list[dict]:
+    from offline import compile_launch
+
+    if "shipped" not in sys.modules:
+        load_kernels()
+    module = importlib.import_module(f"shipped.{MODULES[case.kernel]}")
+    for loaded in [module for name, module in sys.modules.items() if name.startswith("shipped.")]:
+        for name, answer in (("arch_of", case.arch), ("multiprocessors", PROGRAMS[case.arch])):
+            if hasattr(loaded, name):
+                setattr(loaded, name, lambda device, answer=answer: answer)
+    launcher = getattr(module, case.kernel)
+    facts = compile_launch(lambda: LAUNCH[case.kernel](launcher, case), case.arch)
+    return [dataclasses.asdict(fact) for fact in {fact.function: fact for fact in facts}.values()]
+
+
+def objections(case: Case, fact: dict, lengths: str | None = None) -> list[str]:
+    """What is wrong with a compiled kernel; `lengths` is the committed length of its loops, None to leave it alone."""
+    if "error" in fact:
+        return [f"does not compile: {fact['error']}"]
+    counts, loops, wrong = fact["counts"], fact["loops"], []
+    wrong += [f"ptxas: {warning}" for warning in fact["warnings"]]
+    if fact["shared"] > SHARED[case.arch] * 1024:
+        wrong.append(f"{fact['shared']} bytes of shared memory, sm_{case.arch} has {SHARED[case.arch]} KiB")
+    for loop in loops:
+        if local := loop.get("LDL", 0) + loop.get("STL", 0):
+            wrong.append(f"{local} accesses to local memory in a loop of {loop['length']} instructions")
+        if case.arch == 90 and (staged := loop.get("LDS", 0) + loop.get("STS", 0)):
+            wrong.append(f"{staged} values pass through shared memory in a loop of {loop['length']} instructions")
+    # attention in float32 has no matrix unit; it exists to check logic
+    if (
+        not loops
+        and fact["function"] not in MULTIPLIES
+        and (fact["stack"] or fact["spill_stores"] or fact["spill_loads"])
+    ):
+        wrong.append(f"spills {fact['spill_stores']} bytes and loads {fact['spill_loads']}, stack {fact['stack']}")
+    unit = {90: "HGMMA", 100: "UTCHMMA"}.get(case.arch, "HMMA")
+    if fact["function"] in MULTIPLIES and case.dtype != "float32" and not (loops and loops[0].get(unit)):
+        wrong.append(f"no {unit} in a loop; found {counts}")
+    if fact["function"] == "_frame_attention_hopper":  # what it is written for
+        bare = [loop["MUFU.EX2"] - loop["covered"] for loop in loops]
+        wrong += [f"{number} exponentials in a loop with no product under way" for number in bare if number]
+    if lengths is not None and not same_length(lengths, loop_lengths(fact)):
+        wrong.append(f"loops of {loop_lengths(fact)} instructions, {lengths} in {TABLE.name}")
+    return wrong
+
+
+def loop_lengths(fact: dict) -> str:
+    return " ".join(str(loop["length"]) for loop in fact["loops"])
+
+
+def same_length(committed: str, found: str, within: float = 0.02) -> bool:
+    pairs = list(zip(map(int, committed.split()), map(int, found.split()), strict=False))
+    return len(committed.split()) == len(found.split()) and all(abs(b - a) <= within * a for a, b in pairs)
+
+
+def row_of(case: Case, fact: dict) -> dict[str, object]:
+    """A line of the table: the case, then its facts; of the loops, the longest."""
+    loop = fact["loops"][0] if fact["loops"] else {}
+    matrix = {name: loop[name] for name in UNITS if name in loop}
+    return {
+        **dataclasses.asdict(case),
+        **{name: fact[name] for name in COLUMNS},
+        "loops": loop_lengths(fact),
+        "matrix": " ".join(f"{number} {name}" for name, number in matrix.items()),
+        "exponentials": loop.get("MUFU.EX2", 0),
+    }
+
+
+def committed() -> dict[tuple[str, str], dict[str, str]]:
+    """The rows of tests/data/compile.csv by case and function; empty before it is first written."""
+    if not TABLE.exists():
+        return {}
+    with TABLE.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [field.name for field in dataclasses.fields(Case)]
+    case = lambda row: Case(**{name: row[name] for name in names} | {n: int(row[n]) for n in ("arch", "head_dim")})
+    return {(str(case(row)), row["function"]): row for row in rows}
+
+
+def committed_lengths(table: dict, case: Case, fact: dict) -> str | None:
+    """What the table says of a kernel's loops, if it was written with this Triton."""
+    row = table.get((str(case), fact["function"]))
+    return row["loops"] if row and row["triton"] == fact.get("triton") else None
+
+
+def show(case: Case, fact: dict) -> None:
+    if "error" in fact:
+        return print(f"{str(case):48} does not compile", flush=True)
+    row = row_of(case, fact)
+    print(
+        f"{str(case):48} {fact['function']:24} {fact['registers']:>3} regs, {fact['spill_stores']:>4} spilled, "
+        f"{fact['shared']:>6} shared, loops {row['loops'] or '-':>12} ({row['matrix'] or 'no matrix unit'}), "
+        f"{fact['seconds']:.1f} s",
+        flush=True,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
+    parser.add_argument("--json", type=Path, help="write every fact to this file")
+    parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    args = parser.parse_args()
+
+    cases = [case for case in SHIPPED if args.only in str(case)]
+    table, facts, wrong = committed(), {}, []
+    with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
+        for case, found in zip(cases, pool.map(compile_case, cases), strict=True):
+            facts[str(case)] = found
+            for fact in found:
+                show(case, fact)
+                lengths = None if args.write else committed_lengths(table, case, fact)
+                wrong += [f"{case}: {fact['function']}: {line}" for line in objections(case, fact, lengths)]
+    if args.json:
+        args.json.write_text(json.dumps(facts))
+    if args.write and not any("error" in fact for found in facts.values() for fact in found):
+        rows = [row_of(case, fact) for case in cases for fact in facts[str(case)]]
+        with TABLE.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    print("\n".join(wrong) or f"{len(cases)} configurations compile as they should")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

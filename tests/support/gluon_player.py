@@ -1,0 +1,358 @@
+"""Play a warp-specialised Gluon kernel on the CPU: the functions of its source run as they are, each role in a thread.
+
+Gluon has no interpreter. This one knows what kernels/attention/hopper.py uses, and nothing of layouts. One role
+runs at a time; at every barrier, copy and product a random one goes on. What the hardware leaves open is random too: a
+TMA copy poisons its target with NaN at once and fills it some time later; an asynchronous product reads its operands
+anywhere between its issue and the wait that finishes it. A deadlock, a result that was not waited for, a product that
+reads what no fence has published, and an arrival too many raise; a buffer overwritten too early or read too soon shows
+in the numbers. What it does not see: how a role's warps are kept together (by the compiler's barriers), and layouts.
+"""
+
+import random
+import sys
+import threading
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import torch
+import triton
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Value(torch.Tensor):
+    """A tensor whose ``x += y`` makes a new one, as in a kernel."""
+
+    __iadd__ = torch.Tensor.__add__
+    __isub__ = torch.Tensor.__sub__
+    __imul__ = torch.Tensor.__mul__
+
+
+def value(x) -> Value:
+    return torch.as_tensor(x).as_subclass(Value)
+
+
+class Constant(int):
+    """gl.constexpr of a number; as an annotation it means nothing."""
+
+    @property
+    def value(self) -> int:
+        return int(self)
+
+
+class Pointer:
+    def __init__(self, tensor: torch.Tensor, offset=0):
+        assert tensor.is_contiguous()
+        self.tensor, self.offset = tensor, offset
+        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
+
+    def __add__(self, offset) -> "Pointer":
+        return Pointer(self.tensor, self.offset + offset)
+
+    def places(self, mask):
+        """Where it points and which of those places count; raises where one is outside the tensor."""
+        offset = value(self.offset).long()
+        mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
+        assert ((offset >= 0) & (offset < self.tensor.numel()))[mask].all(), "out of bounds"
+        return offset, mask
+
+
+def load(pointer: Pointer, mask=None, other=0.0) -> Value:
+    offset, mask = pointer.places(mask)
+    found = pointer.tensor.view(-1)[torch.where(mask, offset, 0)]
+    return value(torch.where(mask, found, torch.tensor(other, dtype=found.dtype)))
+
+
+def store(pointer: Pointer, x, mask=None) -> None:
+    offset, mask = pointer.places(mask)
+    pointer.tensor.view(-1)[offset[mask]] = x.expand(offset.shape)[mask].to(pointer.tensor.dtype)
+
+
+class Shared:
+    """A buffer in shared memory, or [n] of them; views share the storage."""
+
+    def __init__(self, storage: torch.Tensor, shape, dirty: dict[int, str], layout=None):
+        self.storage, self.shape, self.dirty, self.layout = storage, list(shape), dirty, layout
+        self.dtype = storage.dtype
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        count = torch.Size(self.shape).numel()
+        return self.storage[:count].view(self.shape)
+
+    def index(self, i) -> "Shared":
+        size = self.storage.numel() // self.shape[0]
+        return Shared(self.storage[int(i) * size :][:size], self.shape[1:], self.dirty, self.layout)
+
+    def _reinterpret(self, dtype, shape, layout) -> "Shared":
+        return Shared(self.storage, shape, self.dirty, layout)
+
+    def permute(self, order) -> SimpleNamespace:
+        assert tuple(order) == (1, 0)
+        return SimpleNamespace(read=lambda: self.read().T)
+
+    def store(self, x) -> None:
+        self.tensor.copy_(x)
+        self.dirty[self.storage.data_ptr()] = threading.current_thread().name
+
+    def read(self) -> torch.Tensor:
+        """As the asynchronous proxy sees it."""
+        assert self.storage.data_ptr() not in self.dirty, "read through the asynchronous proxy without a fence"
+        return self.tensor.float().clone()
+
+
+class Barrier:
+    """An mbarrier: a phase is over when all have arrived and all bytes have."""
+
+    def __init__(self):
+        self.count = self.missing = self.bytes = self.phase = 0
+
+    def change(self, arrivals: int, expected: int) -> None:
+        self.missing -= arrivals
+        self.bytes += expected
+        assert self.missing >= 0, "an arrival too many"
+        if self.missing == 0 and self.bytes == 0:
+            self.phase, self.missing = self.phase ^ 1, self.count
+
+
+class Barriers(list):
+    def index(self, i) -> Barrier:
+        return self[int(i)]
+
+
+class Product:
+    """An asynchronous product: reads its operands when it likes, until it is waited for."""
+
+    def __init__(self, left, right, acc, keep: bool):
+        self.left, self.right, self.acc, self.keep = left, right, acc, keep
+        self.result, self.done = None, False
+
+    def run(self) -> None:
+        if self.result is None:
+            left = self.left.read() if isinstance(self.left, Shared) else self.left.float()
+            self.result = value(left @ self.right.read() + (self.acc if self.keep else 0.0))
+
+
+class Stage:
+    """One program: its roles, the copies in flight, and who may go on."""
+
+    def __init__(self, seed: int):
+        self.random, self.turn = random.Random(seed), threading.Condition()
+        self.roles, self.current, self.error = {}, None, None  # role -> what it waits for, None if nothing
+        self.copies, self.products, self.dirty = [], {}, {}
+        self.haste = self.random.choice((0.0, 0.1, 0.5))  # of the copies: 0 if they come only when all wait for them
+
+    def me(self) -> str:
+        return threading.current_thread().name
+
+    def play(self, roles: list[tuple[Callable, tuple]]) -> None:
+        threads = [threading.Thread(target=self.act, args=role, name=f"role {i}") for i, role in enumerate(roles)]
+        self.roles = {thread.name: None for thread in threads}
+        self.products = {name: [] for name in self.roles}
+        for thread in threads:
+            thread.start()
+        with self.turn:
+            self.choose()
+        for thread in threads:
+            thread.join()
+        if self.error:
+            raise self.error
+
+    def act(self, function: Callable, arguments: tuple) -> None:
+        try:
+            self.sleep()
+            function(*arguments)
+        except BaseException as error:
+            self.error = self.error or error
+        with self.turn:
+            self.roles.pop(self.me())
+            self.choose()
+
+    def sleep(self) -> None:
+        with self.turn:
+            self.turn.wait_for(lambda: self.current == self.me() or self.error)
+        if self.error:
+            raise RuntimeError("another role failed")
+
+    def choose(self) -> None:
+        """Finish some copies, then hand on to a role that can go on."""
+        ready = lambda: [name for name, until in self.roles.items() if until is None or until()]
+        try:
+            while self.copies and (not ready() or self.random.random() < self.haste):
+                self.copies.pop(self.random.randrange(len(self.copies)))()
+        except AssertionError as error:
+            self.error = self.error or error
+        if self.roles and not ready():
+            self.error = self.error or RuntimeError(f"deadlock of {', '.join(self.roles)}")
+        self.current = self.random.choice(ready() or [None])
+        self.turn.notify_all()
+
+    def pause(self, until: Callable[[], bool] | None = None) -> None:
+        """Let others go on; return when ``until`` holds."""
+        with self.turn:
+            self.roles[self.me()] = until
+            self.choose()
+        self.sleep()
+        self.roles[self.me()] = None
+
+
+class Kernel:
+    """A jitted function: called by another, or launched on a grid."""
+
+    def __init__(self, player: "Player", function: Callable):
+        self.player, self.function = player, function
+
+    def __call__(self, *args, **options):
+        return self.function(*args, **options)
+
+    def __getitem__(self, grid: tuple[int]) -> Callable:
+        def launch(*args, num_warps: int, enable_fp_fusion: bool, **constants) -> None:
+            args = [Pointer(x) if isinstance(x, torch.Tensor) else x for x in args]
+            self.player.programs = value(grid[0])
+            for program in range(grid[0]):
+                self.player.program = value(program)
+                self.player.stage = Stage(f"{self.player.seed} {program}")
+                self.function(*args, **constants)
+
+        return launch
+
+
+class Player:
+    """Gluon's and Triton's functions, as far as the kernel uses them."""
+
+    def __init__(self, seed: int):
+        self.seed, self.stage, self.program, self.programs = seed, None, None, None
+
+    def warp_specialize(self, roles, worker_num_warps, worker_num_regs) -> None:
+        assert len(roles) == len(worker_num_warps) + 1 == len(worker_num_regs) + 1
+        self.stage.play(roles)
+
+    def allocate_shared_memory(self, dtype, shape, layout):
+        if layout == "barriers":
+            return Barriers(Barrier() for _ in range(shape[0]))
+        storage = torch.full((torch.Size(shape).numel(),), float("nan"), dtype=dtype)
+        return Shared(storage, shape, self.stage.dirty, layout)
+
+    def init(self, barrier: Barrier, count: int) -> None:
+        barrier.count = barrier.missing = count
+
+    def arrive(self, barrier: Barrier, count: int = 1) -> None:
+        barrier.change(count, 0)
+        self.stage.pause()
+
+    def expect(self, barrier: Barrier, size: int) -> None:
+        barrier.change(1, int(size))
+        self.stage.pause()
+
+    def wait(self, barrier: Barrier, parity, pred=True) -> None:
+        if pred:
+            self.stage.pause(lambda parity=int(parity): barrier.phase != parity)
+
+    def copy(self, descriptor, place, barrier: Barrier, target: Shared) -> None:
+        page, start, column = (int(i) for i in place)
+        _, rows, columns = descriptor.block
+        assert target.shape == [rows, columns]
+        block = torch.zeros(rows, columns, dtype=descriptor.tensor.dtype)
+        found = descriptor.tensor[page, start : start + rows, column : column + columns]
+        block[: len(found)] = found
+        target.storage.fill_(float("nan"))
+
+        def finish():
+            target.tensor.copy_(block)
+            barrier.change(0, -block.numel() * block.element_size())
+
+        self.stage.copies.append(finish)
+        self.stage.pause()
+
+    def mma(self, left, right, acc, use_acc=True, is_async=False) -> Product:
+        assert is_async
+        product = Product(left, right, acc, use_acc)
+        self.stage.products[self.stage.me()].append(product)
+        if self.stage.random.random() < 0.5:
+            product.run()
+        self.stage.pause()
+        return product
+
+    def mma_wait(self, num_outstanding: int, deps: tuple):
+        self.stage.pause()
+        mine = self.stage.products[self.stage.me()]
+        while len(mine) > num_outstanding:
+            product = mine.pop(0)
+            product.run()
+            product.done = True
+        assert all(not isinstance(x, Product) or x.done for x in deps), "used before it was waited for"
+        results = [x.result if isinstance(x, Product) else x for x in deps]
+        return results[0] if len(results) == 1 else results
+
+    def fence(self) -> None:
+        for storage in [storage for storage, role in self.stage.dirty.items() if role == self.stage.me()]:
+            del self.stage.dirty[storage]
+
+    def modules(self) -> dict[str, ModuleType | SimpleNamespace]:
+        """What the kernel's files import, by name."""
+        same = lambda x, layout: x
+        nothing = lambda *args, **options: None
+        language = SimpleNamespace(
+            constexpr=Constant, static_range=range, program_id=lambda axis: self.program,
+            num_programs=lambda axis: self.programs, load=load, store=store,
+            minimum=lambda a, b: torch.minimum(value(a), value(b)),
+            maximum=lambda a, b: torch.maximum(value(a), value(b)),
+            where=lambda mask, a, b: torch.where(mask, a, b), max=lambda x, axis: x.amax(axis),
+            sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2,
+            join=lambda a, b: torch.stack((a, b), dim=-1), convert_layout=same,
+            arange=lambda begin, end, layout: value(torch.arange(begin, end)),
+            full=lambda shape, x, dtype, layout: value(torch.full(shape, x, dtype=dtype)),
+            zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
+            allocate_shared_memory=self.allocate_shared_memory, warp_specialize=self.warp_specialize,
+            NVMMASharedLayout=nothing, NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing,
+            BlockedLayout=nothing, int32=torch.int32, int64=torch.int64, float32=torch.float32,
+        )  # fmt: skip
+        barriers = SimpleNamespace(
+            init=self.init, arrive=self.arrive, expect=self.expect, wait=self.wait, MBarrierLayout=lambda: "barriers"
+        )
+        hopper = SimpleNamespace(
+            fence_async_shared=self.fence, mbarrier=barriers, warpgroup_mma=self.mma, warpgroup_mma_wait=self.mma_wait,
+            tma=SimpleNamespace(async_copy_global_to_shared=self.copy),
+        )  # fmt: skip
+        descriptor = lambda tensor, block, layout: SimpleNamespace(tensor=tensor, block=block)
+        jit = lambda function: Kernel(self, function)
+        gluon = SimpleNamespace(jit=jit, constexpr_function=jit, language=language)
+        return {
+            "triton": SimpleNamespace(
+                jit=jit, language=language, cdiv=triton.cdiv, next_power_of_2=triton.next_power_of_2
+            ),
+            "triton.language": language,
+            "triton.experimental": SimpleNamespace(gluon=gluon),
+            "triton.experimental.gluon": gluon,
+            "triton.experimental.gluon.language.nvidia.hopper": hopper,
+            "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(
+                TensorDescriptor=SimpleNamespace(from_tensor=descriptor)
+            ),
+        }
+
+
+def played(name: str, parts: tuple[str, ...], as_they_are: tuple[str, ...], seed: int, edit: Callable | None = None):
+    """Module ``name`` of kernels/attention/, run by a player.
+
+    parts: modules that it has copies of its own of. as_they_are: those that it shares with everybody.
+    edit: changes a source before it is executed, to see whether a test notices.
+    """
+    stand_ins = Player(seed).modules() | {
+        f"played.{x}": import_module(f"flexkern.kernels.attention.{x}") for x in as_they_are
+    }
+    package = ModuleType("played")
+    package.__path__ = []
+    before = dict(sys.modules)
+    sys.modules.update(stand_ins, played=package)
+    try:
+        for part in (*parts, name):
+            module = sys.modules[f"played.{part}"] = ModuleType(f"played.{part}")
+            module.__package__ = "played"
+            source = (ROOT / "kernels/attention" / f"{part}.py").read_text()
+            exec(compile(edit(source) if edit else source, f"{part}.py", "exec"), module.__dict__)
+    finally:
+        sys.modules.clear()
+        sys.modules.update(before)
+    return module

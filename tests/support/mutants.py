@@ -1,0 +1,180 @@
+"""What tests/support/mutate.py breaks: (file, text that stands in it once, what replaces it).
+
+None writes out of bounds: the interpreter would corrupt its own heap.
+"""
+
+TESTS = {
+    "kernels/pointwise/rms_norm.py": ["kernels/test_rms_norm.py"],
+    "kernels/pointwise/modulate.py": ["kernels/test_modulate.py"],
+    "kernels/pointwise/gate_residual.py": ["kernels/test_gate_residual.py"],
+    "kernels/pages/norm_rope_write.py": ["kernels/test_norm_rope_write.py"],
+    "kernels/attention/portable.py": ["kernels/test_frame_attention.py"],
+    "kernels/attention/launch.py": ["kernels/test_frame_attention.py"],
+    "kernels/attention/work.py": ["kernels/test_frame_attention.py"],
+}
+
+MUTANTS = [
+    # the query stays turned for the frame before
+    ("kernels/attention/portable.py", "tl.minimum(key_frame + 1, sizes.read - 1)", "key_frame"),
+    # turned backwards
+    ("kernels/attention/portable.py", "real * cos - imag * sin", "real * cos + imag * sin"),
+    # one row too few has the next frame's angle
+    ("kernels/attention/portable.py", ">= (item.frame + 1) * S)", "> (item.frame + 1) * S)"),
+    # logit_scale reaches the cosine alone
+    ("kernels/attention/portable.py", "(sin * scale)[None, :]", "sin[None, :]"),
+    # every head has the first one's angle
+    ("kernels/attention/portable.py", "item.head % sizes.groups", "0"),
+    # the neighbour's first token joins the last tile
+    ("kernels/attention/portable.py", "tl.arange(0, LAST_N) < S", "tl.arange(0, LAST_N) <= S"),
+    # slots are ignored
+    ("kernels/attention/portable.py", "tl.load(slot_ptr + key_frame)", "key_frame"),
+    # every video reads the first one's pages
+    ("kernels/attention/portable.py", "page = item.batch * sizes.pages + ", "page = "),
+    # the running sum is not rescaled
+    ("kernels/attention/portable.py", "l_i * alpha + tl.sum(p, 1)", "l_i + tl.sum(p, 1)"),
+    # the accumulator is not rescaled
+    ("kernels/attention/portable.py", "acc * alpha[:, None])", "acc)"),
+    # a bias of the wrong sign
+    ("kernels/attention/portable.py", "m_i -= bias", "m_i += 2 * bias"),
+    # a bias in base e
+    ("kernels/attention/portable.py", "key_frame) * 1.4426950408889634", "key_frame)"),
+    # hidden frames are read
+    ("kernels/attention/portable.py", 'tl.where(bias > float("-inf"), S, 0)', "S"),
+    # a log-sum-exp in base 2
+    ("kernels/attention/launch.py", "* 0.6931471805599453", "* 1.0"),
+    # rows without keys are divided by their sum of 0
+    ("kernels/attention/launch.py", "tl.where(l_i > 0, l_i, 1.0)", "l_i"),
+    # parts of a cut tile are added as if they had one pivot
+    ("kernels/attention/launch.py", "l_i * alpha + l_part * beta", "l_i + l_part"),
+    # the second part is looked for where the first one lies
+    ("kernels/attention/launch.py", "2 * program + cut - begin // read", "2 * program"),
+    # the last part is forgotten
+    ("kernels/attention/launch.py", "range(first, last + 1)", "range(first, last)"),
+    # the output is rounded through half precision
+    ("kernels/attention/launch.py", "cast(acc / seen[:, None], out", "cast((acc / seen[:, None]).to(tl.float16), out"),
+    # P is rounded to bfloat16 whatever the value's dtype
+    ("kernels/attention/portable.py", "cast(p, value.dtype)", "cast(p, tl.bfloat16).to(value.dtype)"),
+    # owner rounds down
+    ("kernels/attention/work.py", "((unit + 1) * programs - 1) // units", "unit * programs // units"),
+    # a share that ends where a tile ends is said to touch the next one
+    ("kernels/attention/work.py", "(end > (begin // read + 1) * read)", "(end >= (begin // read + 1) * read)"),
+    # a share that touches two tiles stops after the first
+    ("kernels/attention/work.py", " + (end > (begin // read + 1) * read).to(tl.int32)", ""),
+    # neighbours write their parts to one place
+    ("kernels/attention/work.py", "2 * program + part", "program + part"),
+    # a cut tile is taken for one of the first
+    ("kernels/attention/work.py", "waves * programs + cut)", "cut)"),
+    # a span ends a row early
+    ("kernels/attention/work.py", "(span + 1) * SPAN", "(span + 1) * SPAN - 1"),
+    # the mean counts the padding
+    ("kernels/pointwise/rms_norm.py", "/ CHANNELS + eps", "/ BLOCK_C + eps"),
+    # eps is ignored
+    ("kernels/pointwise/rms_norm.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
+    # the last row is not written
+    ("kernels/pointwise/rms_norm.py", "(offs_r < rows)", "(offs_r < rows - 1)"),
+    # no weight
+    ("kernels/pointwise/rms_norm.py", " * weight[None, :]", ""),
+    # mean of magnitudes instead of squares
+    ("kernels/pointwise/rms_norm.py", "tl.sum(x * x, 1)", "tl.sum(tl.abs(x), 1)"),
+    # rounded twice
+    (
+        "kernels/pointwise/rms_norm.py",
+        "y = x * inverse[:, None]",
+        "y = (x * inverse[:, None]).to(tl.float16).to(tl.float32)",
+    ),
+    # the rows of an incomplete last block are forgotten
+    ("kernels/pointwise/rms_norm.py", "triton.cdiv(rows, block_r)", "rows // block_r"),
+    # padding counts as deviation from the mean
+    (
+        "kernels/pointwise/modulate.py",
+        "tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)",
+        "x - (tl.sum(x, 1) / CHANNELS)[:, None]",
+    ),
+    # shift read with the strides of scale
+    ("kernels/pointwise/modulate.py", "shift.stride(0), shift.stride(1)", "scale.stride(0), scale.stride(1)"),
+    # the batch of scale is forgotten
+    ("kernels/pointwise/modulate.py", "scale_ptr + batch * stride_cb", "scale_ptr"),
+    # not 1 + scale
+    ("kernels/pointwise/modulate.py", "(1.0 + scale)", "scale"),
+    # unbiased variance
+    ("kernels/pointwise/modulate.py", "/ CHANNELS + eps", "/ (CHANNELS - 1) + eps"),
+    # eps is ignored
+    ("kernels/pointwise/modulate.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
+    # variance in one pass, which cancels
+    (
+        "kernels/pointwise/modulate.py",
+        """    x = tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS + eps)
+""",
+        """    mean = tl.sum(x, 1) / CHANNELS
+    inverse = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS - mean * mean + eps)
+    x = x - mean[:, None]
+""",
+    ),
+    # no shift
+    ("kernels/pointwise/modulate.py", " + shift[None, :]", ""),
+    # no gate
+    ("kernels/pointwise/gate_residual.py", "update * gate[None, :]", "update"),
+    # the last token of a frame is not written
+    ("kernels/pointwise/gate_residual.py", "(offs_s < tokens)", "(offs_s < tokens - 1)"),
+    # every batch gets the gate of the first
+    ("kernels/pointwise/gate_residual.py", "gate.stride(0), gate.stride(1)", "0, gate.stride(1)"),
+    # every frame gets the gate of the first
+    ("kernels/pointwise/gate_residual.py", "gate.stride(0), gate.stride(1)", "gate.stride(0), 0"),
+    # only the first block of channels is written
+    ("kernels/pointwise/gate_residual.py", "% column_blocks * BLOCK_C", "% column_blocks * 0"),
+    # rounded twice
+    (
+        "kernels/pointwise/gate_residual.py",
+        "update * gate[None, :]",
+        "(update * gate[None, :]).to(tl.float16).to(tl.float32)",
+    ),
+    # the batch of x is forgotten
+    ("kernels/pointwise/gate_residual.py", "(batch * frames + frame)", "frame"),
+    # the mean counts the padding
+    ("kernels/pages/norm_rope_write.py", "/ (2 * HEADS * PAIRS) + eps", "/ (2 * BLOCK_H * BLOCK_P) + eps"),
+    # eps is ignored
+    ("kernels/pages/norm_rope_write.py", "/ (2 * HEADS * PAIRS) + eps", "/ (2 * HEADS * PAIRS) + 1e-6"),
+    # the mean sees half of the channels
+    ("kernels/pages/norm_rope_write.py", "tl.sum(real * real + imag * imag)", "tl.sum(real * real + real * real)"),
+    # turned backwards
+    ("kernels/pages/norm_rope_write.py", "real * cos - imag * sin", "real * cos + imag * sin"),
+    # temporal pairs lose their cosine of 1
+    ("kernels/pages/norm_rope_write.py", "tl.where(turned, cos, 1.0)", "tl.where(turned, cos, 0.0)"),
+    # the turn of another place
+    ("kernels/pages/norm_rope_write.py", "place.to(tl.int64) * (2 * PLACE_PAIRS)", "place.to(tl.int64) * PLACE_PAIRS"),
+    # one pair off
+    (
+        "kernels/pages/norm_rope_write.py",
+        "offs_p - (PAIRS - PLACE_PAIRS), turned",
+        "offs_p // 2 - (PAIRS - PLACE_PAIRS) // 2, turned",
+    ),
+    # imaginary channels take the weight of real ones
+    ("kernels/pages/norm_rope_write.py", "imag * inverse * imag_weight", "imag * inverse * real_weight"),
+    # the query takes the key's weight
+    (
+        "kernels/pages/norm_rope_write.py",
+        "query_weight_ptr, turn_ptr, out_ptr + row",
+        "key_weight_ptr, turn_ptr, out_ptr + row",
+    ),
+    # page 0 is not written
+    ("kernels/pages/norm_rope_write.py", "if slot >= 0:", "if slot > 0:"),
+    # a negative slot writes page 0
+    (
+        "kernels/pages/norm_rope_write.py",
+        "tl.load(slot_ptr + frame).to(tl.int64)",
+        "tl.maximum(tl.load(slot_ptr + frame).to(tl.int64), 0)",
+    ),
+    # a page's offset in 32 bits
+    ("kernels/pages/norm_rope_write.py", "tl.load(slot_ptr + frame).to(tl.int64)", "tl.load(slot_ptr + frame)"),
+    # slots are ignored
+    ("kernels/pages/norm_rope_write.py", "slot * stride_pp", "frame * stride_pp"),
+    # every batch writes the pages of the first
+    ("kernels/pages/norm_rope_write.py", "batch * stride_pb + slot", "slot"),
+    # values through the key's weightless path: not copied exactly
+    (
+        "kernels/pages/norm_rope_write.py",
+        "value = cast(value, ",
+        "value = cast(value.to(tl.float32) * 1.0001, ",
+    ),
+]
