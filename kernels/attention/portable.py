@@ -189,7 +189,7 @@ def frame_attention(
         The output [B, F, S, H, D], and the log-sum-exp [B, F, H, S] in float32, or None if it is not wanted.
 
     Raises:
-        ValueError: if a tensor is not contiguous or dtypes differ.
+        ValueError: if a tensor is not contiguous, dtypes differ, or the Hopper kernel has no variant of that name.
     """
     require_contiguous(
         query=query, key_pages=key_pages, value_pages=value_pages, slots=slots, turn=turn, logit_scale=logit_scale,
@@ -204,7 +204,7 @@ def frame_attention(
         from .hopper import frame_attention_hopper  # Gluon, which only this path needs
 
         inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
-        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, stages=config.num_stages)
+        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, variant=config.variant)
     launch = prepare_launch(
         query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,
         want_lse=want_lse, programs=programs,

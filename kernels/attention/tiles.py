@@ -8,12 +8,15 @@ from functools import cache
 
 import torch
 
+from .hopper_variants import SELECTED, get_variant
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """A launch of ``frame_attention``: query rows and keys of a tile, warps, pipeline stages.
 
     tma: read pages through tensor descriptors (sm_90 and newer). path: which kernel, "triton" or "hopper" (Gluon).
+    variant: which loop of the Hopper kernel, by its name in hopper_variants.py; it has its own tile, warps and stages.
     """
 
     block_m: int
@@ -22,6 +25,12 @@ class Config:
     num_stages: int
     tma: bool = False
     path: str = "triton"
+    variant: str = SELECTED
+
+    def __post_init__(self):
+        get_variant(self.variant)
+        if self.variant != SELECTED and self.path != "hopper":
+            raise ValueError(f"variant {self.variant!r} is one of path 'hopper', got path {self.path!r}")
 
 
 # the interpreter pays by the operation, not by the element
