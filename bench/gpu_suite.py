@@ -79,6 +79,8 @@ def make_queue(out: Path) -> list[Item]:
     checks = [
         Item(name="check frame_attention", doc="against float64 on real shapes, 10,000 repeats bitwise equal",
              command=check("frame_attention"), estimate=45, limit=150),
+        Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
+             command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
         *(Item(name=f"check {kernel}", doc="the same", command=check(kernel), estimate=12, limit=60)
           for kernel in KERNELS),
         Item(name="check hopper", doc="the warp-specialised kernel: it may hang", command=check("hopper"),

@@ -3,7 +3,7 @@
 python bench/tables.py             # rewrites what stands between <!-- table: NAME --> and <!-- end table -->
 python bench/tables.py --check     # exits with 1 where that would change a file
 
-Names: roofs, attention, designs, targets, pointwise, end_to_end; compiled, from tests/data/compile.csv.
+Names: roofs, attention, designs, targets, pointwise, end_to_end; compiled and variants, from tests/data/compile*.csv.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from pathlib import Path
 
 import machine
 from harness import Row, load
+
+from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 
 FILES = ("README.md", "kernels/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.S)
@@ -108,13 +110,33 @@ def targets(rows: dict[str, list[Row]]) -> str:
 def compiled(path: Path = machine.ROOT / "tests" / "data" / "compile.csv") -> str:
     """What ptxas makes of the kernels that multiply; needs no GPU."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["matrix"]]
+        rows = [row for row in csv.DictReader(file) if row["matrix"] and row["variant"] not in VARIANTS]
     columns = ("registers", "spill_stores", "shared", "matrix", "exponentials", "loops")
     name = lambda row: f"{row['kernel']} sm_{row['arch']} {row['dtype']} D={row['head_dim']} {row['variant']}".strip()
     head = ["configuration", "registers", "spill at edges, B", "shared, B", "matrix", "exp2", "loop, instructions"]
     return f"Triton {rows[0]['triton']}:\n\n" + grid(head, [[name(row), *(row[c] for c in columns)] for row in rows])
 
 
+def variants(folder: Path = machine.ROOT / "tests" / "data") -> str:
+    """What ptxas makes of every loop of the Hopper kernel, by Triton; needs no GPU."""
+    found = {}
+    for path in folder.glob("compile*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                name = row["variant"] or SELECTED
+                if (row["kernel"], row["dtype"], row["head_dim"]) == (
+                    "frame_attention_hopper",
+                    "bfloat16",
+                    "128",
+                ) and row["matrix"]:
+                    found[name, row["triton"]] = f"{row['loops']}, {row['barriers']}, {row['spill_stores']}"
+    versions = sorted({version for _, version in found})
+    lines = [[name, *(found.get((name, version), "") for version in versions)] for name in VARIANTS]
+    head = ["instructions of both loops, barriers a step, spill at edges in B", *(f"Triton {v}" for v in versions)]
+    return grid(head, lines)
+
+
+COMPILED = {"compiled": compiled, "variants": variants}
 TABLES = {fn.__name__: fn for fn in (roofs, attention, designs, targets, pointwise, end_to_end)}
 CSVS = ("roofs", "frame_attention", "designs", "end_to_end", *POINTWISE)
 
@@ -130,10 +152,10 @@ def caption(rows: list[Row]) -> str:
 
 def table(name: str, results: Path) -> str:
     """The table of that name, one for each GPU there are figures of."""
-    if name == "compiled":
-        return compiled()
+    if name in COMPILED:
+        return COMPILED[name]()
     if name not in TABLES:
-        raise ValueError(f"no table {name!r}: there is {', '.join(TABLES)}, compiled")
+        raise ValueError(f"no table {name!r}: there is {', '.join([*TABLES, *COMPILED])}")
     found = []
     for folder in sorted(path for path in results.glob("*") if path.is_dir()):
         rows = {name: load(folder / f"{name}.csv") for name in CSVS}

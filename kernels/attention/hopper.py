@@ -38,7 +38,9 @@ from .hopper_device import (
 from .hopper_ring import (
     KEYS_FREE,
     VALUES_FREE,
+    Buffers,
     Ring,
+    Turns,
     allocate_buffers,
     allocate_turns,
     begin_turns,
@@ -249,13 +251,15 @@ def _frame_attention_hopper(
     first_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
     last_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
     values_free: gl.constexpr = 0 if VARIANT.one_arrive else VALUES_FREE.value  # 0: freed with the keys
-    ring = Ring(
-        allocate_buffers(dtype, KEYS_FREE, BLOCK_N, D, VARIANT),
-        allocate_buffers(dtype, values_free, BLOCK_N, D, VARIANT),
-    )
-    first_turns, last_turns = allocate_turns(VARIANT)
+    k_tiles, k_full, k_free = allocate_buffers(dtype, KEYS_FREE, BLOCK_N, D, VARIANT)
+    v_tiles, v_full, v_free = allocate_buffers(dtype, values_free, BLOCK_N, D, VARIANT)
+    turns = 0
+    if VARIANT.ping_pong and VARIANT.signal == "mbarrier":
+        turns = allocate_turns()
     fence_async_shared()  # TMA meets the barriers through the asynchronous proxy
 
+    # Triton 3.6 forgets that a number is constant, and so a branch decided, where a function returns it
+    ring = Ring(Buffers(k_tiles, k_full, k_free, KEYS_FREE), Buffers(v_tiles, v_full, v_free, values_free))
     sizes = Sizes(tiles, spans, frames, read, pages, heads, groups)
     tables = Tables(turn_ptr, scale_ptr, bias_ptr, slot_ptr)
     outputs = Outputs(out_ptr, lse_ptr, acc_ptr, sums_ptr)
@@ -263,11 +267,11 @@ def _frame_attention_hopper(
     gl.warp_specialize(
         [
             (consume, (
-                first_q, ring, first_turns, query_ptr, tables, outputs, sizes, log2_scale,
+                first_q, ring, Turns(0, turns), query_ptr, tables, outputs, sizes, log2_scale,
                 S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS, HAS_LSE,
             )),
             (consume, (
-                last_q, ring, last_turns, query_ptr, tables, outputs, sizes, log2_scale,
+                last_q, ring, Turns(1, turns), query_ptr, tables, outputs, sizes, log2_scale,
                 S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS, HAS_LSE,
             )),
             (produce, (descriptors, ring, tables, sizes, S, D, SPAN, BLOCK_N, LAST_N, VARIANT, HAS_BIAS)),

@@ -51,8 +51,8 @@ class Buffers(NamedTuple):
 
     tiles: object
     full: object
-    free: object  # None if named barriers stand in for it
-    name: object  # the first of those; 0 for values that are freed with the keys of their pair
+    free: object  # ``full`` again, and not used, where a named barrier stands in for it or there is none
+    name: object  # the first of the named barriers; 0 for values that are freed with the keys of their pair
 
 
 class Ring(NamedTuple):
@@ -63,18 +63,17 @@ class Ring(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """A warpgroup's half of the rows, 0 or 1, and the barriers that say whose turn it is; None if named ones do."""
+    """A warpgroup's half of the rows, 0 or 1, and the barriers of both halves' turns; 0 if named ones stand in."""
 
     half: object
-    mine: object
-    other: object
+    barriers: object
 
 
 @gluon.jit
 def allocate_buffers(
     dtype: gl.constexpr, NAME: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, VARIANT: gl.constexpr
 ):
-    """Buffers for tiles of keys or of values, and their barriers: one arrival fills, two free."""
+    """Buffers for tiles of keys or of values and their barriers: one arrival fills, two free. Fields of ``Buffers``."""
     STAGES: gl.constexpr = VARIANT.stages
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], swizzled)
@@ -84,23 +83,20 @@ def allocate_buffers(
         for b in gl.static_range(STAGES):
             mbarrier.init(full.index(b), count=1)
             mbarrier.init(free.index(b), count=2)
-        return Buffers(tiles, full, free, NAME)
+        return tiles, full, free
     else:
         for b in gl.static_range(STAGES):
             mbarrier.init(full.index(b), count=1)
-        return Buffers(tiles, full, None, NAME)
+        return tiles, full, full
 
 
 @gluon.jit
-def allocate_turns(VARIANT: gl.constexpr):
-    """The turns of both warpgroups."""
-    if VARIANT.ping_pong and VARIANT.signal == "mbarrier":
-        turns = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        mbarrier.init(turns.index(0), count=1)
-        mbarrier.init(turns.index(1), count=1)
-        return Turns(0, turns.index(0), turns.index(1)), Turns(1, turns.index(1), turns.index(0))
-    else:
-        return Turns(0, None, None), Turns(1, None, None)
+def allocate_turns():
+    """A barrier for each half's turns."""
+    barriers = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(barriers.index(0), count=1)
+    mbarrier.init(barriers.index(1), count=1)
+    return barriers
 
 
 @gluon.jit
@@ -201,7 +197,7 @@ def take_turn(turns, n, VARIANT: gl.constexpr):
     """Wait for turn n of this half."""
     if VARIANT.ping_pong:
         if VARIANT.signal == "mbarrier":
-            mbarrier.wait(turns.mine, (n & 1) ^ (1 - turns.half))
+            mbarrier.wait(turns.barriers.index(turns.half), (n & 1) ^ (1 - turns.half))
         else:
             meet_at(TURN + turns.half, TURN_THREADS)
 
@@ -211,6 +207,6 @@ def pass_turn(turns, VARIANT: gl.constexpr):
     """It is the other half's turn."""
     if VARIANT.ping_pong:
         if VARIANT.signal == "mbarrier":
-            mbarrier.arrive(turns.other, count=1)
+            mbarrier.arrive(turns.barriers.index(1 - turns.half), count=1)
         else:
             arrive_at(TURN + 1 - turns.half, TURN_THREADS)

@@ -6,8 +6,9 @@ They live in one source, behind the switches of ``Variant``, only as long as the
 Measured is "plain" alone: 650 to 684 TFLOP/s on large shapes, the tensor pipe 73 % busy (H200, 2026-11-26). For 128
 keys both warpgroups of an SM need 2048 cycles of its tensor cores, 1056 of its exponential units and 930 issue slots of
 each scheduler [arithmetic, from 464 instructions a step]. Only the tensor cores are short of time, so what is lost is
-probably lost while both do the same: multiply together, then compute exponentials together. Predictions, in percent
-of the rate on large shapes at F = 3, R = 21; the first two against "plain", the others against "turns":
+probably lost while both do the same: multiply together, then compute exponentials together. A crude model by cycles does
+not show that loss, so turns may bring less. Predictions, in percent of the rate on large shapes at F = 3, R = 21; the
+first two against "plain", the others against "turns":
 
     named              three of the four barriers of a step go; all of them cost 8.7 % at most          +1 to +3
     turns              one softmax lies under the other's products, FlashAttention-3's order            +6 to +11
@@ -18,6 +19,17 @@ of the rate on large shapes at F = 3, R = 21; the first two against "plain", the
     turns-pairs-three  the third stage pays for the later freeing; the shortest loop (461)              +1 to +5
 
 A fault in the protocol would hang: run them under a time limit.
+
+Compiled (Triton 3.7.1) and not kept, or not built:
+
+- Loops unrolled by two: 460 instructions a step for 464 ("plain"), 451 for 461 ("turns-pairs-three"): there are no
+  copies of registers to save, only index arithmetic. For that 320 to 540 bytes spill at the edges of frames.
+- 128 x 160 keys as 128 + 32: 586 instructions, 3.66 a key; 128 keys take 461, 3.60 a key.
+- 128 x 192 keys as 128 + 64: 662, 3.45 a key. 240 registers hold it: all 98 exponentials covered, no local memory in
+  the loop, 72 bytes spilled at edges; two stages fill shared memory. A third fewer turns and arrivals a key, and S = 1560
+  is 8 * 192 + 24: +1 to +3 on top of turns. It needs a ring of two parts: the next to build if turns fall short.
+- The last tile (24 keys of 32) folded into the one before: its products lie in two steps today, so it costs one set of
+  latencies a frame, 0.5 to 1.2 %. It needs the same step of two parts, and registers allow it.
 """
 
 from dataclasses import dataclass
@@ -39,7 +51,8 @@ class Variant:
         early_free: keep the arrivals that free buffers where the source has them; ptxas moves those of keys below the
             softmax. Needs "named".
         registers: of a thread that multiplies.
-        fetch_registers: of a thread that fetches. 256 threads that multiply and 128 that fetch share 64 K registers.
+        fetch_registers: of a thread that fetches, which needs 18. 256 threads that multiply and 128 with those that
+            fetch share 64 K registers.
         stages: tiles of keys, and of values, that may wait in shared memory. Three fit at 128 channels.
     """
 
@@ -62,21 +75,17 @@ class Variant:
             raise ValueError(f"an SM has 65536 registers, got 256 x {self.registers} + 128 x {self.fetch_registers}")
 
 
-def _turns(**switches) -> Variant:
-    return Variant(signal="named", ping_pong=True, **switches)
-
-
-_MORE = {"registers": 240, "fetch_registers": 24}  # the fetching warp uses 18
-
 VARIANTS = {
     "plain": Variant(),
     "named": Variant(signal="named"),
     "turns-mbarrier": Variant(ping_pong=True),
-    "turns": _turns(),
-    "turns-early": _turns(early_free=True, **_MORE),
-    "turns-three": _turns(stages=3, **_MORE),
-    "turns-pairs": _turns(one_arrive=True, **_MORE),
-    "turns-pairs-three": _turns(one_arrive=True, stages=3, **_MORE),
+    "turns": Variant(signal="named", ping_pong=True),
+    "turns-early": Variant(signal="named", ping_pong=True, early_free=True, registers=240, fetch_registers=24),
+    "turns-three": Variant(signal="named", ping_pong=True, stages=3, registers=240, fetch_registers=24),
+    "turns-pairs": Variant(signal="named", ping_pong=True, one_arrive=True, registers=240, fetch_registers=24),
+    "turns-pairs-three": Variant(
+        signal="named", ping_pong=True, one_arrive=True, stages=3, registers=240, fetch_registers=24
+    ),
 }
 
 SELECTED = "plain"  # the only one that a GPU has run

@@ -57,7 +57,7 @@ PENDING = {
     "half 1 begins as well": ("turns-mbarrier", "(n & 1) ^ (1 - turns.half)", "(n & 1) ^ 1"),
     "nobody begins": ("turns-mbarrier", "(n & 1) ^ (1 - turns.half)", "n & 1"),
     "nobody begins by name": ("turns", "        arrive_at(TURN, TURN_THREADS)\n", "        pass\n"),
-    "a half wakes itself": ("turns-mbarrier", "mbarrier.arrive(turns.other", "mbarrier.arrive(turns.mine"),
+    "a half wakes itself": ("turns-mbarrier", "barriers.index(1 - turns.half)", "barriers.index(turns.half)"),
     "it wakes itself by name": ("turns", "arrive_at(TURN + 1 - turns.half", "arrive_at(TURN + turns.half"),
     "products are issued out of turn": ("turns", "    take_turn(turns, n, VARIANT)\n    score", "    score"),
     "an item's last product is issued out of turn": (
