@@ -6,9 +6,9 @@ They live in one source, behind the switches of ``Variant``, only as long as the
 Measured is "plain" alone: 650 to 684 TFLOP/s on large shapes, the tensor pipe 73 % busy (H200, 2026-11-26). For 128
 keys both warpgroups of an SM need 2048 cycles of its tensor cores, 1056 of its exponential units and 930 issue slots of
 each scheduler [arithmetic, from 464 instructions a step]. Only the tensor cores are short of time, so what is lost is
-probably lost while both do the same: multiply together, then compute exponentials together. A crude model by cycles does
-not show that loss, so turns may bring less. Predictions, in percent of the rate on large shapes at F = 3, R = 21; the
-first two against "plain", the others against "turns":
+probably lost while both do the same: multiply together, then compute exponentials together. A crude model by cycles
+does not show that loss, so turns may bring less. Predictions, in percent of the rate on large shapes at F = 3, R = 21;
+the first two against "plain", the others against "turns":
 
     named              three of the four barriers of a step go; all of them cost 8.7 % at most          +1 to +3
     turns              one softmax lies under the other's products, FlashAttention-3's order            +6 to +11
@@ -26,8 +26,8 @@ Compiled (Triton 3.7.1) and not kept, or not built:
   copies of registers to save, only index arithmetic. For that 320 to 540 bytes spill at the edges of frames.
 - 128 x 160 keys as 128 + 32: 586 instructions, 3.66 a key; 128 keys take 461, 3.60 a key.
 - 128 x 192 keys as 128 + 64: 662, 3.45 a key. 240 registers hold it: all 98 exponentials covered, no local memory in
-  the loop, 72 bytes spilled at edges; two stages fill shared memory. A third fewer turns and arrivals a key, and S = 1560
-  is 8 * 192 + 24: +1 to +3 on top of turns. It needs a ring of two parts: the next to build if turns fall short.
+  the loop, 72 bytes spilled at edges; two stages fill shared memory. A third fewer turns and arrivals a key, and
+  S = 1560 is 8 * 192 + 24: +1 to +3 on top of turns. It needs a ring of two parts: the next to build if turns fall short.
 - The last tile (24 keys of 32) folded into the one before: its products lie in two steps today, so it costs one set of
   latencies a frame, 0.5 to 1.2 %. It needs the same step of two parts, and registers allow it.
 """
