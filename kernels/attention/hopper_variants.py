@@ -27,7 +27,7 @@ Compiled (Triton 3.7.1) and not kept, or not built:
 - 128 x 160 keys as 128 + 32: 586 instructions, 3.66 a key; 128 keys take 461, 3.60 a key.
 - 128 x 192 keys as 128 + 64: 662, 3.45 a key. 240 registers hold it: all 98 exponentials covered, no local memory in
   the loop, 72 bytes spilled at edges; two stages fill shared memory. A third fewer turns and arrivals a key, and
-  S = 1560 is 8 * 192 + 24: +1 to +3 on top of turns. It needs a ring of two parts: the next to build if turns fall short.
+  S = 1560 is 8 * 192 + 24: +1 to +3 on top of turns. It needs a ring of two parts; next to build if turns fall short.
 - The last tile (24 keys of 32) folded into the one before: its products lie in two steps today, so it costs one set of
   latencies a frame, 0.5 to 1.2 %. It needs the same step of two parts, and registers allow it.
 """
