@@ -38,8 +38,8 @@ def open_session(model: CausalWan, backend: str, preset: str, text: torch.Tensor
 def one_pass(session: Session) -> torch.Tensor:
     """The model's prediction for the first chunk."""
     frames = list(range(session.first_chunk))
-    memory = session._open(frames)
-    return session._run(session.noise.initial(frames).to(DEVICE), 1000.0, memory).float()
+    memory = session._prepare(frames)
+    return session._predict(session.noise.initial(frames).to(DEVICE), 1000.0, memory).float()
 
 
 def chunk_ms(session: Session) -> float:

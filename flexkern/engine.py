@@ -1,4 +1,4 @@
-"""The autoregressive denoising loop: an ``Engine`` holds a model, a ``Session`` one video, for ever if need be.
+"""The autoregressive denoising loop: an ``Engine`` holds a model, a ``Session`` one video of any length.
 
     engine = Engine.from_pretrained("self_forcing_dmd.pt", schedule=SCHEDULES["self-forcing"])
     session = engine.session(text_embedding, preset="flex", size=(60, 104), seed=0)
@@ -10,10 +10,10 @@ pipeline/interactive_causal_inference.py.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,63 +21,68 @@ from torch import Tensor
 from flexkern.backends import get_backend
 from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
+from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
-from flexkern.model.wan import CausalWan
 from flexkern.model.weights import load_transformer
 from flexkern.noise import Noise, PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
+from flexkern.state import State, nest, plain, require_same, stateful, within
 from flexkern.window import CacheWindow
 
-
-class TextEncoder(Protocol):
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """[B, L, text_dim], zero behind each prompt. Raises ValueError for a prompt the model cannot follow."""
-
-
-class Decoder(Protocol):
-    """Turns one session's latents into pictures, chunk by chunk; may keep what it needs of the past."""
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """latents [B, F, C, h, w] -> uint8 [B, pictures, height, width, 3]."""
-
-
-class Encoder(Protocol):
-    """Turns pictures into clean latents, to start a video from."""
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, pictures, height, width, 3] -> latents [B, F, C, h, w]."""
+Prompt = str | Sequence[str] | Tensor
+"""A text, one for each video of a batch, or what the text encoder makes of them, [B, L, text_dim]."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:
-    """What one step made. frames: absolute indices of its latent frames. latents: [B, F, C, h, w].
-
-    pixels: uint8 [B, pictures, height, width, 3], None where the engine has no decoder.
-    """
+    """What one step made."""
 
     index: int
+    """number of the step, from 0; -1 for what a video was given to begin with"""
     frames: tuple[int, ...]
+    """absolute indices of its latent frames"""
     latents: Tensor
+    """[B, F, C, h, w]"""
     pixels: Tensor | None
+    """uint8 [B, pictures, height, width, 3]; None where the engine has no decoder"""
 
 
 class Engine:
-    """A model with everything that sessions share. Nothing in it changes while sessions run."""
+    """A model with everything that sessions share. Nothing in it changes while sessions run.
+
+    Args:
+        model: A ``CausalWan``, or another ``VideoModel``.
+        schedule: Noise levels of a chunk; those of Self-Forcing by default.
+        backend: Who computes; a key of ``flexkern.backends.BACKENDS``.
+        chunk: Latent frames denoised together.
+        text_encoder: Needed for prompts that are text.
+        encoder: Needed for videos that begin with pictures.
+        decoder: Called once per session; what it returns decodes that session's latents.
+        size: Height and width of a latent frame, for sessions that do not name one.
+
+    Raises:
+        ValueError: The chunk is empty, or the backend cannot run on the model's device.
+    """
 
     def __init__(
-        self, model: CausalWan, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
-        text_encoder: TextEncoder | None = None, encoder: Encoder | None = None, decoder=None,
-        size: tuple[int, int] = (60, 104),
+        self, model: VideoModel, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
+        text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
+        decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
     ):  # fmt: skip
-        """schedule: default that of Self-Forcing. chunk: frames denoised together. size: default height and width of a
-        latent frame. decoder: called without arguments for each session, gives its ``Decoder``."""
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
         self.model, self.chunk, self.size = model, chunk, size
         self.schedule = schedule or Schedule()
-        self.backend = get_backend(backend, model.device)
+        self.backend, self.backend_name = get_backend(backend, model.device), backend
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
+
+    def __repr__(self) -> str:
+        model, config = self.model, self.model.config
+        sizes = f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim}"
+        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+        loop = f"backend {self.backend_name!r}, chunks of {self.chunk}, latents of {self.size[0]}x{self.size[1]}"
+        return f"Engine({type(model).__name__} of {sizes}, {where}; {loop})"
 
     @classmethod
     def from_pretrained(
@@ -90,37 +95,62 @@ class Engine:
         return cls(model, **options)
 
     @torch.inference_mode()
-    def encode(self, prompt: str | Sequence[str] | Tensor):
-        """Cross-attention keys and values of prompts, [B, L, H, D] per layer; a tensor is the text encoder's output."""
-        if not isinstance(prompt, Tensor):
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if self.text_encoder is None:
-                raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
-            if not prompts:
-                raise ValueError("prompt must be a string or at least one, got none")
-            prompt = self.text_encoder(prompts)
-        return self.model.text_keys(prompt.to(self.model.device), self.backend)
+    def embed(self, prompt: Prompt) -> Tensor:
+        """The text encoder's output [B, L, text_dim] for a prompt; a tensor is returned as it is.
 
-    def session(self, prompt: str | Sequence[str] | Tensor, **options) -> "Session":
-        """A new video, or a batch of them that goes in step; options as ``Session``'s."""
-        return Session(self, prompt, **options)
+        Raises:
+            ValueError: The prompt is text and there is no text encoder, or the encoder refuses it.
+        """
+        if isinstance(prompt, Tensor):
+            return prompt
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.text_encoder is None:
+            raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
+        if not prompts:
+            raise ValueError("prompt must be a string or at least one, got none")
+        return self.text_encoder(prompts)
+
+    @torch.inference_mode()
+    def encode(self, prompt: Prompt) -> Sequence[tuple[Tensor, ...]]:
+        """What the model reads of a prompt: cross-attention keys and values [B, L, H, D] of every layer.
+
+        Raises:
+            ValueError: As ``embed``, or the embedding does not fit the model.
+        """
+        return self.model.text_keys(self.embed(prompt).to(self.model.device), self.backend)
+
+    def session(
+        self, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0, frames: int | None = None,
+        size: tuple[int, int] | None = None, noise: Noise | None = None, first_chunk: int | None = None,
+    ) -> "Session":  # fmt: skip
+        """Begin a new video, or a batch of them that go in step.
+
+        Args:
+            prompt: A text, one per video of the batch, or their embedding [B, L, text_dim].
+            preset: The method: a name, or a ``Preset``.
+            seed: Of the preset's noise, >= 0; video b of a batch has seed + b.
+            frames: Latent frames to make, None for no end; policies that depend on the length of the video need it.
+            size: Height and width of a latent frame; the engine's by default.
+            noise: Replaces the preset's noise.
+            first_chunk: Frames of the first chunk, where it differs (1 for models trained with
+                ``independent_first_frame``).
+
+        Raises:
+            ValueError: Before any work: preset, size or prompt do not fit the model.
+        """
+        return Session(
+            self, prompt, preset=preset, seed=seed, frames=frames, size=size, noise=noise, first_chunk=first_chunk
+        )
 
 
 class Session:
-    """One video, chunk by chunk. Iterate over it, or call ``step``.
-
-    Raises ValueError, before any work, for a preset, size or prompt that does not fit the model.
-    """
+    """One video, chunk by chunk: iterate over it, or call ``step``. Arguments and errors are ``Engine.session``'s."""
 
     def __init__(
-        self, engine: Engine, prompt: str | Sequence[str] | Tensor, *, preset: str | Preset = "flex", seed: int = 0,
+        self, engine: Engine, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0,
         frames: int | None = None, size: tuple[int, int] | None = None, noise: Noise | None = None,
         first_chunk: int | None = None,
     ):  # fmt: skip
-        """preset: a name or a ``Preset``. seed: of the preset's noise, >= 0. frames: latent frames to make, None for no
-        end; policies that depend on the length of the video need it. size: height and width of a latent frame.
-        noise: takes the place of the preset's noise. first_chunk: frames of the first chunk, where it differs
-        (1 for models trained with ``independent_first_frame``)."""
         self.engine, self.preset, self.target = engine, get_preset(preset), frames
         self.size = tuple(size or engine.size)
         self.first_chunk = first_chunk or engine.chunk
@@ -130,23 +160,28 @@ class Session:
             raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
-        sizes = {"bands": band_split(config.head_dim)[0], "heads": config.num_heads}
-        self.preset.check(chunk=max(engine.chunk, self.first_chunk), **sizes, target=frames)
-        self.text = engine.encode(prompt)
+        bands, heads = band_split(config.head_dim)[0], config.num_heads
+        self.preset.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
+        self._embedding = engine.embed(prompt)
+        self.text = engine.encode(self._embedding)
         self.batch = self.text[0][0].shape[0]
         self.window = CacheWindow(
-            self.preset, engine.backend, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim,
-            eps=config.eps, dtype=model.dtype, device=model.device,
+            self.preset, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
+            eps=config.eps, dtype=model.dtype, device=model.device, batch=self.batch, rows=rows, columns=columns,
+            target=frames,
         )  # fmt: skip
-        self.window.begin(frames)
-        self.window.allocate((self.batch, rows, columns))
         shape = (config.out_dim, *self.size)
-        self.noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
-        self.decode = engine.decoder() if engine.decoder else None
+        self.noise: Noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
+        self.decode: Decoder | None = engine.decoder() if engine.decoder else None
         self.next_frame = 0
         self.chunks = 0
         self._recent: Tensor | None = None  # clean latents that a recache would run again
         self._cut = False
+
+    def __repr__(self) -> str:
+        made = f"{self.next_frame} of {self.target if self.target is not None else 'any number of'} frames"
+        videos = f"{self.batch} video{'s' * (self.batch > 1)} of {self.size[0]}x{self.size[1]} latents"
+        return f"Session(preset {self.preset.name!r}, {made} in {self.chunks} chunks, {videos})"
 
     @property
     def cache(self) -> FrameCache:
@@ -162,13 +197,14 @@ class Session:
     def step(self) -> Chunk:
         """Denoise the next chunk and leave its clean keys and values in the cache."""
         first = self.next_frame == 0
-        frames = list(range(self.next_frame, self.next_frame + (self.first_chunk if first else self.engine.chunk)))
-        memory = self._open(frames, cut=self._cut)
+        count = self.first_chunk if first else self.engine.chunk
+        frames = list(range(self.next_frame, self.next_frame + count))
+        memory = self._prepare(frames, cut=self._cut)
         schedule, kind = self.engine.schedule, self.engine.model.config.prediction
         z = self.noise.initial(frames).to(self.engine.model.device)
         timesteps = schedule.timesteps(first_chunk=first)
         for i, timestep in enumerate(timesteps):
-            clean = schedule.clean(z, self._run(z, timestep, memory), timestep, kind)
+            clean = schedule.clean(z, self._predict(z, timestep, memory), timestep, kind)
             if i + 1 < len(timesteps):
                 noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
                 z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
@@ -181,11 +217,18 @@ class Session:
 
     @torch.inference_mode()
     def prefill(self, given: Tensor) -> Chunk:
-        """Continue from given clean latents [B, n, C, h, w], or from pictures, uint8 [B, pictures, height, width, 3].
+        """Continue from given clean latents, or from pictures, which go through the engine's encoder.
 
-        Pictures go through the engine's encoder. n, the number of latent frames, must be whole chunks, the first of
-        ``first_chunk`` frames where nothing was made yet. Returns what was given as a chunk of index -1: the decoder
-        has seen it too, so that what follows is decoded as its continuation.
+        Args:
+            given: Latents [B, n, C, h, w], or pictures, uint8 [B, pictures, height, width, 3]. n, the number of latent
+                frames, must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet.
+
+        Returns:
+            What was given, as a chunk of index -1. The decoder has seen it too, so that what follows is decoded as its
+            continuation.
+
+        Raises:
+            ValueError: The shape does not fit, or there is no encoder for pictures.
         """
         if given.dtype == torch.uint8 and self.engine.encoder is None:
             raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
@@ -205,38 +248,113 @@ class Session:
         latents, first = latents.to(self.engine.model.device), self.next_frame
         for block in latents.split(sizes, dim=1):
             frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
-            self._finish(block, frames, self._open(frames))
+            self._finish(block, frames, self._prepare(frames))
         pixels = self.decode(latents) if self.decode else None
         return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
 
     @torch.inference_mode()
-    def switch(self, prompt: str | Sequence[str] | Tensor) -> None:
-        """Follow another prompt from the next chunk on; what happens to the cache is the preset's ``switch`` policy."""
-        text = self.engine.encode(prompt)
+    def switch(self, prompt: Prompt) -> None:
+        """Follow another prompt from the next chunk on; the preset's ``switch`` policy decides what the cache keeps.
+
+        Raises:
+            ValueError: The prompt is for another number of videos, or does not fit the model.
+        """
+        embedding = self.engine.embed(prompt)
+        text = self.engine.encode(embedding)
         if text[0][0].shape[0] != self.batch:
             raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
-        self.text = text
-        if count := self.window.switch():
-            recent, timestep = self._recent[:, -count:], self.engine.schedule.context_timestep
-            self._run(recent, timestep, self.window.memory, keys_only=True)
+        self._embedding, self.text = embedding, text
+        count = self.window.switch()
+        if count and self._recent is not None:
+            self._fill(self._recent[:, -count:], self.window.memory)
 
     def cut(self) -> None:
-        """Cut to a new scene: the next chunk alone sits at the preset's ``cut_position`` (Infinity-RoPE)."""
+        """Cut to a new scene: only the next chunk is moved to the preset's ``cut_position`` (Infinity-RoPE).
+
+        Raises:
+            ValueError: The preset's positions are absolute.
+        """
         if self.preset.position.index != "slot":
             raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
         self._cut = True
 
-    def _open(self, frames: list[int], cut: bool = False) -> PagedMemory:
-        """What the frames' passes attend through: room made, pages opened, positions planned."""
-        return self.window.open(frames[0], len(frames), self.window.shape, cut=cut)
+    @torch.inference_mode()
+    def state(self) -> State:
+        """All that later chunks depend on, copied: cache, noise, decoder, prompt and counters.
 
-    def _run(self, z: Tensor, timestep: float, memory: PagedMemory, *, keys_only: bool = False) -> Tensor | None:
-        timesteps = torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)
-        return self.engine.model(z, timesteps, self.text, memory, keys_only=keys_only)
+        Tensors are on the CPU and fit safetensors, all else fits JSON. Weights are not in it.
 
-    def _finish(self, clean: Tensor, frames: list[int], memory: PagedMemory) -> None:
-        """The clean pass, and the bookkeeping behind a chunk."""
-        self._run(clean, self.engine.schedule.context_timestep, memory, keys_only=True)
+        Raises:
+            TypeError: A noise or a decoder of one's own has no ``state``.
+        """
+        state = {
+            **nest("made_for", self._identity()), **nest("window", self.window.state()),
+            **nest("noise", stateful(self.noise, "noise").state()),
+            "embedding": self._embedding.cpu().clone(), "next_frame": self.next_frame, "chunks": self.chunks,
+            "cut": self._cut,
+        }  # fmt: skip
+        if self.decode is not None:
+            held = stateful(self.decode, "decoder").state()
+            state |= nest("decoder", {name: tensor.cpu().clone() for name, tensor in held.items()})
+        if self._recent is not None:
+            state["recent"] = self._recent.cpu().clone()
+        return state
+
+    @torch.inference_mode()
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state``, bit for bit on the same device, backend and weights.
+
+        The session must have been begun as the other was: with an equal model, preset, size, seed and length. Its
+        prompt may be any; that of the state is followed.
+
+        Raises:
+            ValueError: The state is of another session; the message names what differs.
+            TypeError: A noise or a decoder of one's own has no ``restore``.
+        """
+        require_same("session", self._identity(), within("made_for", state))
+        noise = stateful(self.noise, "noise")
+        decoder = None if self.decode is None else stateful(self.decode, "decoder")
+        noise.restore(within("noise", state))
+        self.window.restore(within("window", state))
+        if decoder is not None:
+            decoder.restore(within("decoder", state))
+        device = self.engine.model.device
+        self._embedding = state["embedding"].to(device)
+        self.text = self.engine.encode(self._embedding)
+        self._recent = state["recent"].to(device) if "recent" in state else None
+        self.next_frame, self.chunks, self._cut = state["next_frame"], state["chunks"], state["cut"]
+
+    def _identity(self) -> State:
+        """What a state must have been made with, for this session to continue from it."""
+        engine, named = self.engine, lambda thing: None if thing is None else type(thing).__name__
+        loop = {"chunk": engine.chunk, "first_chunk": self.first_chunk, "size": self.size, "frames": self.target}
+        return plain({
+            **nest("model", engine.model.config.to_dict()), **nest("preset", self.preset.describe()),
+            **nest("schedule", asdict(engine.schedule)), **loop, "batch": self.batch,
+            "noise": named(self.noise), "decoder": named(self.decode),
+        })  # fmt: skip
+
+    def _prepare(self, frames: Sequence[int], cut: bool = False) -> PagedMemory:
+        """What the passes over these frames attend through: frames evicted, pages allocated, positions planned."""
+        return self.window.prepare(frames[0], len(frames), cut=cut)
+
+    def _predict(self, z: Tensor, timestep: float, memory: PagedMemory) -> Tensor:
+        """The model's prediction for noisy latents."""
+        prediction = self.engine.model(z, self._timesteps(z, timestep), self.text, memory)
+        assert prediction is not None, "only a pass for keys and values alone predicts nothing"
+        return prediction
+
+    def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
+        """The clean pass: afterwards the pages hold keys and values of clean latents."""
+        timesteps = self._timesteps(clean, self.engine.schedule.context_timestep)
+        self.engine.model(clean, timesteps, self.text, memory, keys_only=True)
+
+    def _timesteps(self, z: Tensor, timestep: float) -> Tensor:
+        return torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)
+
+    def _finish(self, clean: Tensor, frames: Sequence[int], memory: PagedMemory) -> None:
+        """The clean pass, and the bookkeeping after a chunk."""
+        self._fill(clean, memory)
         self.next_frame = frames[-1] + 1
         if self.preset.switch.kind == "recache":
             past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)

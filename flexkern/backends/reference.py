@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -10,14 +11,22 @@ from flexkern.kernels import reference
 from flexkern.plan import ChunkPlan
 
 
-def in_float32(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+
+P = ParamSpec("P")
+Operation = Callable[Concatenate[Tensor, P], Tensor]
+
+
+def in_float32(fn: Operation[P]) -> Operation[P]:
     """fn computed in float32 (float64 stays) and rounded once, to the dtype of its first argument."""
 
     @wraps(fn)
-    def widened(x: Tensor, *rest):
+    def widened(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):
-            return fn(x, *rest)
-        return fn(*(a.float() if isinstance(a, Tensor) else a for a in (x, *rest))).to(x.dtype)
+            return fn(x, *args, **kwargs)
+        wide = lambda value: value.float() if isinstance(value, Tensor) else value
+        positional, named = map(wide, args), {name: wide(value) for name, value in kwargs.items()}
+        return fn(x.float(), *positional, **named).to(x.dtype)  # type: ignore[arg-type]  # as many, wider
 
     return widened
 
@@ -33,8 +42,9 @@ def norm_rope_write(
 ) -> Tensor | None:  # fmt: skip
     """As ``kernels.reference.norm_rope_write``, computed in float32; the query comes back in the key's dtype."""
     wide = torch.promote_types(key.dtype, torch.float32)
-    widened = (x if x is None else x.to(wide) for x in (query, key, value, query_weight, key_weight))
-    turned = reference.norm_rope_write(*widened, place_turn, key_pages, value_pages, slots, eps)
+    widened = [x.to(wide) for x in (key, value, query_weight, key_weight)]
+    wide_query = None if query is None else query.to(wide)
+    turned = reference.norm_rope_write(wide_query, *widened, place_turn, key_pages, value_pages, slots, eps)
     return None if turned is None else turned.to(key.dtype)
 
 

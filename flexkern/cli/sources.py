@@ -249,7 +249,7 @@ def _check_config(config: WanConfig, path: Path, preset: Preset, family: Family,
         got = f"{config.in_dim} in, {config.out_dim} out"
         raise ValueError(f"{path} has latents of {got} channels; expected {CHANNELS}, as Wan 2.1 has")
     sizes = {"bands": band_split(config.head_dim)[0], "heads": config.num_heads}
-    preset.check(chunk=max(family.chunk, family.first_chunk), **sizes, target=frames)
+    preset.validate(chunk=max(family.chunk, family.first_chunk), **sizes, target=frames)
 
 
 def _check_embeddings(path: Path, prompts: Sequence[str], config: WanConfig) -> None:

@@ -164,10 +164,10 @@ def test_without_fresh_noise_the_steps_follow_the_flow(model):
     schedule = Schedule(steps=(1000, 750, 500, 250), fresh=False)
     noise = Recorded(1, 1)
     session = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise)
-    memory = session._open([0, 1, 2])
+    memory = session._prepare([0, 1, 2])
     x, timesteps = noise.video.double(), schedule.timesteps()
     for timestep, following in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
-        flow = session._run(x.float(), timestep, memory).double()
+        flow = session._predict(x.float(), timestep, memory).double()
         x = x + ((schedule.sigma(following) if following else 0.0) - schedule.sigma(timestep)) * flow
     made = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise).step()
     assert (made.latents - x).abs().max() < 1e-4
@@ -231,8 +231,8 @@ def test_clean_pass_of_keys_only_writes_the_same_pages(model):
     session = Engine(model, size=SIZE).session(prompt_of(1))
     latents = session.step().latents
     written = session.cache.keys.clone(), session.cache.values.clone()
-    memory = session._open([3, 4, 5])
-    session._run(latents, 0.0, memory)
+    memory = session._prepare([3, 4, 5])
+    session._predict(latents, 0.0, memory)
     old, new = session.cache.slots[:3], session.cache.slots[3:]
     assert torch.equal(session.cache.values[:, :, new], written[1][:, :, old]) is False  # they now see a past
     assert torch.equal(session.cache.keys[0][:, new], written[0][0][:, old])  # layer 0 sees none
@@ -259,7 +259,7 @@ def test_positions_have_no_end(engine):
     """The research code's table ends at 1024 latent frames."""
     session = engine.session(prompt_of(1), preset=get_preset("flex", {"retention.window": 6}))
     session.step()
-    session.next_frame, session.window.chunk = 14_400, (14_397, 3)
+    session.next_frame, session.window.frames = 14_400, range(14_397, 14_400)
     session.noise.sources = [replace(session.preset.noise, kind="iid").source(0, shape=(16, *SIZE))]
     assert session.step().latents.isfinite().all()
 
@@ -268,8 +268,8 @@ def test_plans_of_one_shape_share_their_buffers(engine):
     """A captured CUDA graph reads addresses: once the window is full they must not move, whatever stands there."""
     session = engine.session(prompt_of(1), preset=get_preset("flex", {"retention.window": 9}), seed=0)
     plans = []
-    opened = session._open
-    session._open = lambda *args, **kwargs: plans.append(memory := opened(*args, **kwargs)) or memory
+    prepared = session._prepare
+    session._prepare = lambda *args, **kwargs: plans.append(memory := prepared(*args, **kwargs)) or memory
     seen = []
     for _ in range(5):
         session.step()
