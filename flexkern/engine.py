@@ -264,8 +264,8 @@ class Session:
         if text[0][0].shape[0] != self.batch:
             raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
         self._embedding, self.text = embedding, text
-        count = self.window.switch()
-        if count and self._recent is not None:
+        if count := self.window.switch():
+            assert self._recent is not None, "a preset that recaches remembers its last frames"
             self._fill(self._recent[:, -count:], self.window.memory)
 
     def cut(self) -> None:

@@ -1,6 +1,6 @@
 """What every ``state()`` returns and every ``restore()`` takes: tensors on the CPU and plain values, by dotted names.
 
-Tensors are copies that fit a safetensors file; all else fits JSON (numbers, strings, None, and lists and dicts of them).
+Tensors are copies that fit a safetensors file; all else fits JSON: numbers, strings, None, and lists of them.
 """
 
 import json

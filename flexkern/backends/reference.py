@@ -10,7 +10,6 @@ from torch import Tensor
 from flexkern.kernels import reference
 from flexkern.plan import ChunkPlan
 
-
 __all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
 
 P = ParamSpec("P")

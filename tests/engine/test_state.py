@@ -59,8 +59,10 @@ def through_a_file(state, path):
         return load_file(path) | json.loads(file.metadata()["state"])
 
 
-def continued(session, chunks=2):
-    made = [session.step() for _ in range(chunks)]
+def continued(session):
+    made = [session.step()]
+    session.switch(PROMPTS[1] * 3)
+    made.append(session.step())
     return [chunk.frames for chunk in made], torch.cat([torch.cat((c.latents, c.pixels)) for c in made], dim=1)
 
 
@@ -150,7 +152,7 @@ def test_a_state_is_a_copy(engine):
     session.step()
     state = session.state()
     kept = {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
-    continued(session, 4)
+    continued(session)
     session.cache.keys.zero_()
     assert all(torch.equal(state[name], value) for name, value in kept.items())
 
