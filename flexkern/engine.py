@@ -230,13 +230,16 @@ class Session:
         Raises:
             ValueError: The shape does not fit, or there is no encoder for pictures.
         """
-        if given.dtype == torch.uint8 and self.engine.encoder is None:
-            raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
-        latents = self.engine.encoder(given) if given.dtype == torch.uint8 else given
+        latents = given
+        if given.dtype == torch.uint8:
+            if self.engine.encoder is None:
+                raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
+            latents = self.engine.encoder(given)
         expected = [self.batch, self.engine.model.config.in_dim, *self.size]
         if latents.dim() != 5 or [latents.shape[0], *latents.shape[2:]] != expected:
             raise ValueError(f"latents must be [B, n, C, h, w] with B, C, h, w = {expected}, got {list(latents.shape)}")
-        sizes, left = [], latents.shape[1]
+        sizes: list[int] = []
+        left = latents.shape[1]
         while left > 0:
             sizes.append(self.engine.chunk if sizes or self.next_frame else self.first_chunk)
             left -= sizes[-1]

@@ -5,7 +5,7 @@ device sees are cosines and sines in float32. Letters: see the glossary (flexker
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -99,8 +99,8 @@ class PlanBuffers:
         tensors = {f.name: getattr(plan, f.name) for f in fields(plan) if f.name != "place_turn"}
         shapes = tuple(None if tensor is None else tensor.shape for tensor in tensors.values())
         if shapes not in self._held:
-            empty = {name: t if t is None else torch.empty_like(t, device=self.device) for name, t in tensors.items()}
-            self._held[shapes] = ChunkPlan(**empty, place_turn=plan.place_turn)
+            there = {name: torch.empty_like(t, device=self.device) for name, t in tensors.items() if t is not None}
+            self._held[shapes] = replace(plan, **there)
         for name, tensor in tensors.items():
             if tensor is not None:
                 source = tensor.pin_memory() if self.device.type == "cuda" else tensor

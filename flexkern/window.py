@@ -163,9 +163,10 @@ class CacheWindow:
 
     def _identity(self) -> State:
         layers, batch, pages, _, heads, head_dim = self.cache.keys.shape
-        sizes = {"layers": layers, "heads": heads, "head_dim": head_dim, "eps": self.eps}
-        sizes |= {"dtype": str(self.cache.keys.dtype), "shape": self.shape, "pages": pages}
-        return plain({**nest("preset", self.preset.describe()), **sizes})
+        return plain({
+            **nest("preset", self.preset.describe()), "layers": layers, "heads": heads, "head_dim": head_dim,
+            "eps": self.eps, "dtype": str(self.cache.keys.dtype), "shape": self.shape, "pages": pages,
+        })  # fmt: skip
 
     @torch.inference_mode(False)  # plans outlive the mode they were made in
     def _plan(self, frames: range, slots: Sequence[int], cut: bool = False) -> PagedMemory:

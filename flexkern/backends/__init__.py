@@ -91,4 +91,8 @@ def get_backend(name: str, device: torch.device | str | None = None) -> Backend:
 
 
 if TYPE_CHECKING:  # holds every module to the protocol
-    _CHECKED: tuple[Backend, ...] = (triton, sdpa, flash_attn, xformers, reference)
+    _triton: Backend = triton
+    _sdpa: Backend = sdpa
+    _flash_attn: Backend = flash_attn
+    _xformers: Backend = xformers
+    _reference: Backend = reference

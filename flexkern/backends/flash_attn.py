@@ -30,5 +30,4 @@ def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
     """query [B, F, S, H, D], key and value [B, R, S, H, D] -> [B, F, S, H, D]; there is no bias."""
-    out: Tensor = flash_attn_func(*(x.flatten(1, 2) for x in (query, key, value)))
-    return out.view_as(query)
+    return flash_attn_func(*(x.flatten(1, 2) for x in (query, key, value))).view_as(query)

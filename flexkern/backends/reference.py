@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Concatenate, ParamSpec
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,22 +12,19 @@ from flexkern.plan import ChunkPlan
 
 __all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
 
-P = ParamSpec("P")
-Operation = Callable[Concatenate[Tensor, P], Tensor]
+Operation = TypeVar("Operation", bound=Callable[..., Tensor])
 
 
-def in_float32(fn: Operation[P]) -> Operation[P]:
+def in_float32(fn: Operation) -> Operation:
     """fn computed in float32 (float64 stays) and rounded once, to the dtype of its first argument."""
 
     @wraps(fn)
-    def widened(x: Tensor, *args: P.args, **kwargs: P.kwargs) -> Tensor:
+    def widened(x: Tensor, *rest: Any) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):
-            return fn(x, *args, **kwargs)
-        wide = lambda value: value.float() if isinstance(value, Tensor) else value
-        positional, named = map(wide, args), {name: wide(value) for name, value in kwargs.items()}
-        return fn(x.float(), *positional, **named).to(x.dtype)  # type: ignore[arg-type]  # as many, wider
+            return fn(x, *rest)
+        return fn(*(a.float() if isinstance(a, Tensor) else a for a in (x, *rest))).to(x.dtype)
 
-    return widened
+    return cast(Operation, widened)
 
 
 rms_norm = in_float32(reference.rms_norm)
@@ -41,9 +38,10 @@ def norm_rope_write(
 ) -> Tensor | None:  # fmt: skip
     """As ``kernels.reference.norm_rope_write``, computed in float32; the query comes back in the key's dtype."""
     wide = torch.promote_types(key.dtype, torch.float32)
-    widened = [x.to(wide) for x in (key, value, query_weight, key_weight)]
-    wide_query = None if query is None else query.to(wide)
-    turned = reference.norm_rope_write(wide_query, *widened, place_turn, key_pages, value_pages, slots, eps)
+    turned = reference.norm_rope_write(
+        None if query is None else query.to(wide), key.to(wide), value.to(wide), query_weight.to(wide),
+        key_weight.to(wide), place_turn, key_pages, value_pages, slots, eps,
+    )  # fmt: skip
     return None if turned is None else turned.to(key.dtype)
 
 

@@ -32,7 +32,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
     heads_second = [x.flatten(1, 2) for x in (query, key, value)]
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[3], *mask.shape)
-    out: Tensor = memory_efficient_attention(*heads_second, attn_bias=mask).view_as(query)
+    out = memory_efficient_attention(*heads_second, attn_bias=mask).view_as(query)
     return out if bias is None else without_unseeing(out, bias)
 
 

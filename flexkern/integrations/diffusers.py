@@ -56,8 +56,7 @@ class PagedProcessor:
         out = rotary_emb.attend(self.layer, query, key, value, (attn.norm_q.weight, attn.norm_k.weight))
         assert out is not None, "attention has a query here"
         project, dropout = attn.to_out
-        projected: Tensor = dropout(project(out.reshape(*hidden_states.shape[:2], -1)))
-        return projected
+        return dropout(project(out.reshape(*hidden_states.shape[:2], -1)))
 
 
 class MemoryRope(nn.Module):
@@ -156,17 +155,12 @@ class CausalTransformer:
     @property
     def dtype(self) -> torch.dtype:
         """Of the transformer's weights."""
-        return self._weight.dtype
+        return self.transformer.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Of the transformer's weights."""
-        return self._weight.device
-
-    @property
-    def _weight(self) -> Tensor:
-        weight: Tensor = self.transformer.patch_embedding.weight
-        return weight
+        return self.transformer.patch_embedding.weight.device
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token rows and columns of a latent frame; as ``CausalWan.grid``."""

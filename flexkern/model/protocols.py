@@ -1,7 +1,6 @@
 """What an engine asks of a model and of what stands around it. Any object with these methods will do."""
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -61,5 +60,5 @@ class Decoder(Protocol):
     def state(self) -> dict[str, Tensor]:
         """What it keeps of the past; empty where it keeps nothing."""
 
-    def restore(self, state: Mapping[str, Any], /) -> None:
+    def restore(self, state: dict[str, Tensor], /) -> None:
         """Continue from a ``state``, bit for bit. Raises ValueError for the state of another decoder."""

@@ -15,7 +15,7 @@ Source: Wan-Video/Wan2.1 wan/modules/model.py; Self-Forcing wan/modules/causal_m
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -143,8 +143,7 @@ class Block(nn.Module):
         query = self.split_heads(ops.rms_norm(attn.q(x), attn.norm_q.weight, self.eps)).flatten(1, 2)
         q, k, v = (t.transpose(1, 2) for t in (query, *text))
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-        projected: Tensor = attn.o(out.flatten(2).view_as(x))
-        return projected
+        return attn.o(out.flatten(2).view_as(x))
 
     def forward(
         self, x: Tensor, time: Tensor, text: tuple[Tensor, ...], memory: Memory, *, keys_only: bool
@@ -179,8 +178,7 @@ class Head(nn.Module):
     def forward(self, x: Tensor, time: Tensor, ops: Pointwise) -> Tensor:
         """x [B, F, S, C], time [B, F, C] -> [B, F, S, patch * out_dim]."""
         shift, scale = (self.modulation.unsqueeze(1) + time.unsqueeze(2)).unbind(2)
-        out: Tensor = self.head(ops.modulate(x, scale, shift, self.eps))
-        return out
+        return self.head(ops.modulate(x, scale, shift, self.eps))
 
 
 class CausalWan(nn.Module):
@@ -225,7 +223,7 @@ class CausalWan(nn.Module):
         if text.dim() != 3 or text.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, {self.config.text_dim}], got {list(text.shape)}")
         embedded = self.text_embedding(text.to(self.dtype))
-        return [block.text_keys(embedded, ops) for block in self.blocks]
+        return [cast(Block, block).text_keys(embedded, ops) for block in self.blocks]
 
     def patchify(self, latents: Tensor) -> Tensor:
         """[B, F, in_dim, h, w] -> tokens [B, F, S, C], by row, then column."""

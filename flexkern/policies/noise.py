@@ -134,7 +134,7 @@ class NoiseSource:
         self._last = last
 
     def _draw(self, frames: Sequence[int], stream: int, step: int, kind: str) -> np.ndarray:
-        first = frames[0] if len(frames) else None
+        first = frames[0] if len(frames) else -1
         listed = is_index(first) and all(f == first + i for i, f in enumerate(frames))
         require(listed, f"frames must be consecutive indices >= 0, at least one, got {list(frames)}")
         a, level = self.policy.strength, (stream, step)
@@ -159,8 +159,8 @@ class NoiseSource:
     def _recursion(self, frames: Sequence[int], eps: np.ndarray, level: tuple[int, int]) -> np.ndarray:
         name = "initial" if level[0] == INITIAL else f"renoise{level[1]}"
         whole = self.policy.scope == "sequence"
-        index, z = self._last.get(name, (None, None)) if whole else (None, None)
-        expected = frames[0] if index is None else index + 1
+        last = self._last.get(name) if whole else None
+        z, expected = (None, frames[0]) if last is None else (last[1], last[0] + 1)
         require(frames[0] == expected, f"{name} noise is drawn in order: expected frame {expected}, got {frames[0]}")
         out = np.empty_like(eps)
         for i, frame in enumerate(frames):
@@ -168,13 +168,13 @@ class NoiseSource:
             z = eps[i] if z is None else rho * z + math.sqrt(1 - rho * rho) * eps[i]
             out[i] = z
         if whole:
-            self._last[name] = int(frames[-1]), z.copy()
+            self._last[name] = int(frames[-1]), out[-1].copy()
         return out
 
     def _rho(self, frame: int) -> float:
         a = self.policy.strength
         rho = self.policy.rho if self.policy.kind == "ar1" else a / math.sqrt(1 + a * a)
-        if self.policy.rho_schedule == "const":
+        if self.policy.rho_schedule == "const" or self.target is None:  # source refuses a decay without a target
             return rho
         return rho * max(0.0, 1 - frame / max(1, self.target - 1))
 

@@ -122,7 +122,7 @@ class PositionPolicy:
         """The share g_j of each band that is extrapolated, float64 [T], of modes pi, hard, by_parts and yarn."""
         cycles, (low, high) = self.cycles(bands), self.thresholds
         if self.mode in ("pi", "hard"):
-            return np.float64(cycles >= (np.inf if self.mode == "pi" else high))
+            return (cycles >= (np.inf if self.mode == "pi" else high)).astype(np.float64)
         g = np.clip((cycles - low) / (high - low), 0.0, 1.0)
         ramps = {"linear": g, "smooth": g * g * (3.0 - 2.0 * g), "cosine": (1.0 - np.cos(np.pi * g)) / 2.0}
         return ramps[self.ramp]
@@ -224,7 +224,8 @@ class PositionPolicy:
                 key_at[first:] = range(self.cut_position, self.cut_position + len(query))
             query_at = key_at[first:]
         origin = int(query_at[0])
-        return tuple(np.array([int(p) - origin for p in at], dtype=np.int64) for at in (query_at, key_at))
+        from_origin = lambda at: np.array([int(p) - origin for p in at], dtype=np.int64)
+        return from_origin(query_at), from_origin(key_at)
 
 
 def _reduce(offset: np.ndarray, theta: np.ndarray) -> np.ndarray:
