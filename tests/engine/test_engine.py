@@ -1,6 +1,6 @@
 """The loop against the published cache semantics (support/upstream.py), and what a session promises beyond them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from flexkern.engine import Engine
 from flexkern.model.schedule import SCHEDULES, Schedule
 from flexkern.model.wan import CONFIGS, CausalWan
 from flexkern.noise import ResearchNoise
-from flexkern.policies import get_preset
+from flexkern.policies import Blend, Kept, get_preset
 
 DATA = Path(__file__).parent.parent / "data"
 SIZE, GRID = (4, 6), (2, 3)
@@ -253,6 +253,47 @@ def test_iteration_ends_at_the_target_and_not_without_one(engine):
     assert sum(len(chunk.frames) for chunk in engine.session(prompt_of(1), frames=7)) == 9
     endless = iter(engine.session(prompt_of(1), preset="self-forcing"))
     assert [next(endless).frames[0] for _ in range(3)] == [0, 3, 6]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EveryOther:
+    """A retention policy of one's own: it looks at the frames, not at how many there are."""
+
+    capacity: int = 7
+    pinned: int = 0
+    blends: tuple[Blend, ...] = ()
+
+    def keep(self, frames, incoming):
+        return Kept(indices=tuple(i for i, f in enumerate(frames) if f % 2 == 0)[-4:], blends=self.blends)
+
+
+def test_a_retention_policy_of_ones_own(engine):
+    session = engine.session(prompt_of(1), preset=replace(get_preset("self-forcing"), retention=EveryOther()))
+    drive(session, 4)
+    assert session.cache.frames == [2, 4, 6, 8, 9, 10, 11]
+    assert session.cache.keys.shape[2] == 7
+
+
+def test_pages_that_would_have_to_be_computed_are_refused(engine):
+    asks = EveryOther(blends=(Blend(indices=(0, 1), weights=(0.5, 0.5)),))
+    session = engine.session(prompt_of(1), preset=replace(get_preset("self-forcing"), retention=asks))
+    with pytest.raises(NotImplementedError, match="preset 'self-forcing' asks for 1 blended pages; supported: pages k"):
+        session.step()
+
+
+def test_a_window_has_no_memory_before_its_first_chunk(engine):
+    with pytest.raises(RuntimeError, match="call prepare first"):
+        engine.session(prompt_of(1)).window.memory  # noqa: B018
+
+
+def test_engine_session_and_window_say_what_they_are(engine):
+    session = engine.session(prompt_of(1, batch=2), frames=9)
+    session.step()
+    sizes = "2 layers, 2 heads of 128, float32 on cpu"
+    assert repr(engine) == f"Engine(CausalWan of {sizes}; backend 'sdpa', chunks of 3, latents of 4x6)"
+    assert repr(session) == "Session(preset 'flex', 3 of 9 frames in 1 chunks, 2 videos of 4x6 latents)"
+    assert repr(session.window) == "CacheWindow(preset 'flex', 3 of 21 pages in use, 2 x 2x3 tokens a frame)"
+    assert "of any number of frames" in repr(engine.session(prompt_of(1)))
 
 
 def test_positions_have_no_end(engine):

@@ -263,6 +263,10 @@ def test_noise_is_drawn_by_the_pipelines_chunks(forcing, alone):
 def test_videos_follow_each_other(forcing):
     """A second one, of another batch, and one that the loop begins by itself at frame 0."""
     handle = self_forcing.patch(forcing, get_preset("self-forcing", {"retention.window": 9}))
+    with pytest.raises(RuntimeError, match="has not computed any frame yet"):
+        handle.window  # noqa: B018
+    patched = "CausalInferencePipeline of Self-Forcing: preset 'self-forcing', backend 'sdpa'"
+    assert repr(handle) == f"Patch({patched})"
     with torch.inference_mode():
         first = render(forcing)
     render(forcing, chunks=2, batch=2)
