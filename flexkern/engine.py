@@ -54,7 +54,7 @@ class Engine:
     Args:
         model: A ``CausalWan``, or another ``VideoModel``.
         schedule: Noise levels of a chunk; those of Self-Forcing by default.
-        backend: Who computes; a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
         chunk: Latent frames denoised together.
         text_encoder: Needed for prompts that are text.
         encoder: Needed for videos that begin with pictures.
@@ -365,6 +365,6 @@ class Session:
 
 
 def frames_for(seconds: float, fps: float, pictures_per_frame: int = 1) -> int:
-    """Latent frames that give at least ``seconds`` of video: 1 picture the first, pictures_per_frame each later one."""
+    """Latent frames for at least ``seconds`` of video; the first gives one picture, others ``pictures_per_frame``."""
     pictures = max(1, math.ceil(seconds * fps - 1e-9))
     return 1 + -(-(pictures - 1) // pictures_per_frame)

@@ -39,7 +39,7 @@ class PagedMemory:
     Args:
         cache: Pages of every layer.
         plan: What attention must know about the chunk.
-        backend: Who computes.
+        backend: The module that computes.
         eps: Of the RMSNorm of queries and keys.
 
     Raises:

@@ -27,7 +27,15 @@ class Noise(Protocol):
 
 
 class PolicyNoise:
-    """Noise of a policy: a function of seed, frame and step alone. Video b of a batch is drawn from seed + b."""
+    """Noise of a policy: a function of seed, frame and step alone.
+
+    Args:
+        policy: Which noise a frame gets.
+        seed: Video b of a batch is drawn from seed + b.
+        batch: Number of videos.
+        shape: Of one latent frame, [C, h, w].
+        target: Latent frames of the video, where known.
+    """
 
     def __init__(self, policy: NoisePolicy, seed: int, batch: int, shape: tuple[int, ...], target: int | None):
         self.sources = [policy.source(seed + b, shape=shape, target=target) for b in range(batch)]
@@ -58,6 +66,11 @@ class ResearchNoise:
     """The draw order of the research code: the whole video's noise at once, then fresh noise step by step.
 
     Equal numbers need the same device, dtype and generator state as the original run.
+
+    Args:
+        shape: Of the video's latents, [B, F, C, h, w].
+        generator: Draws everything, on its device.
+        dtype: Of the noise.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ class CacheWindow:
 
     Args:
         preset: Its position, retention and switch policies act.
-        backend: Who computes.
+        backend: The module that computes.
         layers: Layers of the model.
         heads: Heads of a layer.
         head_dim: Channels of a head.

@@ -54,7 +54,7 @@ def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device:
 
     Args:
         weights: Those that come with flexkern, or a safetensors file of the same form.
-        backend: Who computes; a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
         device: Where to put it.
 
     Raises:

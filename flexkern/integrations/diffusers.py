@@ -193,7 +193,7 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
     Args:
         transformer: The ``transformer`` of a Wan pipeline.
         preset: Only its ``position`` acts; "self-forcing" is the transformer as it was.
-        backend: Who computes; a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
         A handle, which may be used as a context manager.

@@ -40,7 +40,7 @@ def patch(
         pipeline: A loaded pipeline, already in its dtype and on its device.
         preset: The method: a name, or a ``Preset``.
         seed: As in ``flexkern.integrations.self_forcing.patch``.
-        backend: Who computes; a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
         A handle, which may be used as a context manager.

@@ -63,7 +63,7 @@ def patch(
         preset: The method: a name, or a ``Preset``.
         seed: Of the preset's noise, as a session's; None draws one for each video from torch's generator, so that the
             script's own seed decides. Presets whose noise is i.i.d. leave upstream's noise as it is.
-        backend: Who computes; a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
         A handle, which may be used as a context manager.

@@ -78,9 +78,9 @@ class Preset:
     def describe(self) -> dict[str, object]:
         """Every field that decides a video, by the dotted names of ``get_preset``; lists for tuples, as JSON has."""
         found: dict[str, object] = {"name": self.name}
-        for part in (*POLICIES, "loop"):
-            for name, value in dataclasses.asdict(getattr(self, part)).items():
-                found[f"{part}.{name}"] = list(value) if isinstance(value, tuple) else value
+        for policy in (*POLICIES, "loop"):
+            for name, value in dataclasses.asdict(getattr(self, policy)).items():
+                found[f"{policy}.{name}"] = list(value) if isinstance(value, tuple) else value
         return found
 
 
@@ -206,16 +206,16 @@ def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None
         known = f"expected one of {', '.join(PRESETS)}"
         require(isinstance(name, str) and name in PRESETS, f"no preset {name!r}: {known}{did_you_mean(name, PRESETS)}")
     base = name if isinstance(name, Preset) else PRESETS[name]
-    existing = [f"{part}.{field.name}" for part in POLICIES for field in dataclasses.fields(getattr(base, part))]
+    existing = [f"{policy}.{field.name}" for policy in POLICIES for field in dataclasses.fields(getattr(base, policy))]
     changes: dict[str, dict[str, object]] = defaultdict(dict)
     for dotted, value in (overrides or {}).items():
         known = f"expected one of {', '.join(existing)}"
         require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
-        part, _, field = dotted.partition(".")
-        changes[part][field] = tuple(value) if isinstance(value, list) else value
+        policy, _, field = dotted.partition(".")
+        changes[policy][field] = tuple(value) if isinstance(value, list) else value
     try:
         return dataclasses.replace(
-            base, **{part: dataclasses.replace(getattr(base, part), **new) for part, new in changes.items()}
+            base, **{policy: dataclasses.replace(getattr(base, policy), **new) for policy, new in changes.items()}
         )
     except TypeError as error:
         raise ValueError(str(error)) from None

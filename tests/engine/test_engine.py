@@ -160,7 +160,7 @@ def test_prefill_takes_pictures_through_the_encoder(model):
 
 
 def test_without_fresh_noise_the_steps_follow_the_flow(model):
-    """Euler steps of dx / dsigma = flow, written out; no noise is drawn behind the first."""
+    """Euler steps of dx / dsigma = flow, written out; no noise is drawn after the first."""
     schedule = Schedule(steps=(1000, 750, 500, 250), fresh=False)
     noise = Recorded(1, 1)
     session = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise)
@@ -227,7 +227,7 @@ def test_same_seed_same_video_and_another_seed_another(engine):
 
 
 def test_clean_pass_of_keys_only_writes_the_same_pages(model):
-    """Skipping what the last layer does behind its keys changes nothing that is kept."""
+    """Skipping what the last layer does after its keys changes nothing that is kept."""
     session = Engine(model, size=SIZE).session(prompt_of(1))
     latents = session.step().latents
     written = session.cache.keys.clone(), session.cache.values.clone()
