@@ -51,7 +51,10 @@ AREAS = {  # a page each: its title, and what is described on it
             "flexkern.integrations.diffusers",
         ],
     ),
-    "backends": ("Backends, cache and plan", ["flexkern.backends", "flexkern.memory", "flexkern.cache", "flexkern.plan"]),
+    "backends": (
+        "Backends, cache and plan",
+        ["flexkern.backends", "flexkern.memory", "flexkern.cache", "flexkern.plan"],
+    ),
     "reference": ("The oracle of the kernels", ["flexkern.kernels.reference", "flexkern.testing"]),
 }
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
@@ -71,8 +74,11 @@ def on_files(files, config):
 
     for source, target in BROUGHT.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
-    listed = [f"- [{title}]({name}.md): {', '.join(f'`{m}`' for m in modules)}" for name, (title, modules) in AREAS.items()]
-    index = "# API\n\nWhat is public, from its docstrings. Shapes use the letters of the [words](../architecture.md#words).\n\n"
+    listed = [
+        f"- [{title}]({name}.md): {', '.join(f'`{m}`' for m in modules)}" for name, (title, modules) in AREAS.items()
+    ]
+    index = "# API\n\nWhat is public, from its docstrings. "
+    index += "Shapes use the letters of the [words](../architecture.md#words).\n\n"
     files.append(File.generated(config, "api/index.md", content=index + "\n".join(listed) + "\n"))
     for name, (title, modules) in AREAS.items():
         text = f"# {title}\n\n" + "\n".join(f"::: {module}\n" for module in modules)
