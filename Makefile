@@ -42,7 +42,7 @@ lint: $(STAMP)
 # pages and docstrings as a site, in site/; a broken link or reference fails
 docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(STAMP)
-	$(BIN)/python -m mkdocs build --quiet --strict --config-file .ci/mkdocs.yml $(ARGS)
+	$(BIN)/python -m mkdocs build --strict --config-file .ci/mkdocs.yml $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python -m flexkern.demo $(ARGS)

@@ -4,6 +4,7 @@ None of these is copied into the tree. Links between pages are written as they h
 here into links of the site; a link to a file that the site does not have fails the build.
 """
 
+import logging
 import os
 import re
 from pathlib import Path
@@ -59,6 +60,8 @@ AREAS = {  # a page each: its title, and what is described on it
 }
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 CODE = re.compile(r"(^```.*?^```|^(?: {4}|\t).*?$|`[^`\n]+`)", re.M | re.S)
+
+logging.getLogger("mkdocs").setLevel(logging.WARNING)  # its own --quiet would hide warnings from --strict, too
 
 
 def on_config(config):
