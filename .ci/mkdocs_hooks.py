@@ -58,6 +58,13 @@ AREAS = {  # a page each: its title, and what is described on it
     ),
     "reference": ("The oracle of the kernels", ["flexkern.kernels.reference", "flexkern.testing"]),
 }
+STYLE = """\
+.md-grid { max-width: 76rem; }
+.md-typeset pre > code { font-size: 0.78em; }
+.md-typeset table:not([class]) td, .md-typeset table:not([class]) th { padding: 0.45em 0.9em; }
+.md-typeset .doc-heading { font-weight: 600; }
+.md-typeset div.doc-children { padding-left: 0.9rem; border-left: 0.1rem solid var(--md-default-fg-color--lightest); }
+"""
 LINK = re.compile(r"(!?\[[^\]]*\]\()([^)\s]+)(\))")
 CODE = re.compile(r"(^```.*?^```|^(?: {4}|\t).*?$|`[^`\n]+`)", re.M | re.S)
 
@@ -75,6 +82,7 @@ def on_config(config):
 def on_files(files, config):
     from mkdocs.structure.files import File
 
+    files.append(File.generated(config, "style.css", content=STYLE))
     for source, target in BROUGHT.items():
         files.append(File.generated(config, target, abs_src_path=str(ROOT / source)))
     listed = [
