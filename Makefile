@@ -10,7 +10,7 @@ ARGS ?=
 # --no-deps keeps this to one package; the second line adds what torch needs, or takes torch from pip's own index.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 define install_torch
-nvidia-smi -L >/dev/null 2>&1 || $(1) --quiet --no-deps --retries 1 --timeout 15 --index-url $(CPU_INDEX) torch \
+nvidia-smi -L >/dev/null 2>&1 || $(1) --no-deps --retries 2 --timeout 15 --index-url $(CPU_INDEX) torch \
 	|| echo "no CPU build of torch at $(CPU_INDEX): taking the build that pip finds by itself"
 $(1) torch
 endef
