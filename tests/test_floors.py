@@ -26,6 +26,7 @@ ROOF = len(FLOORS) - 1
 TOP_LEVEL = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "bench", "flexkern", "kernels"}
 TOP_LEVEL |= {"pyproject.toml", "setup.py", "tests"}
 SOURCES = sorted([*ROOT.glob("flexkern/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+SOURCES = [path for path in SOURCES if "docs" not in path.parts[len(ROOT.parts) :]]  # examples are scripts of users
 
 
 def height(name: str) -> int:

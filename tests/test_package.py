@@ -17,7 +17,7 @@ import flexkern
 
 ROOT = Path(__file__).parent.parent
 DATA = {".csv", ".json", ".safetensors", ".typed"}
-EXTRAS = {"bench", "cluster", "flash-attn", "model", "test", "video", "xformers"}
+EXTRAS = {"bench", "cluster", "docs", "flash-attn", "model", "test", "video", "xformers"}
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 import flexkern, flexkern.kernels, flexkern.kernels.reference
@@ -95,6 +95,7 @@ def shipped(source: Path) -> set[str]:
     """Files of the source tree that belong in an install, by their place there."""
     paths = [*source.glob("flexkern/**/*"), *source.glob("kernels/**/*")]
     pages = {source / "kernels/README.md", source / "kernels/build.toml", *source.glob("flexkern/docs/*.md")}
+    pages |= set(source.glob("flexkern/docs/examples/*.*"))
     paths = [p for p in paths if p.suffix == ".py" or p.suffix in DATA or p in pages]
     names = [p.relative_to(source).as_posix() for p in paths]
     return {f"flexkern/{name}" if name.startswith("kernels/") else name for name in names}
