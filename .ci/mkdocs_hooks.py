@@ -19,7 +19,10 @@ BROUGHT = {  # file of the repository: its name in the site
     "bench/results/demo/drift.png": "pictures/drift.png",
 }
 AREAS = {  # a page each: its title, and what is described on it
-    "engine": ("Engine and sessions", ["flexkern.engine", "flexkern.noise", "flexkern.window"]),
+    "engine": (
+        "Engine and sessions",
+        ["flexkern.engine", "flexkern.model.protocols", "flexkern.noise", "flexkern.window", "flexkern.state"],
+    ),
     "attention": ("Attention functions", ["flexkern.functional"]),
     "policies": (
         "Policies and presets",

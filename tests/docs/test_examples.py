@@ -7,13 +7,10 @@ from pathlib import Path
 import pytest
 
 import flexkern.cli
-from flexkern.demo import encode_prompts
 from flexkern.engine import Session
 
 av = pytest.importorskip("av")
 pytest.importorskip("tyro")
-
-from flexkern.render import read_schedule
 
 EXAMPLES = Path(__file__).parent.parent.parent / "flexkern" / "docs" / "examples"
 
@@ -29,7 +26,7 @@ def count_pictures(path: Path) -> int:
 
 
 def test_no_example_is_untried():
-    tried = {"own_preset.py", "prompts.txt", "render_loop.py", "schedule.yaml"}
+    tried = {"own_preset.py", "prompts.txt", "prompts_over_time.yaml", "render_loop.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tried
 
 
@@ -50,21 +47,21 @@ def test_the_preset_slows_fewer_bands(monkeypatch, capsys):
     assert sum(map(float, first)) < sum(map(float, second))
 
 
-@pytest.mark.parametrize(
-    ("options", "made"),
-    [
-        (["--prompts", "schedule.yaml", "--out", "out.mp4"], ["out.mp4"]),
-        (["--data_path", "prompts.txt", "--output_folder", "videos"], ["videos/0000.mp4", "videos/0001.mp4"]),
-    ],
-)
-def test_the_files_of_prompts_render(options, made, tmp_path, monkeypatch):
+def test_every_prompt_is_rendered_to_a_video_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = [str(EXAMPLES / word) if (EXAMPLES / word).is_file() else word for word in options]
+    options = ["--data_path", str(EXAMPLES / "prompts.txt"), "--output_folder", "videos"]
     assert flexkern.cli.main(["render", *options, "--frames", "3", "--no-progress"]) == 0
-    assert [count_pictures(tmp_path / name) for name in made] == [3] * len(made)
+    assert [count_pictures(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [3, 3]
 
 
-def test_the_schedule_can_be_followed_to_its_end():
-    switches = read_schedule(EXAMPLES / "schedule.yaml")
-    assert [switch.at for switch in switches] == [0, 5, 10]
-    assert len(encode_prompts([switch.prompt for switch in switches])) == 3
+def test_the_prompts_over_time_are_followed_to_the_last(tmp_path, monkeypatch):
+    follow, asked = Session.switch, []
+    monkeypatch.setattr(Session, "switch", lambda self, prompt: asked.append(prompt) or follow(self, prompt))
+    text = (EXAMPLES / "prompts_over_time.yaml").read_text()
+    assert "{at: 5," in text and "{at: 10," in text
+    path = tmp_path / "sooner.yaml"
+    path.write_text(text.replace("{at: 5,", "{at: 0.1,").replace("{at: 10,", "{at: 0.3,"))
+    options = ["--prompts", str(path), "--frames", "9", "--no-progress", "--out", str(tmp_path / "out.mp4")]
+    assert flexkern.cli.main(["render", *options]) == 0
+    assert count_pictures(tmp_path / "out.mp4") == 9
+    assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]

@@ -17,5 +17,5 @@ for preset in (get_preset("flex"), gentle):
     scale = position.scales(query=[239, 240, 241])[-1]  # the chunk that ends the first minute
     slowed = position.multipliers(scale, BANDS)[0]
     low, high = position.thresholds
-    print(f"alpha {low}, beta {high}, sink {preset.retention.sink}: scale {scale:.2f}")
+    print(f"alpha {low}, beta {high}, sink {preset.retention.pinned}: scale {scale:.2f}")
     print("  speed of the bands:", " ".join(f"{one:.2f}" for one in slowed))

@@ -19,12 +19,14 @@ args = parser.parse_args()
 
 prompt, later = "a red disc and a blue square on dark green, fast", "a yellow disc and a cyan square on black, slow"
 session = load_engine().session(prompt, preset=args.preset, seed=0, frames=args.frames)
-chunk = session.step()
-height, width = chunk.pixels.shape[2:4]
+first = session.step()
+assert first.pixels is not None  # they are None where an engine has no decoder
+height, width = first.pixels.shape[2:4]
 with VideoWriter(args.out, width, height, FPS) as writer:
-    writer.write(chunk.pixels[0].numpy())
+    writer.write(first.pixels[0].numpy())
     switched = False
     for chunk in session:  # ends after the frames that the session was made for
+        assert chunk.pixels is not None
         writer.write(chunk.pixels[0].numpy())
         if not switched and session.next_frame >= args.frames // 2:
             session.switch(later)
