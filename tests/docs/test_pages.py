@@ -8,8 +8,11 @@ import re
 from pathlib import Path
 
 import pytest
+import stand_in
+from safetensors.torch import load_file
 
-from flexkern.policies import PRESETS
+from flexkern.integrations import longlive, self_forcing
+from flexkern.policies import PRESETS, get_preset
 
 ROOT = Path(__file__).parent.parent.parent
 DOCS = ROOT / "flexkern" / "docs"
@@ -38,6 +41,22 @@ def test_a_page_whose_code_prints_something_else_is_caught(tmp_path):
     page.write_text("```python\nprint(1)\n```\n\n```text\n2\n```\n")
     with pytest.raises(AssertionError, match="print"):
         run_blocks(page)
+
+
+def test_every_patch_of_the_page_on_self_forcing_is_taken():
+    """Its lines run on stand-ins for the two repositories' pipelines, each undone before the next."""
+    weights = load_file(ROOT / "tests" / "data" / "tiny_wan.safetensors")
+    pipelines = {
+        "self_forcing": stand_in.pipeline(stand_in.SelfForcing, weights, window=9),
+        "longlive": stand_in.pipeline(stand_in.LongLive, weights, window=12, sink=3),
+    }
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / "self_forcing.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if ".patch(" in line]
+    assert len(lines) == 4
+    names = {"self_forcing": self_forcing, "longlive": longlive, "get_preset": get_preset}
+    for line in lines:
+        with eval(line, {**names, "pipeline": pipelines[line.partition(".")[0]]}):
+            pass
 
 
 def anchors(page: Path) -> set[str]:
@@ -129,3 +148,28 @@ def test_the_demo_is_told_over_all_frames_as_its_table_has_it(page):
         for preset in ("self-forcing", "flex"):
             mean, interval = table[preset, figure, 0, 251]
             assert f"{mean:.3f} ± {interval:.3f}" in text, f"{figure} of {preset}"
+
+
+H200 = ROOT / "bench" / "results" / "NVIDIA-H200" / "frame_attention.csv"
+
+
+@pytest.mark.skipif(not H200.exists(), reason="no figures of an H200 are committed")
+def test_the_readme_tells_the_h200_as_its_rows_have_it():
+    ms: dict[str, dict[str, float]] = {}
+    with H200.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["ms"]:
+                ms.setdefault(row["shape"], {})[row["provider"]] = float(row["ms"])
+
+    def span(over: str, under: str, digits: int, shapes: str = "") -> str:
+        found = [one[over] / one[under] for shape, one in ms.items() if re.search(shapes, shape)]
+        assert found, shapes
+        return f"{min(found):.{digits}f} to {max(found):.{digits}f}"
+
+    text = " ".join((ROOT / "README.md").read_text().split())
+    assert f"takes {span('triton', 'sdpa cudnn', 1)} times the time of cuDNN" in text
+    assert f"{span('sdpa cudnn', 'hopper', 2)} times as fast as cuDNN" in text
+    fa4 = lambda shapes: span("flash-attn 4", "hopper", 2, shapes)
+    assert f"{fa4(r'1.3B 480p B=1 F=1 R=(12|21) ')} times as fast at one frame a chunk" in text
+    assert f"equal at three ({fa4('1.3B 480p B=1 F=3 ')})" in text
+    assert f"slower for 14B and 720p** ({fa4('14B|720p')})" in text
