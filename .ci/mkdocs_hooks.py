@@ -18,12 +18,15 @@ BROUGHT = {  # file of the repository: its name in the site
     "bench/results/demo/contact_sheet.png": "pictures/contact_sheet.png",
     "bench/results/demo/drift.png": "pictures/drift.png",
 }
-AREAS = {  # a page each: its title, and what is described on it
+AREAS = {  # a page each: its title, and the modules, classes or functions that it describes
     "engine": (
         "Engine and sessions",
         ["flexkern.engine", "flexkern.model.protocols", "flexkern.noise", "flexkern.window", "flexkern.state"],
     ),
-    "attention": ("Attention functions", ["flexkern.functional"]),
+    "attention": (
+        "Attention functions",
+        ["flexkern.functional.attention", "flexkern.functional.paged_attention", "flexkern.functional.frame_turns"],
+    ),
     "policies": (
         "Policies and presets",
         [
@@ -65,6 +68,7 @@ STYLE = """\
 .md-grid { max-width: 76rem; }
 .md-typeset pre > code { font-size: 0.78em; }
 .md-typeset table:not([class]) td, .md-typeset table:not([class]) th { padding: 0.45em 0.9em; }
+.md-typeset thead:not(:has(th:not(:empty))) { display: none; }
 .md-typeset .doc-heading { font-weight: 600; }
 .md-typeset div.doc-children { padding-left: 0.9rem; border-left: 0.1rem solid var(--md-default-fg-color--lightest); }
 """
