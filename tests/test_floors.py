@@ -12,12 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # lowest first; a file may import from its own floor or below
-    ["flexkern.kernels", "flexkern.testing", "flexkern.__version__"],
+    ["flexkern.kernels", "flexkern.testing", "flexkern.checks", "flexkern.__version__"],
     ["flexkern.policies"],
     ["flexkern.cache", "flexkern.plan", "flexkern.noise"],
     ["flexkern.memory", "flexkern.backends", "flexkern.functional", "flexkern.window"],
     ["flexkern.model"],
     ["flexkern.engine", "flexkern.parallel"],
+    ["flexkern.pipeline"],
     ["flexkern.render", "flexkern.metrics", "flexkern.integrations", "flexkern.demo"],
     ["flexkern.cli", "flexkern"],
 ]
@@ -95,7 +96,7 @@ def test_imports_point_down():
     [
         ("kernels/**/*.py", {"flexkern.kernels", "torch", "triton"}),
         ("kernels/reference.py", {"flexkern.kernels.reference", "torch"}),
-        ("flexkern/policies/**/*.py", {"flexkern.policies", "numpy"}),
+        ("flexkern/policies/**/*.py", {"flexkern.policies", "flexkern.checks", "numpy"}),
     ],
 )
 def test_lower_floors_need_little(pattern, allowed):

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
+from flexkern.checks import did_you_mean
 from flexkern.cli.errors import refusing
 from flexkern.cli.research import Research, read_prompts, read_research
 from flexkern.policies import Preset, get_preset
-from flexkern.policies.checks import did_you_mean
 from flexkern.policies.presets import POLICIES
 
 if TYPE_CHECKING:

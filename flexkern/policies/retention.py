@@ -5,7 +5,7 @@ Source: FIFO windows of Self-Forcing, the sink of LongLive; FLEX pins one in a m
 
 from dataclasses import dataclass
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
