@@ -1,7 +1,7 @@
 """The autoregressive denoising loop: an ``Engine`` holds a model, a ``Session`` one video, for ever if need be.
 
-    engine = Engine.from_pretrained("self_forcing_dmd.pt", schedule=SCHEDULES["self-forcing"])
-    session = engine.session(text_embedding, preset="flex", size=(60, 104), seed=0)
+    engine = Engine.from_pretrained("self_forcing_dmd.pt")  # VAE and text encoder are found beside it
+    session = engine.session("a cat walks on grass", preset="flex", seed=0)
     for chunk in session: ...
 
 A session's step: draw noise, let retention evict, plan positions, denoise in a few steps, run the clean result once
@@ -10,10 +10,11 @@ pipeline/interactive_causal_inference.py.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +22,10 @@ from torch import Tensor
 from flexkern.backends import get_backend
 from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
+from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
+from flexkern.model.families import Family
 from flexkern.model.schedule import Schedule
 from flexkern.model.wan import CausalWan
-from flexkern.model.weights import load_transformer
 from flexkern.noise import Noise, PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -68,26 +70,139 @@ class Engine:
     def __init__(
         self, model: CausalWan, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None, decoder=None,
-        size: tuple[int, int] = (60, 104),
+        size: tuple[int, int] = (60, 104), first_chunk: int | None = None,
     ):  # fmt: skip
         """schedule: default that of Self-Forcing. chunk: frames denoised together. size: default height and width of a
-        latent frame. decoder: called without arguments for each session, gives its ``Decoder``."""
+        latent frame. decoder: called without arguments for each session, gives its ``Decoder``. first_chunk: default
+        frames of the first chunk, where it differs (1 for models trained with ``independent_first_frame``)."""
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
         self.model, self.chunk, self.size = model, chunk, size
+        self.first_chunk = first_chunk or chunk
         self.schedule = schedule or Schedule()
         self.backend = get_backend(backend, model.device)
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", ema: bool | None = None,
-        lora: str | Path | None = None, lora_scale: float = 1.0, **options,
-    ) -> "Engine":  # fmt: skip
-        """The engine for a checkpoint on disk, of any form ``model.weights`` reads; options as the constructor's."""
-        get_backend(options.get("backend", "sdpa"), device)  # before gigabytes are read
-        model = load_transformer(path, ema=ema, lora=lora, lora_scale=lora_scale, dtype=dtype, device=device)
-        return cls(model, **options)
+        cls,
+        path: str | Path,
+        *,
+        family: str | Family | None = None,
+        schedule: Schedule | None = None,
+        chunk: int | None = None,
+        first_chunk: int | None = None,
+        size: tuple[int, int] | None = None,
+        vae: str | Path | None = None,
+        text_encoder: TextEncoder | str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        embeddings: str | Path | None = None,
+        prompts: Sequence[str] = (),
+        encoder: Encoder | None = None,
+        decoder: Callable[[], Decoder] | None = None,
+        pixels: bool | None = None,
+        text: bool | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        ema: bool | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        backend: str = "sdpa",
+    ) -> "Engine":
+        """The engine for a checkpoint on disk, with what ``flexkern render`` finds for it: VAE, text encoder, schedule.
+
+        Args:
+            path: Weight file or folder, in any published layout.
+            family: How it was trained, a name or a ``Family``. Default: the one that file or folder are named after,
+                else self-forcing.
+            schedule: Noise levels. Default: the family's, as for chunk, first chunk and size.
+            chunk: Latent frames denoised together.
+            first_chunk: Latent frames of the first chunk.
+            size: Height and width of a latent frame.
+            vae: Path of a VAE. Default: the one beside the weights, if there is one.
+            text_encoder: Path of a text encoder, or one of your own. Default: the one beside the weights, if any.
+            tokenizer: Folder of the tokenizer, where it is not beside the text encoder.
+            embeddings: File of saved embeddings, in place of a text encoder.
+            prompts: Encoded before the transformer is loaded; then the text encoder (11 GB) goes. Without any it stays.
+            encoder: One of your own; then no VAE is looked for.
+            decoder: One of your own, called without arguments for each session; then no VAE is looked for.
+            pixels: True insists on a VAE, False leaves it out.
+            text: True insists on a text encoder or embeddings, False leaves them out.
+            lora: LoRA of the transformer, file or folder.
+            lora_scale: Times alpha / rank of the LoRA.
+            ema: None takes the averaged weights where there are any, True insists on them, False takes the raw ones.
+            dtype: Of the transformer's weights: bfloat16, float16 or float32.
+            device: cpu, cuda or cuda:N.
+            backend: Of attention, one of ``flexkern.backends.BACKENDS``.
+
+        Raises:
+            FileNotFoundError: A file is not there.
+            ValueError: Something does not fit; all is checked from headers, before weights are read.
+            NotImplementedError: A kind of checkpoint that is not supported.
+            ImportError: Names the extra that is not installed.
+        """
+        own_text = None if text_encoder is None or isinstance(text_encoder, str | Path) else text_encoder
+        own_codec = encoder is not None or decoder is not None
+        if own_codec and vae is not None:
+            raise ValueError("give vae, or an encoder and a decoder of your own, not both")
+        checkpoint = Checkpoint(
+            weights=path,
+            family=family,
+            schedule=schedule,
+            chunk=chunk,
+            first_chunk=first_chunk,
+            size=size,
+            vae=vae,
+            text_encoder=text_encoder if isinstance(text_encoder, str | Path) else None,
+            tokenizer=tokenizer,
+            embeddings=embeddings,
+            lora=lora,
+            lora_scale=lora_scale,
+            ema=ema,
+            dtype=cast(Dtype, str(dtype).removeprefix("torch.")),
+        )
+        parts = validate_checkpoint(
+            checkpoint,
+            prompts=prompts,
+            pixels=False if own_codec else pixels,
+            text=text if own_text is None else False,
+            backend=backend,
+            device=str(device),
+        )
+        for note in parts.notes:
+            warnings.warn(note, stacklevel=2)
+        return cls.from_parts(parts, text_encoder=own_text, encoder=encoder, decoder=decoder)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Parts,
+        *,
+        text_encoder: TextEncoder | None = None,
+        encoder: Encoder | None = None,
+        decoder: Callable[[], Decoder] | None = None,
+    ) -> "Engine":
+        """The engine of parts that were found and validated; the weights are read here.
+
+        Args:
+            parts: What ``flexkern.pipeline.check`` returned.
+            text_encoder: One of your own, in place of the checkpoint's; so are encoder and decoder.
+            encoder: Turns pictures into latents.
+            decoder: Called without arguments for each session.
+        """
+        loaded, family = load_parts(parts), parts.family
+        encode = None if loaded.vae is None else loaded.vae.encode
+        return cls(
+            loaded.model,
+            schedule=family.schedule,
+            backend=parts.backend,
+            chunk=family.chunk,
+            first_chunk=family.first_chunk,
+            size=family.size,
+            text_encoder=text_encoder or loaded.text_encoder,
+            encoder=encoder or encode,
+            decoder=decoder or loaded.decoder,
+        )
 
     @torch.inference_mode()
     def encode(self, prompt: str | Sequence[str] | Tensor):
@@ -119,11 +234,11 @@ class Session:
     ):  # fmt: skip
         """preset: a name or a ``Preset``. seed: of the preset's noise, >= 0. frames: latent frames to make, None for no
         end; policies that depend on the length of the video need it. size: height and width of a latent frame.
-        noise: takes the place of the preset's noise. first_chunk: frames of the first chunk, where it differs
-        (1 for models trained with ``independent_first_frame``)."""
+        noise: takes the place of the preset's noise. first_chunk: frames of the first chunk, where it is not the
+        engine's."""
         self.engine, self.preset, self.target = engine, get_preset(preset), frames
         self.size = tuple(size or engine.size)
-        self.first_chunk = first_chunk or engine.chunk
+        self.first_chunk = first_chunk or engine.first_chunk
         if frames is not None and frames < 1:
             raise ValueError(f"frames must be at least 1, got {frames}")
         if not isinstance(seed, int) or seed < 0:
