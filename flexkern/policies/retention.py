@@ -10,13 +10,12 @@ from ..checks import check_fields, is_index, require
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkWindow:
-    """Keeps the first frames for ever and the most recent ones as long as there is room.
-
-    sink: frames never evicted, 0 for plain FIFO. window: frames attended in all, sink and current chunk included.
-    """
+    """Keeps the first frames for ever and the most recent ones as long as there is room."""
 
     sink: int
+    """frames never evicted, 0 for plain FIFO"""
     window: int
+    """frames attended in all, sink and current chunk included"""
 
     def __post_init__(self) -> None:
         check_fields(self)
