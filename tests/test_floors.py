@@ -69,6 +69,23 @@ def upward(module: str, names: Iterator[str]) -> list[str]:
     return [f"{module} imports {name}" for name in names if is_ours(name) and height(name) > height(module)]
 
 
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of modules that import each other, for every module that closes one."""
+    found, done = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for name in sorted(graph[module]):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return found
+
+
 def outside(names: Iterator[str], allowed: set[str]) -> list[str]:
     """Names that belong neither to the standard library nor to a package of `allowed`."""
     fits = lambda name: any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed | sys.stdlib_module_names)
@@ -89,6 +106,14 @@ def test_every_module_has_a_floor():
 def test_imports_point_down():
     wrong = [line for path in SOURCES for line in upward(module_name(path), imports_of(path))]
     assert not wrong, "\n".join(wrong)
+
+
+def test_no_module_imports_itself_through_others():
+    """Lazy imports and those for type checkers alone count as well."""
+    modules = {module_name(path): path for path in SOURCES}
+    home = lambda name: max((m for m in modules if f"{name}.".startswith(f"{m}.")), key=len)
+    graph = {module: {home(name) for name in imports_of(path) if is_ours(name)} for module, path in modules.items()}
+    assert not circles({module: names - {module} for module, names in graph.items()})
 
 
 @pytest.mark.parametrize(
@@ -151,6 +176,11 @@ def test_an_upward_import_is_caught(module, package, source):
 @pytest.mark.parametrize("source", ["from .cache import Cache", "from flexkern import __version__", "import numpy"])
 def test_a_downward_import_passes(source):
     assert not upward("flexkern.engine", imports(source, "flexkern"))
+
+
+def test_a_circle_is_caught():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b -> c -> b"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 def test_a_foreign_import_is_caught():

@@ -55,22 +55,17 @@ class Render:
     """Render a video of any length; pictures reach the file as they are made, and Ctrl-C leaves a playable one."""
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = DEMO
-    """what makes the video: demo, the small model that comes with flexkern; a safetensors file of the same form; or,
-    with --weights, how these were trained: self-forcing, longlive, causvid, rolling-forcing or wan-diffusers"""
+    """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, wan-diffusers"""
     weights: Annotated[Path | None, option("PATH", "--checkpoint-path")] = None
-    """weight file or folder, in any published layout; a VAE and a text encoder in the folder, or beside the file, are
-    found"""
+    """weight file or folder, in any published layout; a VAE and a text encoder beside the weights are found"""
     vae: Annotated[Path | None, option("PATH")] = None
-    """Wan2.1_VAE.pth, a folder of diffusers' AutoencoderKLWan, or a tiny decoder (taew2_1); default: the one beside the
-    weights"""
+    """Wan2.1_VAE.pth, a diffusers vae folder, or a tiny decoder (taew2_1); default: the one beside the weights"""
     text_encoder: Annotated[Path | None, option("PATH")] = None
-    """models_t5_umt5-xxl-enc-bf16.pth, or a folder of transformers' UMT5EncoderModel; default: the one beside the
-    weights"""
+    """models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of UMT5; default: the one beside the weights"""
     tokenizer: Annotated[Path | None, option("PATH")] = None
     """folder of the tokenizer; default: the one beside the text encoder"""
     embeddings: Annotated[Path | None, option("FILE")] = None
-    """read the prompts' embeddings from this file instead of running a text encoder; if the file does not exist yet,
-    run the encoder and save its embeddings there"""
+    """file of the prompts' embeddings, used instead of a text encoder; written if it does not exist yet"""
     lora: Annotated[Path | None, option("PATH")] = None
     """LoRA to add to the transformer, a file or a folder"""
     lora_scale: float = 1.0
@@ -82,20 +77,19 @@ class Render:
     dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, option("NAME")] = None
     """dtype of the transformer's weights: bfloat16, float16 or float32; default: bfloat16"""
     size: Annotated[str | None, option("HEIGHTxWIDTH")] = None
-    """size of the pictures in pixels; default: the one that the checkpoint was trained with"""
+    """size of the pictures in pixels; default: as the checkpoint was trained"""
     image: Annotated[Path | None, option("FILE")] = None
-    """begin with this picture, scaled and cropped to the size; only for checkpoints whose first chunk is one frame"""
+    """picture to begin with, scaled and cropped; only for checkpoints whose first chunk is one latent frame"""
     chunk: Annotated[int | None, option("INT")] = None
-    """number of latent frames denoised together; default: the one that the checkpoint was trained with"""
+    """number of latent frames denoised together; default: as the checkpoint was trained"""
     first_chunk: Annotated[int | None, option("INT")] = None
     """number of latent frames in the first chunk; default: as in the others"""
     config_path: Annotated[Path | None, option("FILE")] = None
-    """YAML configuration of a research repository, to take chunk, steps, shift, window and sink from"""
+    """YAML configuration of a research repository, which sets chunk, steps, shift, window and sink"""
     prompt: Annotated[str | None, option("TEXT")] = None
-    """what the video shows; for the demo, default: "a red disc and a blue square on dark green, fast" """
+    """what the video shows; default, for the demo only: "a red disc and a blue square on dark green, fast" """
     prompts: Annotated[Path | None, option("FILE")] = None
-    """YAML file of prompts over time: a list of {at: seconds, prompt: text, cut: true or false}, or {seconds: prompt}
-    """
+    """YAML file of prompts over time: [{at: seconds, prompt: text, cut: true or false}], or {seconds: prompt}"""
     data_path: Annotated[Path | None, option("FILE")] = None
     """text file of prompts, one a line; each becomes a video in --output-folder"""
     seconds: Annotated[float | None, option("FLOAT")] = None
@@ -105,14 +99,13 @@ class Render:
     num_output_frames: Annotated[int | None, option("INT")] = None
     """length of the video in latent frames: the first gives one picture, each later one four"""
     preset: Annotated[str | None, option("NAME")] = None
-    """method of horizon extension, one of those that `flexkern presets` lists; default: flex, or longlive for longlive
-    and longlive-infinite for rolling-forcing. The options with a dot below show its values, and change them"""
+    """method of horizon extension, see `flexkern presets`; default: flex, or the one that --model brings"""
     seed: int = 0
-    """seed of the noise; the same seed gives the same video. Prompt number i of --data-path, from 0, gets seed + i"""
+    """seed of the noise; equal seeds give equal videos. Prompt i of --data-path, from 0, gets seed + i"""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE")] = Path("video.mp4")
     """file to write, H.264 in MP4; an existing file is replaced"""
     output_folder: Annotated[Path | None, option("FOLDER")] = None
-    """folder to write to, created if it does not exist; the videos of --data-path are called 0000.mp4 and so on"""
+    """folder to write to, created if needed; the videos of --data-path are called 0000.mp4 and so on"""
     latents: Annotated[Path | None, option("FILE")] = None
     """write latents to this safetensors file instead of a video; needs no VAE"""
     backend: Annotated[str, tyro.conf.arg(metavar="NAME")] = "sdpa"

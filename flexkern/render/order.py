@@ -92,7 +92,7 @@ class Order:
         """The order that ``to_dict`` gave, or that someone wrote by hand; what has a default may be left out.
 
         Args:
-            content: The fields by name. The script may have either form of a script file.
+            content: The fields by name, the script as a list of {at: seconds, prompt: text}, optionally cut.
 
         Raises:
             ValueError: Says what is missing, unknown or wrong.
