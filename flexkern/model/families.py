@@ -81,7 +81,7 @@ class Family:
             )
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """The size of the latent frame behind pictures of a size.
+        """The size of the latent frames that decode to pictures of a size.
 
         Args:
             height: Of a picture, in pixels.

@@ -43,7 +43,7 @@ EMPTY, REPEATED, HELD = range(3)  # what a slot of the decoder's past holds: not
 
 
 class WanVAE:
-    """An ``AutoencoderKLWan`` behind the engine's interfaces: latents are normalised, [B, F, C, h, w].
+    """An ``AutoencoderKLWan`` with the engine's interfaces: latents are normalised, [B, F, C, h, w].
 
     channels, spatial, temporal: those of ``LatentForm``.
     """

@@ -41,7 +41,7 @@ def validate_target(path: str | Path) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that it never splits a picture from its place in the file."""
+    """Ctrl-C waits until the block is done, so that a picture is never encoded without being counted."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is ever interrupted
         return
