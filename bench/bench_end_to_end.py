@@ -13,8 +13,9 @@ import torch
 from harness import Row
 from roofs import DEVICE
 
-from flexkern.engine import Engine, Session
+from flexkern.engine import Engine
 from flexkern.model.wan import CONFIGS, CausalWan, WanConfig
+from flexkern.session import Session
 
 PRESETS = ("flex", "longlive")  # windows of 21 and 12 frames
 BACKENDS = ("triton", "sdpa")
@@ -38,8 +39,8 @@ def open_session(model: CausalWan, backend: str, preset: str, text: torch.Tensor
 def one_pass(session: Session) -> torch.Tensor:
     """The model's prediction for the first chunk."""
     frames = list(range(session.first_chunk))
-    memory = session._open(frames)
-    return session._run(session.noise.initial(frames).to(DEVICE), 1000.0, memory).float()
+    memory = session._prepare(frames)
+    return session._predict(session.noise.initial(frames).to(DEVICE), 1000.0, memory).float()
 
 
 def chunk_ms(session: Session) -> float:

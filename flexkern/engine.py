@@ -1,87 +1,70 @@
-"""The autoregressive denoising loop: an ``Engine`` holds a model, a ``Session`` one video, for ever if need be.
+"""The engine: a model with everything that the sessions of its videos share.
 
     engine = Engine.from_pretrained("self_forcing_dmd.pt")  # VAE and text encoder are found beside it
     session = engine.session("a cat walks on grass", preset="flex", seed=0)
     for chunk in session: ...
 
-A session's step: draw noise, let retention evict, plan positions, denoise in a few steps, run the clean result once
-more so that the cache holds clean keys and values. Source: Self-Forcing pipeline/causal_inference.py, LongLive
-pipeline/interactive_causal_inference.py.
+The loop itself is ``flexkern.session``.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from flexkern.backends import get_backend
-from flexkern.cache import FrameCache
-from flexkern.memory import PagedMemory
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
+from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
-from flexkern.model.wan import CausalWan
-from flexkern.noise import Noise, PolicyNoise
-from flexkern.plan import band_split
-from flexkern.policies import Preset, get_preset
-from flexkern.window import CacheWindow
-
-
-class TextEncoder(Protocol):
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """[B, L, text_dim], zero behind each prompt. Raises ValueError for a prompt the model cannot follow."""
-
-
-class Decoder(Protocol):
-    """Turns one session's latents into pictures, chunk by chunk; may keep what it needs of the past."""
-
-    def __call__(self, latents: Tensor) -> Tensor:
-        """latents [B, F, C, h, w] -> uint8 [B, pictures, height, width, 3]."""
-
-
-class Encoder(Protocol):
-    """Turns pictures into clean latents, to start a video from."""
-
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """uint8 [B, pictures, height, width, 3] -> latents [B, F, C, h, w]."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """What one step made. frames: absolute indices of its latent frames. latents: [B, F, C, h, w].
-
-    pixels: uint8 [B, pictures, height, width, 3], None where the engine has no decoder.
-    """
-
-    index: int
-    frames: tuple[int, ...]
-    latents: Tensor
-    pixels: Tensor | None
+from flexkern.noise import Noise
+from flexkern.policies import Preset
+from flexkern.session import Prompt, Session
 
 
 class Engine:
-    """A model with everything that sessions share. Nothing in it changes while sessions run."""
+    """A model with everything that sessions share. Nothing in it changes while sessions run.
+
+    Args:
+        model: A ``CausalWan``, or another ``VideoModel``.
+        schedule: Noise levels of a chunk; those of Self-Forcing by default.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        chunk: Latent frames denoised together.
+        text_encoder: Needed for prompts that are text.
+        encoder: Needed for videos that begin with pictures.
+        decoder: Called once per session; what it returns decodes that session's latents.
+        size: Height and width of a latent frame, for sessions that do not name one.
+        first_chunk: Latent frames of the first chunk, where it differs (1 for models trained with
+            ``independent_first_frame``), for sessions that do not name it.
+
+    Raises:
+        ValueError: The chunk is empty, or the backend cannot run on the model's device.
+    """
 
     def __init__(
-        self, model: CausalWan, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
-        text_encoder: TextEncoder | None = None, encoder: Encoder | None = None, decoder=None,
-        size: tuple[int, int] = (60, 104), first_chunk: int | None = None,
+        self, model: VideoModel, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
+        text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
+        decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
+        first_chunk: int | None = None,
     ):  # fmt: skip
-        """schedule: default that of Self-Forcing. chunk: frames denoised together. size: default height and width of a
-        latent frame. decoder: called without arguments for each session, gives its ``Decoder``. first_chunk: default
-        frames of the first chunk, where it differs (1 for models trained with ``independent_first_frame``)."""
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
         self.model, self.chunk, self.size = model, chunk, size
         self.first_chunk = first_chunk or chunk
         self.schedule = schedule or Schedule()
-        self.backend = get_backend(backend, model.device)
+        self.backend, self.backend_name = get_backend(backend, model.device), backend
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
+
+    def __repr__(self) -> str:
+        model, config = self.model, self.model.config
+        sizes = f"{config.num_layers} layers, {config.num_heads} heads of {config.head_dim}"
+        where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
+        loop = f"backend {self.backend_name!r}, chunks of {self.chunk}, latents of {self.size[0]}x{self.size[1]}"
+        return f"Engine({type(model).__name__} of {sizes}, {where}; {loop})"
 
     @classmethod
     def from_pretrained(
@@ -205,160 +188,54 @@ class Engine:
         )
 
     @torch.inference_mode()
-    def encode(self, prompt: str | Sequence[str] | Tensor):
-        """Cross-attention keys and values of prompts, [B, L, H, D] per layer; a tensor is the text encoder's output."""
-        if not isinstance(prompt, Tensor):
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-            if self.text_encoder is None:
-                raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
-            if not prompts:
-                raise ValueError("prompt must be a string or at least one, got none")
-            prompt = self.text_encoder(prompts)
-        return self.model.text_keys(prompt.to(self.model.device), self.backend)
+    def embed(self, prompt: Prompt) -> Tensor:
+        """The text encoder's output [B, L, text_dim] for a prompt; a tensor is returned as it is.
 
-    def session(self, prompt: str | Sequence[str] | Tensor, **options) -> "Session":
-        """A new video, or a batch of them that goes in step; options as ``Session``'s."""
-        return Session(self, prompt, **options)
-
-
-class Session:
-    """One video, chunk by chunk. Iterate over it, or call ``step``.
-
-    Raises ValueError, before any work, for a preset, size or prompt that does not fit the model.
-    """
-
-    def __init__(
-        self, engine: Engine, prompt: str | Sequence[str] | Tensor, *, preset: str | Preset = "flex", seed: int = 0,
-        frames: int | None = None, size: tuple[int, int] | None = None, noise: Noise | None = None,
-        first_chunk: int | None = None,
-    ):  # fmt: skip
-        """preset: a name or a ``Preset``. seed: of the preset's noise, >= 0. frames: latent frames to make, None for no
-        end; policies that depend on the length of the video need it. size: height and width of a latent frame.
-        noise: takes the place of the preset's noise. first_chunk: frames of the first chunk, where it is not the
-        engine's."""
-        self.engine, self.preset, self.target = engine, get_preset(preset), frames
-        self.size = tuple(size or engine.size)
-        self.first_chunk = first_chunk or engine.first_chunk
-        if frames is not None and frames < 1:
-            raise ValueError(f"frames must be at least 1, got {frames}")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
-        model, config = engine.model, engine.model.config
-        rows, columns = model.grid(*self.size)
-        sizes = {"bands": band_split(config.head_dim)[0], "heads": config.num_heads}
-        self.preset.check(chunk=max(engine.chunk, self.first_chunk), **sizes, target=frames)
-        self.text = engine.encode(prompt)
-        self.batch = self.text[0][0].shape[0]
-        self.window = CacheWindow(
-            self.preset, engine.backend, layers=config.num_layers, heads=config.num_heads, head_dim=config.head_dim,
-            eps=config.eps, dtype=model.dtype, device=model.device,
-        )  # fmt: skip
-        self.window.begin(frames)
-        self.window.allocate((self.batch, rows, columns))
-        shape = (config.out_dim, *self.size)
-        self.noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
-        self.decode = engine.decoder() if engine.decoder else None
-        self.next_frame = 0
-        self.chunks = 0
-        self._recent: Tensor | None = None  # clean latents that a recache would run again
-        self._cut = False
-
-    @property
-    def cache(self) -> FrameCache:
-        """The frames that later chunks see."""
-        return self.window.cache
-
-    def __iter__(self) -> Iterator[Chunk]:
-        """Chunks without end, or until ``frames`` latent frames are made."""
-        while self.target is None or self.next_frame < self.target:
-            yield self.step()
-
-    @torch.inference_mode()
-    def step(self) -> Chunk:
-        """Denoise the next chunk and leave its clean keys and values in the cache."""
-        first = self.next_frame == 0
-        frames = list(range(self.next_frame, self.next_frame + (self.first_chunk if first else self.engine.chunk)))
-        memory = self._open(frames, cut=self._cut)
-        schedule, kind = self.engine.schedule, self.engine.model.config.prediction
-        z = self.noise.initial(frames).to(self.engine.model.device)
-        timesteps = schedule.timesteps(first_chunk=first)
-        for i, timestep in enumerate(timesteps):
-            clean = schedule.clean(z, self._run(z, timestep, memory), timestep, kind)
-            if i + 1 < len(timesteps):
-                noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
-                z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
-        self._finish(clean, frames, memory)
-        pixels = self.decode(clean) if self.decode else None
-        chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)
-        self.chunks += 1
-        self._cut = False
-        return chunk
-
-    @torch.inference_mode()
-    def prefill(self, given: Tensor) -> Chunk:
-        """Continue from given clean latents [B, n, C, h, w], or from pictures, uint8 [B, pictures, height, width, 3].
-
-        Pictures go through the engine's encoder. n, the number of latent frames, must be whole chunks, the first of
-        ``first_chunk`` frames where nothing was made yet. Returns what was given as a chunk of index -1: the decoder
-        has seen it too, so that what follows is decoded as its continuation.
+        Raises:
+            ValueError: The prompt is text and there is no text encoder, or the encoder refuses it.
         """
-        if given.dtype == torch.uint8 and self.engine.encoder is None:
-            raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
-        latents = self.engine.encoder(given) if given.dtype == torch.uint8 else given
-        expected = [self.batch, self.engine.model.config.in_dim, *self.size]
-        if latents.dim() != 5 or [latents.shape[0], *latents.shape[2:]] != expected:
-            raise ValueError(f"latents must be [B, n, C, h, w] with B, C, h, w = {expected}, got {list(latents.shape)}")
-        sizes, left = [], latents.shape[1]
-        while left > 0:
-            sizes.append(self.engine.chunk if sizes or self.next_frame else self.first_chunk)
-            left -= sizes[-1]
-        if left < 0 or not sizes:
-            raise ValueError(
-                f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
-                f"{self.first_chunk}), got {latents.shape[1]} frames"
-            )
-        latents, first = latents.to(self.engine.model.device), self.next_frame
-        for block in latents.split(sizes, dim=1):
-            frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
-            self._finish(block, frames, self._open(frames))
-        pixels = self.decode(latents) if self.decode else None
-        return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
+        if isinstance(prompt, Tensor):
+            return prompt
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if self.text_encoder is None:
+            raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
+        if not prompts:
+            raise ValueError("prompt must be a string or at least one, got none")
+        return self.text_encoder(prompts)
 
     @torch.inference_mode()
-    def switch(self, prompt: str | Sequence[str] | Tensor) -> None:
-        """Follow another prompt from the next chunk on; what happens to the cache is the preset's ``switch`` policy."""
-        text = self.engine.encode(prompt)
-        if text[0][0].shape[0] != self.batch:
-            raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
-        self.text = text
-        if count := self.window.switch():
-            recent, timestep = self._recent[:, -count:], self.engine.schedule.context_timestep
-            self._run(recent, timestep, self.window.memory, keys_only=True)
+    def encode(self, prompt: Prompt) -> Sequence[tuple[Tensor, ...]]:
+        """What the model reads of a prompt: cross-attention keys and values [B, L, H, D] of every layer.
 
-    def cut(self) -> None:
-        """Cut to a new scene: the next chunk alone sits at the preset's ``cut_position`` (Infinity-RoPE)."""
-        if self.preset.position.index != "slot":
-            raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
-        self._cut = True
+        Raises:
+            ValueError: As ``embed``, or the embedding does not fit the model.
+        """
+        return self.model.text_keys(self.embed(prompt).to(self.model.device), self.backend)
 
-    def _open(self, frames: list[int], cut: bool = False) -> PagedMemory:
-        """What the frames' passes attend through: room made, pages opened, positions planned."""
-        return self.window.open(frames[0], len(frames), self.window.shape, cut=cut)
+    def session(
+        self, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0, frames: int | None = None,
+        size: tuple[int, int] | None = None, noise: Noise | None = None, first_chunk: int | None = None,
+    ) -> "Session":  # fmt: skip
+        """Begin a new video, or a batch of them that go in step.
 
-    def _run(self, z: Tensor, timestep: float, memory: PagedMemory, *, keys_only: bool = False) -> Tensor | None:
-        timesteps = torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)
-        return self.engine.model(z, timesteps, self.text, memory, keys_only=keys_only)
+        Args:
+            prompt: A text, one per video of the batch, or their embedding [B, L, text_dim].
+            preset: The method: a name, or a ``Preset``.
+            seed: Of the preset's noise, >= 0; video b of a batch has seed + b.
+            frames: Latent frames to make, None for no end; policies that depend on the length of the video need it.
+            size: Height and width of a latent frame; the engine's by default.
+            noise: Replaces the preset's noise.
+            first_chunk: Frames of the first chunk; the engine's by default.
 
-    def _finish(self, clean: Tensor, frames: list[int], memory: PagedMemory) -> None:
-        """The clean pass, and the bookkeeping behind a chunk."""
-        self._run(clean, self.engine.schedule.context_timestep, memory, keys_only=True)
-        self.next_frame = frames[-1] + 1
-        if self.preset.switch.kind == "recache":
-            past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)
-            self._recent = past[:, -self.preset.switch.recent :].clone()
+        Raises:
+            ValueError: Before any work: preset, size or prompt do not fit the model.
+        """
+        return Session(
+            self, prompt, preset=preset, seed=seed, frames=frames, size=size, noise=noise, first_chunk=first_chunk
+        )
 
 
 def frames_for(seconds: float, fps: float, pictures_per_frame: int = 1) -> int:
-    """Latent frames that give at least ``seconds`` of video: 1 picture the first, pictures_per_frame each later one."""
+    """Latent frames for at least ``seconds`` of video; the first gives one picture, others ``pictures_per_frame``."""
     pictures = max(1, math.ceil(seconds * fps - 1e-9))
     return 1 + -(-(pictures - 1) // pictures_per_frame)

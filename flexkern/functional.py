@@ -1,11 +1,10 @@
 """Attention for other people's code: functions of tensors over one operator, ``torch.ops.flexkern.frame_attention``.
 
-torch.compile (fullgraph) and torch.export keep the operator whole. Where it runs follows from the device of the tensors
-and nothing else: on CUDA the Triton kernel ``flexkern.kernels.attention.portable``; on a CPU torch's
-scaled_dot_product_attention over keys that were turned. Other devices raise. Inference only: there is no backward.
+torch.compile (fullgraph) and torch.export keep the operator whole. The device of the tensors alone decides what runs:
+on CUDA the Triton kernel ``flexkern.kernels.attention.portable``, on a CPU torch's scaled_dot_product_attention over
+turned keys. Other devices raise. Inference only: there is no backward.
 
-Letters: B batch, F frames of the query, R frames of the keys, S tokens of a frame, H heads, D head dim, P pages,
-T temporal pairs, G = 1 or H (an angle per head).
+Letters: see the glossary (flexkern/docs/architecture.md).
 """
 
 from collections.abc import Sequence
@@ -43,38 +42,55 @@ def attention(
 
         softmax(logit_scale * <R(turn[f, r]) q, k> / sqrt(D) + bias[f, r]) v        q in frame f, k in frame r
 
-    Without turn, logit_scale and bias this is F.scaled_dot_product_attention, with heads behind tokens. Query and key
-    come turned by place (row, column) at most, never by time: time is what ``turn`` adds.
+    Without turn, logit_scale and bias this is F.scaled_dot_product_attention, with heads after tokens. Query and key
+    come turned by place (row, column) at most, never by time: ``turn`` adds time.
 
-    tokens: S; derived where query_frames, turn or bias tell how many frames there are.
-    query_frames, key_frames: indices in time of the F and R frames; the angles are then those of ``policy``, a
-        PositionPolicy, a preset or its name ("self-forcing": as trained). target: frames of the whole video, if known.
-        These are computed on the host: inside torch.compile pass the result of ``frame_turns`` instead.
-    turn: float32 [F, R, G, T, 2], cosine and sine by which the query turns on its way from frame f to key frame r.
-    logit_scale: float32 [F], or one number. bias: float32 [F, R]; -inf hides a frame, and who sees none gets zeros.
-    pairs: how the D / 2 channel pairs lie, time first: all real parts, then all imaginary ones, or pair by pair (Wan).
-    Raises ValueError or TypeError naming the argument that does not fit, NotImplementedError for a device, a dtype, a
-    head dim or a gradient that is not supported.
+    Args:
+        query: [B, F * S, H, D].
+        key: [B, R * S, H, D].
+        value: [B, R * S, H, D].
+        tokens: S; derived where query_frames, turn or bias tell how many frames there are.
+        query_frames: Indices in time of the F frames, together with key_frames; the angles are then those of
+            ``policy``, computed on the host. Inside torch.compile pass the result of ``frame_turns`` instead.
+        key_frames: Indices in time of the R frames.
+        policy: A ``PositionPolicy``, a preset or its name; "self-forcing" is as trained.
+        target: Frames of the whole video, if known.
+        turn: float32 [F, R, G, T, 2], cosine and sine by which the query turns on its way from frame f to key frame r.
+        logit_scale: float32 [F], or one number.
+        bias: float32 [F, R]; -inf hides a frame, and a query frame that sees no key frame returns zeros.
+        pairs: How the D / 2 channel pairs are stored, time first: all real parts, then all imaginary ones ("split"), or
+            pair by pair ("interleaved", as Wan's checkpoints).
+
+    Returns:
+        [B, F * S, H, D], in the query's dtype.
+
+    Raises:
+        ValueError: An argument does not fit; the message names it.
+        TypeError: An argument is not a tensor.
+        NotImplementedError: A device, a dtype, a head dim or a gradient is not supported.
     """
-    check_tensors(query, {"key": key, "value": value}, "[B, F * S, H, D]", "[B, R * S, H, D]")
+    validate_tensors(query, {"key": key, "value": value}, "[B, F * S, H, D]", "[B, R * S, H, D]")
     if pairs not in ("split", "interleaved"):
         raise ValueError(f"pairs must be 'split' or 'interleaved', got {pairs!r}")
     if (query_frames is None) != (key_frames is None):
         raise ValueError("query_frames and key_frames go together: pass both or neither")
-    if query_frames is not None:
+    if query_frames is not None and key_frames is not None:
         if turn is not None:
             raise ValueError("pass either turn or query_frames and key_frames, not both")
-        options = dict(head_dim=query.shape[-1], heads=query.shape[2], policy=policy, target=target)
-        turn, policy_scale = frame_turns(query_frames, key_frames, **options, device=query.device)
+        turn, policy_scale = frame_turns(
+            query_frames, key_frames, head_dim=query.shape[-1], heads=query.shape[2], policy=policy, target=target,
+            device=query.device,
+        )  # fmt: skip
         logit_scale = policy_scale if logit_scale is None else policy_scale * logit_scale
     frames, read, tokens = count_frames(query, key, tokens, turn, bias)
     if turn is None:
         turn = torch.tensor([1.0, 0.0], device=query.device).expand(frames, read, 1, 1, 2)
     elif pairs == "interleaved":
         query, key = split_pairs(query), split_pairs(key)
-    pages = (x.contiguous().unflatten(1, (read, tokens)) for x in (key, value))
+    key_pages, value_pages = (x.contiguous().unflatten(1, (read, tokens)) for x in (key, value))
     slots = torch.arange(read, dtype=torch.int32, device=query.device)
-    return paged_attention(query.unflatten(1, (frames, tokens)), *pages, slots, turn, logit_scale, bias).flatten(1, 2)
+    by_frame = query.unflatten(1, (frames, tokens))
+    return paged_attention(by_frame, key_pages, value_pages, slots, turn, logit_scale, bias).flatten(1, 2)
 
 
 def paged_attention(
@@ -86,23 +102,37 @@ def paged_attention(
     logit_scale: Tensor | float | None = None,  # [F] float32
     bias: Tensor | None = None,  # [F, R] float32
 ) -> Tensor:
-    """``attention`` over the pages of a cache that ``slots`` lists, read where they lie: [B, F, S, H, D].
+    """``attention`` over the pages of a cache that ``slots`` lists, read without a copy.
 
-    Pairs are split. Pages must be contiguous; others may hold anything. slots must be in [0, P): on CUDA nobody checks.
-    The other arguments and errors are those of ``attention``.
+    Args:
+        query: [B, F, S, H, D], pairs split.
+        key_pages: [B, P, S, H, D], contiguous; pages that are not listed may hold anything.
+        value_pages: [B, P, S, H, D], contiguous.
+        slots: int32 [R], pages to read, in [0, P): not checked on CUDA.
+        turn: As in ``attention``.
+        logit_scale: As in ``attention``.
+        bias: As in ``attention``.
+
+    Returns:
+        [B, F, S, H, D], in the query's dtype.
+
+    Raises:
+        ValueError: As ``attention``; so are the others.
+        TypeError: An argument is not a tensor.
+        NotImplementedError: A device, a dtype, a head dim or a gradient is not supported.
     """
     layouts = "[B, F, S, H, D]", "[B, P, S, H, D]"
-    check_tensors(query, {"key_pages": key_pages, "value_pages": value_pages}, *layouts)
+    validate_tensors(query, {"key_pages": key_pages, "value_pages": value_pages}, *layouts)
     batch, frames, tokens, heads, dim = query.shape
     for name, pages in (("key_pages", key_pages), ("value_pages", value_pages)):
         if pages.shape[2] != tokens:
             raise ValueError(f"{name} must hold frames of {tokens} tokens as query does, got {pages.shape[2]}")
         if not pages.is_contiguous():
-            raise ValueError(f"{name} must be contiguous: pages are read where they lie")
+            raise ValueError(f"{name} must be contiguous: pages are read without a copy")
     if not isinstance(logit_scale, Tensor):
         scale = 1.0 if logit_scale is None else float(logit_scale)
         logit_scale = torch.full((frames,), scale, dtype=torch.float32, device=query.device)
-    check_plan(query, slots, turn, logit_scale, bias)
+    validate_plan(query, slots, turn, logit_scale, bias)
     plan = [x if x is None else x.contiguous() for x in (slots, turn, logit_scale, bias)]
     return torch.ops.flexkern.frame_attention(query.contiguous(), key_pages, value_pages, *plan)
 
@@ -112,9 +142,25 @@ def frame_turns(
     policy: str | Preset | PositionPolicy = "self-forcing", target: int | None = None,
     device: torch.device | str = "cpu",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(turn [F, R, G, T, 2], logit_scale [F]), float32 on ``device``, of frames at these indices under a policy.
+    """What ``attention`` needs to know of frames at these indices under a policy.
 
-    Angles are float64 on the host, reduced mod 2 pi. Raises ValueError as ``PositionPolicy.phases`` does.
+    Angles are computed in float64 on the host, and reduced mod 2 pi.
+
+    Args:
+        query_frames: Indices in time of the F query frames.
+        key_frames: Indices in time of the R key frames.
+        head_dim: D.
+        heads: H; only mode jitter has angles of its own per head.
+        policy: A ``PositionPolicy``, a preset or its name.
+        target: Frames of the whole video, if known.
+        device: Of the results.
+
+    Returns:
+        turn [F, R, G, T, 2] and logit_scale [F], float32.
+
+    Raises:
+        ValueError: As ``PositionPolicy.phases``.
+        NotImplementedError: It is called inside torch.compile.
     """
     if torch.compiler.is_compiling():
         raise NotImplementedError("angles come from the host: call frame_turns outside of torch.compile and pass turn")
@@ -125,7 +171,7 @@ def frame_turns(
     return turns(query[:, None] - key).to(device), torch.from_numpy(phases.logit_scale).float().to(device)
 
 
-def check_tensors(query: Tensor, others: dict[str, Tensor], query_layout: str, other_layout: str) -> None:
+def validate_tensors(query: Tensor, others: dict[str, Tensor], query_layout: str, other_layout: str) -> None:
     """Raise unless query, keys and values fit each other and what the operator can run."""
     axes = query_layout.count(",") + 1
     for name, x in {"query": query, **others}.items():
@@ -153,7 +199,7 @@ def check_tensors(query: Tensor, others: dict[str, Tensor], query_layout: str, o
         raise NotImplementedError(f"query must have a head dim that is {expected}, got {dim}")
 
 
-def check_plan(query: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tensor, bias: Tensor | None) -> None:
+def validate_plan(query: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tensor, bias: Tensor | None) -> None:
     """Raise unless the small tensors fit query [B, F, S, H, D] and each other."""
     _, frames, _, heads, dim = query.shape
 
@@ -195,7 +241,7 @@ def on_cpu(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tensor,
     bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """The operator by torch's attention: every key turned the other way, once for each query frame."""
+    """The operator by torch's attention: every key turned the opposite way, once for each query frame."""
     query = (query * logit_scale[:, None, None, None]).to(query.dtype)
     key_turn = turn * turn.new_tensor([1.0, -1.0])
     return attend_turned(query, key_pages, value_pages, slots, key_turn, bias, attend).contiguous()

@@ -14,9 +14,10 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # lowest first; a file may import from its own floor or below
     ["flexkern.kernels", "flexkern.testing", "flexkern.checks", "flexkern.__version__"],
     ["flexkern.policies"],
-    ["flexkern.cache", "flexkern.plan", "flexkern.noise"],
+    ["flexkern.cache", "flexkern.plan", "flexkern.noise", "flexkern.state"],
     ["flexkern.memory", "flexkern.backends", "flexkern.functional", "flexkern.window"],
     ["flexkern.model"],
+    ["flexkern.session"],
     ["flexkern.engine", "flexkern.parallel"],
     ["flexkern.pipeline"],
     ["flexkern.render", "flexkern.metrics", "flexkern.integrations", "flexkern.demo"],
@@ -160,7 +161,7 @@ def test_top_level_is_bare():
 @pytest.mark.parametrize(
     ("module", "package", "source"),
     [
-        ("flexkern.plan", "flexkern", "from flexkern.engine import Session"),
+        ("flexkern.plan", "flexkern", "from flexkern.session import Session"),
         ("flexkern.plan", "flexkern", "from .memory import PagedMemory"),
         ("flexkern.plan", "flexkern", "import flexkern"),
         ("flexkern.policies.noise", "flexkern.policies", "from .. import cache"),

@@ -1,17 +1,43 @@
-"""Attention backends by name. Each is a module with the same five functions; none is chosen in silence for another.
-
-    rms_norm(x, weight, eps)            modulate(x, scale, shift, eps)            gate_residual(x, update, gate)
-    norm_rope_write(query, key, value, query_weight, key_weight, place_turn, key_pages, value_pages, slots, eps)
-    frame_attention(query, key_pages, value_pages, plan)
-
-The first four are those of ``flexkern.kernels.reference``; the last takes a ``flexkern.plan.ChunkPlan``.
-"""
+"""Attention backends by name. Each is a module that satisfies ``Backend``; there is no silent fallback to another."""
 
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from torch import Tensor
+
+from flexkern.plan import ChunkPlan
+
+if TYPE_CHECKING:
+    from flexkern.backends import flash_attn, reference, sdpa, triton, xformers
+
+
+class Pointwise(Protocol):
+    """The operations of a block outside of self-attention; ``flexkern.kernels.reference`` defines each."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, /) -> Tensor:
+        """x over its root mean square, times weight: x [..., C], weight [C]."""
+
+    def modulate(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float, /) -> Tensor:
+        """LayerNorm(x) * (1 + scale) + shift: x [B, F, S, C], scale and shift [B, F, C]."""
+
+    def gate_residual(self, x: Tensor, update: Tensor, gate: Tensor, /) -> Tensor:
+        """x + update * gate: x and update [B, F, S, C], gate [B, F, C]."""
+
+
+class Backend(Pointwise, Protocol):
+    """Everything a backend computes; a module with these five functions is one."""
+
+    def norm_rope_write(
+        self, query: Tensor | None, key: Tensor, value: Tensor, query_weight: Tensor, key_weight: Tensor,
+        place_turn: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor, eps: float, /,
+    ) -> Tensor | None:  # fmt: skip
+        """Write keys and values to their pages; return the query ready for attention. Shapes: as the oracle's."""
+
+    def frame_attention(self, query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan, /) -> Tensor:
+        """Softmax attention of query [B, F, S, H, D] over the pages [B, P, S, H, D] that the plan lists."""
+
 
 BACKENDS = {
     "triton": "fused Triton kernels, one pass over the pages; needs a CUDA GPU",
@@ -42,14 +68,31 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
 
 
 def runs_in_interpreter() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
     from triton import knobs
 
-    return knobs.runtime.interpret
+    return bool(knobs.runtime.interpret)
 
 
-def get_backend(name: str, device: torch.device | str | None = None) -> ModuleType:
-    """The backend of that name. Raises ValueError saying what is there, and why the asked one is not."""
+def get_backend(name: str, device: torch.device | str | None = None) -> Backend:
+    """The backend of that name.
+
+    Args:
+        name: A key of ``BACKENDS``.
+        device: Where its tensors will be, if known.
+
+    Raises:
+        ValueError: The backend cannot run here; the message says why, and which ones can.
+    """
     if why := why_not(name, device):
         there = "; ".join(f"{known} ({doc})" for known, doc in BACKENDS.items() if why_not(known, device) is None)
         raise ValueError(f"backend {name!r} is not there: {why}. There is {there}")
-    return import_module(f".{name.replace('-', '_')}", __name__)
+    return cast(Backend, import_module(f".{name.replace('-', '_')}", __name__))
+
+
+if TYPE_CHECKING:  # holds every module to the protocol
+    _triton: Backend = triton
+    _sdpa: Backend = sdpa
+    _flash_attn: Backend = flash_attn
+    _xformers: Backend = xformers
+    _reference: Backend = reference

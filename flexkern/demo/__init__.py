@@ -23,12 +23,21 @@ SCHEDULE = Schedule(steps=(1000, 750, 500, 250), first_steps=(1000, 875, 750, 62
 
 
 class PixelDecoder:
-    """The trivial codec in the VAE's place: latents are pictures already, and only grow to a watchable size."""
+    """The trivial codec instead of a VAE: latents are pictures already, and are only enlarged to a watchable size."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         pictures = F.interpolate(latents.float().flatten(0, 1), scale_factor=ZOOM, mode="bicubic", antialias=False)
         uint8 = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return uint8.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2])
+
+    def state(self) -> dict[str, Tensor]:
+        """Empty: a picture does not depend on those before it."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore. Raises ValueError for the state of another decoder."""
+        if state:
+            raise ValueError(f"expected the empty state of a pixel decoder, got {', '.join(sorted(state))}")
 
 
 def encode_pixels(pixels: Tensor) -> Tensor:
@@ -43,7 +52,16 @@ def encode_prompts(prompts: list[str]) -> Tensor:
 
 
 def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
-    """The demo model, ready to render, in float32."""
+    """The demo model, ready to render, in float32.
+
+    Args:
+        weights: Those that come with flexkern, or a safetensors file of the same form.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        device: Where to put it.
+
+    Raises:
+        ValueError: The backend cannot run there.
+    """
     return Engine.from_pretrained(
         weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),

@@ -1,4 +1,4 @@
-"""Presets: the answers of every supported method to positions, retention, noise and prompt switches, under one name."""
+"""Presets: every supported method's positions, retention, noise and prompt switches, under one name."""
 
 import dataclasses
 from collections import defaultdict
@@ -8,22 +8,20 @@ from typing import Literal
 from ..checks import check_fields, did_you_mean, require
 from .noise import NoisePolicy
 from .position import PositionPolicy
-from .retention import SinkWindow
+from .retention import RetentionPolicy, SinkWindow
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchPolicy:
-    """What a change of prompt does to the cached frames.
-
-    kind: keep (nothing) | recache (run the last frames through the model again, with the new prompt) | flush (drop all
-        but the sink and the last frames).
-    recent: frames that recache runs again, or that flush keeps.
-    keep_sink: whether a recache leaves the sink of the old prompt in place (LongLive's global_sink).
-    """
+    """What a change of prompt does to the cached frames."""
 
     kind: Literal["keep", "recache", "flush"] = "keep"
+    """keep: nothing; recache: run the last frames through the model again, with the new prompt; flush: drop all but the
+    sink and the last frames"""
     recent: int = 12
+    """how many of the last frames recache runs again, or flush keeps"""
     keep_sink: bool = True
+    """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink)"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -31,30 +29,62 @@ class SwitchPolicy:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoopPolicy:
+    """In which order frames and denoising steps are run."""
+
+    kind: Literal["chunk"] = "chunk"
+    """chunk: all steps of a chunk, then its clean pass, then the next chunk (``Session.step``)"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A method: four policies under a name, with one sentence on it and its source."""
+    """A method: its policies under a name, with one sentence on it and its source."""
 
     name: str
     position: PositionPolicy
-    retention: SinkWindow
+    """where in time every frame sits"""
+    retention: RetentionPolicy
+    """which cached frames stay visible"""
     noise: NoisePolicy
+    """what a frame is denoised from"""
     switch: SwitchPolicy
+    """what a change of prompt does to the cache"""
+    loop: LoopPolicy = LoopPolicy()
+    """the order of frames and steps; no option of the command line while it has one value"""
     doc: str
     source: str
 
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def check(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
-        """Raises ValueError for a window too small for the chunk, or positions that fit not the model or the length.
+    def validate(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
+        """Raise unless the preset can run with a model and a length of video.
 
-        chunk: the most frames computed together. target: latent frames of the video, None for no end.
+        Args:
+            chunk: The most frames computed together.
+            bands: Temporal frequency pairs of a head.
+            heads: Heads of the model.
+            target: Latent frames of the video, None for no end.
+
+        Raises:
+            ValueError: The window is too small for the chunk, or positions fit neither the model nor the length.
         """
-        self.retention.keep(0, chunk)
+        self.retention.keep([], chunk)
         self.position.phases(query=[0], visible=[0], bands=bands, heads=heads, target=target)
 
+    def describe(self) -> dict[str, object]:
+        """Every field that decides a video, by the dotted names of ``get_preset``; lists for tuples, as JSON has."""
+        found: dict[str, object] = {"name": self.name}
+        for policy in (*POLICIES, "loop"):
+            for name, value in dataclasses.asdict(getattr(self, policy)).items():
+                found[f"{policy}.{name}"] = list(value) if isinstance(value, tuple) else value
+        return found
 
-POLICIES = ("position", "retention", "noise", "switch")
+
+POLICIES = ("position", "retention", "noise", "switch")  # whose fields can be overridden
 
 IID = NoisePolicy(kind="iid")
 KEEP = SwitchPolicy(kind="keep")
@@ -161,23 +191,31 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
     """The preset of that name, or the given one, with single fields of its policies replaced.
 
-    overrides: dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
-    Raises ValueError for an unknown preset or field, naming those that exist, and for a value its field does not take.
+    Args:
+        name: A key of ``PRESETS``, or a preset.
+        overrides: Dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
+
+    Returns:
+        A new preset where there are overrides.
+
+    Raises:
+        ValueError: The preset or a field is unknown (the message names those that exist), or a field does not take its
+            value.
     """
     if not isinstance(name, Preset):
         known = f"expected one of {', '.join(PRESETS)}"
         require(isinstance(name, str) and name in PRESETS, f"no preset {name!r}: {known}{did_you_mean(name, PRESETS)}")
     base = name if isinstance(name, Preset) else PRESETS[name]
-    existing = [f"{part}.{field.name}" for part in POLICIES for field in dataclasses.fields(getattr(base, part))]
+    existing = [f"{policy}.{field.name}" for policy in POLICIES for field in dataclasses.fields(getattr(base, policy))]
     changes: dict[str, dict[str, object]] = defaultdict(dict)
     for dotted, value in (overrides or {}).items():
         known = f"expected one of {', '.join(existing)}"
         require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
-        part, _, field = dotted.partition(".")
-        changes[part][field] = tuple(value) if isinstance(value, list) else value
+        policy, _, field = dotted.partition(".")
+        changes[policy][field] = tuple(value) if isinstance(value, list) else value
     try:
         return dataclasses.replace(
-            base, **{part: dataclasses.replace(getattr(base, part), **new) for part, new in changes.items()}
+            base, **{policy: dataclasses.replace(getattr(base, policy), **new) for policy, new in changes.items()}
         )
     except TypeError as error:
         raise ValueError(str(error)) from None

@@ -14,8 +14,9 @@ from flexkern.render.script import PromptSwitch, validate_switches
 from flexkern.render.writer import VideoWriter
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
-    from flexkern.engine import Chunk, Engine, Session
+    from flexkern.engine import Engine
     from flexkern.model.families import Family
+    from flexkern.session import Chunk, Session
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 

@@ -17,7 +17,7 @@ from flexkern.checks import check_fields, require
 from flexkern.policies import Preset
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
-    from flexkern.engine import Session
+    from flexkern.session import Session
 
 SHAPE = "a list of {at: seconds, prompt: text}, or a mapping of seconds to prompts"
 

@@ -20,11 +20,11 @@ import flexkern.render
 from flexkern.cli import main
 from flexkern.cli.policies import with_policies
 from flexkern.cli.render import Render
-from flexkern.engine import Session
 from flexkern.model.families import FAMILIES
 from flexkern.model.vae import load_vae
 from flexkern.model.wan import CONFIGS
 from flexkern.policies import PRESETS, get_preset
+from flexkern.session import Session
 
 FIRST = ("self-forcing", "@self-forcing")
 SMALL = ("--size", "32x48", "--dtype", "float32", "--no-progress")

@@ -225,7 +225,7 @@ def test_every_frame_has_its_own_timestep(model, converted):
     text, latents, timesteps = torch.randn(2, 7, 16), torch.randn(2, 3, 4, *SIZE), torch.rand(2, 3) * 1000
     outputs = []
     for session in both_sessions(model, converted, text):
-        forward, memory = session.engine.model, session._open([0, 1, 2])
+        forward, memory = session.engine.model, session._prepare([0, 1, 2])
         with torch.inference_mode():
             outputs.append(forward(latents, timesteps, session.text, memory))
             assert forward(latents, timesteps, session.text, memory, keys_only=True) is None
@@ -237,7 +237,7 @@ def test_one_chunk_of_everything_is_the_bidirectional_forward(model):
     latents, timestep, text = inputs(2, 6)
     session = causal(model, size=SIZE, chunk=6).session(text, preset="self-forcing")
     with torch.inference_mode():
-        memory = session._open(list(range(6)))
+        memory = session._prepare(list(range(6)))
         out = session.engine.model(latents.transpose(1, 2), timestep[:, None].expand(2, 6), session.text, memory)
     assert furthest(out.transpose(1, 2), run(model, latents, timestep, text)) < 1e-5
 

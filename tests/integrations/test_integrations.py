@@ -203,10 +203,10 @@ def test_no_reads_from_the_device_and_no_copies_of_the_cache(request, door, name
     handle = door.patch(pipeline, get_preset("self-forcing", {"retention.window": 9}), backend="reference")
     in_place = (
         SimpleNamespace(  # the kernels read the pages where they are; on a CPU, each backend makes its own copies
-            norm_rope_write=handle.window.backend.norm_rope_write, frame_attention=lambda query, *_: query
+            norm_rope_write=handle.backend.norm_rope_write, frame_attention=lambda query, *_: query
         )
     )
-    handle.window.backend = in_place
+    handle.backend = in_place
     assert counts(pipeline) == (0, 0)
 
 
@@ -252,7 +252,7 @@ def test_noise_is_drawn_by_the_pipelines_chunks(forcing, alone):
     chosen = get_preset("self-forcing", {"noise.kind": "zero_sum", "retention.window": 9})
     handle = self_forcing.patch(forcing, chosen, seed=0)
     forcing.independent_first_frame = alone
-    handle.window.begin(9)
+    handle.begin(9)
     if alone:
         with pytest.raises(ValueError, match="at least 2 frames"):
             handle._initial(noise_of(3), 0)
@@ -263,12 +263,16 @@ def test_noise_is_drawn_by_the_pipelines_chunks(forcing, alone):
 def test_videos_follow_each_other(forcing):
     """A second one, of another batch, and one that the loop begins by itself at frame 0."""
     handle = self_forcing.patch(forcing, get_preset("self-forcing", {"retention.window": 9}))
+    with pytest.raises(RuntimeError, match="has not computed any frame yet"):
+        handle.window  # noqa: B018
+    patched = "CausalInferencePipeline of Self-Forcing: preset 'self-forcing', backend 'sdpa'"
+    assert repr(handle) == f"Patch({patched})"
     with torch.inference_mode():
         first = render(forcing)
     render(forcing, chunks=2, batch=2)
     assert torch.equal(render(forcing), first)
-    handle.window.open(0, 1, (1, 2, 3))
-    assert handle.window.frames == [0] and handle.window.cache.frames == [0]
+    handle.window.prepare(0, 1)
+    assert handle.window.frames == range(1) and handle.window.cache.frames == [0]
 
 
 def change(owner, name, value):

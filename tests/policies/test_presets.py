@@ -3,7 +3,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import numpy as np
 import pytest
 
-from flexkern.policies import PRESETS, NoisePolicy, PositionPolicy, SinkWindow, SwitchPolicy, get_preset
+from flexkern.policies import PRESETS, LoopPolicy, NoisePolicy, PositionPolicy, SinkWindow, SwitchPolicy, get_preset
 
 NAMES = ["self-forcing", "longlive", "longlive-infinite", "infinity-rope", "lol", "riflex", "pi", "ntk", "yarn", "flex"]
 POLICIES = ("position", "retention", "noise", "switch")
@@ -58,7 +58,7 @@ def test_an_endless_session_needs_no_target(name):
     result = it.position.phases(query=[999, 1000, 1001], visible=[0, 1, 998, 999, 1000, 1001], bands=22, heads=2)
     assert np.isfinite(result.key).all() and (result.logit_scale >= 1).all()
     assert it.noise.source(0, shape=(2, 2)).initial([999, 1000, 1001]).shape == (3, 2, 2)
-    assert len(it.retention.keep(40, 3)) == it.retention.window - 3
+    assert len(it.retention.keep(range(40), 3).indices) == it.retention.window - 3
 
 
 def test_overrides():
@@ -87,6 +87,21 @@ def test_every_field_can_be_overridden():
         for field in fields(policy):
             value = getattr(policy, field.name)
             assert get_preset("flex", {f"{part}.{field.name}": value}) == PRESETS["flex"]
+
+
+def test_every_method_runs_chunk_by_chunk():
+    assert {it.loop for it in PRESETS.values()} == {LoopPolicy(kind="chunk")}
+    with pytest.raises(ValueError, match="LoopPolicy.kind must be 'chunk', got 'rolling'"):
+        LoopPolicy(kind="rolling")
+
+
+def test_a_description_tells_presets_apart():
+    described = PRESETS["flex"].describe()
+    assert described["position.alpha"] is None and described["loop.kind"] == "chunk"
+    overridable = {f"{part}.{field.name}" for part in POLICIES for field in fields(getattr(PRESETS["flex"], part))}
+    assert described.keys() == {"name", "loop.kind"} | overridable
+    changed = get_preset("flex", {"noise.stride": 8}).describe()
+    assert {name for name in described if described[name] != changed[name]} == {"noise.stride"}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +133,8 @@ def test_rejects(name, overrides, message):
 
 
 def test_presets_hold_policies_and_stay_as_they_are():
+    with pytest.raises(TypeError, match="Preset.retention must be a RetentionPolicy, got PositionPolicy"):
+        replace(PRESETS["flex"], retention=PositionPolicy())
     with pytest.raises(TypeError, match="Preset.noise must be a NoisePolicy, got PositionPolicy"):
         replace(PRESETS["flex"], noise=PositionPolicy())
     with pytest.raises(FrozenInstanceError):
