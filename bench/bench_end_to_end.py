@@ -13,8 +13,9 @@ import torch
 from harness import Row
 from roofs import DEVICE
 
-from flexkern.engine import Engine, Session
+from flexkern.engine import Engine
 from flexkern.model.wan import CONFIGS, CausalWan, WanConfig
+from flexkern.session import Session
 
 PRESETS = ("flex", "longlive")  # windows of 21 and 12 frames
 BACKENDS = ("triton", "sdpa")

@@ -4,8 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flexkern.engine import Engine, Session
+    from flexkern.engine import Engine
     from flexkern.functional import attention, frame_turns, paged_attention
+    from flexkern.session import Session
 
 __version__ = "0.1.0"
 
@@ -13,7 +14,7 @@ __all__ = ["Engine", "Session", "attention", "frame_turns", "paged_attention"]
 
 _HOMES = {
     "Engine": "flexkern.engine",
-    "Session": "flexkern.engine",
+    "Session": "flexkern.session",
     "attention": "flexkern.functional",
     "frame_turns": "flexkern.functional",
     "paged_attention": "flexkern.functional",

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
 
 INITIAL, RENOISE, SHARED = range(3)  # streams
 RECURSIVE = ("ar1", "pyoco_progressive")

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
 
 TURN = 2**64  # the unit of fixed-point angles
 PER_RADIAN = int(TURN**2 / Fraction("6.28318530717958647692528676655900576839433879875021"))
