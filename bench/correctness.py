@@ -87,8 +87,8 @@ def run_pytest() -> int:
     tests = [machine.ROOT / f"tests/kernels/test_{name}.py" for name in TESTS]
     tests = [str(path) for path in tests if path.is_file()]
     options = ["--rootdir", str(machine.ROOT), "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
-    if find_spec("xdist"):  # nearly all the time goes into compiling, one kernel to a core
-        options += ["-n", str(WORKERS)]
+    if find_spec("xdist"):  # nearly all the time goes into compiling; workers import this tree through ``machine``
+        options += ["-n", str(WORKERS), "-p", "machine"]
     return pytest.main([*options, *tests])
 
 

@@ -8,8 +8,8 @@ One warp fetches keys and values by TMA; two warpgroups of 64 query rows each mu
 - The query for the next key frame is loaded under the frame's last tile, and turned when that tile's scores are done.
 
 All three roles walk through the same items, skip the same hidden frames and so count the same tiles n = 0, 1, 2, ...
-How a tile passes from one to the other stands in hopper_device.py; tests/kernels/test_frame_attention_hopper.py plays
-it on a CPU.
+hopper_device.py describes how a tile passes from one to the other; tests/kernels/test_frame_attention_hopper.py plays it
+on a CPU.
 
 Bytes, flops, numerics: as in portable.py; work.py divides the work, and launch.py merges the fragments of cut tiles.
 Oracle: ``reference.frame_attention``. Source: FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2.

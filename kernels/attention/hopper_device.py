@@ -196,7 +196,7 @@ def step(
     score = warpgroup_mma_wait(1, deps=(score,))
     mbarrier.arrive(ring.k.free.index((n + 1) % STAGES), count=1)
     p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
-    # this wait stands here, and p_next in the next one, or ptxas would put the exponentials after the product
+    # without this wait here and p_next in the next one, ptxas puts the exponentials after the product
     wait_full(ring.k, n + 2, more, STAGES)
     acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
     mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)

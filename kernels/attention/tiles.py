@@ -1,7 +1,7 @@
 """Tiles of ``frame_attention`` by architecture, head dim and dtype, each with its reason.
 
-All entries were chosen by reading SASS. One has been timed, on an NVIDIA H200 (README.md, table of tiles): its figures
-stand beside it, and two other tiles are faster there. Entries of other architectures have not been timed.
+All entries were chosen by reading SASS. Only that of sm_90 has been timed, on one NVIDIA H200: seven other tiles were
+faster there (README.md, table of tiles).
 """
 
 from dataclasses import dataclass
