@@ -57,25 +57,25 @@ def product_layout(columns):
 
 @gluon.constexpr_function
 def operand_layout(columns):
-    """How they hold the left factor of a product with that many columns."""
+    """How its registers hold the left factor of a product with that many columns."""
     return gl.DotOperandLayout(0, product_layout(columns), 2)
 
 
 @gluon.constexpr_function
 def query_layout(pairs):
-    """How they hold half the channels of 64 rows, 16 bytes of a row to a thread."""
+    """How its registers hold half the channels of 64 rows, 16 bytes of a row to a thread."""
     return gl.BlockedLayout([1, 8], [256 // pairs, pairs // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
 def tile_of(buffers, n, STAGES: gl.constexpr, N: gl.constexpr):
-    """The buffer of tile n as N tokens: the last tile of a frame has fewer than the buffer holds."""
+    """The first N tokens of tile n's buffer: the last tile of a frame is shorter than the buffer."""
     return buffers.tiles.index(n % STAGES).slice(0, N)
 
 
 @gluon.jit
 def wait_full(buffers, n, more, STAGES: gl.constexpr):
-    """Wait until TMA has written tile n, if it comes at all."""
+    """Wait until TMA has written tile n; return at once if there is none (``more`` is false)."""
     mbarrier.wait(buffers.full.index(n % STAGES), n // STAGES & 1, pred=more)
 
 
