@@ -1,7 +1,7 @@
 """Torch oracle for every kernel: the definition of correct, written for reading, not speed.
 
 Each function computes in the dtype of its inputs. Tests call it in float64 for the truth, and in float32 with one
-rounding at the end for the error that the kernel is entitled to; the backend ``reference`` calls it in the model's dtype.
+rounding at the end for the error that the kernel is entitled to; the backend ``reference`` uses the model's dtype.
 
 Layout. A head's D channels are D / 2 pairs. Checkpoints interleave them, (re, im, re, im, ...); after
 ``norm_rope_write`` a query or key holds all real channels, then all imaginary ones, so that a turn is elementwise. Dot

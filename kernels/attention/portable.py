@@ -130,7 +130,7 @@ def _frame_attention(
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
-        # carried through the loop over frames: else the compiler does not keep it in shared memory, where wgmma reads it
+        # carried through the loop over frames: only so does the compiler keep it in shared memory, where wgmma reads it
         q = turned_query(query_ptr, tables, item.begin, item, sizes, S, T, D, BLOCK_M, CROSSES)
         for key_frame in tl.range(item.begin, item.end):
             page = item.batch * sizes.pages + tl.load(tables.slot_ptr + key_frame)
