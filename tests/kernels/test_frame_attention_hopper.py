@@ -119,7 +119,7 @@ MUTANTS = {  # name: what stands in the sources once, what stands there instead
     "an accumulator is not rescaled": ("    acc *= gl.convert_layout(alpha, state)[:, None]\n", ""),
     "the bias of the frame before": ("            bias = load_bias(bias_ptr, frame, read, following, HAS_BIAS)\n", ""),
 }  # fmt: skip
-SOURCES = [(ROOT / "kernels/attention" / f"{name}.py").read_text() for name in ("hopper", "hopper_device")]
+FILES = [ROOT / "kernels" / f"{name.replace('.', '/')}.py" for name in (*OWN, "attention.hopper")]
 
 
 def check_many(edit=None) -> None:
@@ -139,7 +139,7 @@ def test_without_a_mistake_nothing_is_noticed():
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_is_noticed(name):
     before, after = MUTANTS[name]
-    assert sum(source.count(before) for source in SOURCES) == 1, "a mutant changes one line of the sources"
+    assert sum(path.read_text().count(before) for path in FILES) == 1, "a mutant changes one place of the sources"
     with pytest.raises((AssertionError, RuntimeError)):
         check_many(lambda source: source.replace(before, after))
 
