@@ -39,6 +39,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
 
 # pages and docstrings as a site, in site/; a broken link or reference fails
 docs: export NO_MKDOCS_2_WARNING := 1
