@@ -186,6 +186,7 @@ def validate_checkpoint(
         NotImplementedError: A kind of checkpoint that is not supported.
         ImportError: Names the extra that is not installed.
     """
+    require(not isinstance(prompts, str), f"prompts must be a list of texts, got {prompts!r}")
     validate_device(device)
     get_backend(backend, device)
     family = checkpoint.chosen_family()

@@ -77,6 +77,7 @@ REFUSED = {  # fields of the checkpoint, how it is used, and what is said
     "no VAE": ({"weights": "bare/bare.safetensors"}, {"pixels": True}, "pixels need a VAE .* pixels=False"),
     "no text": ({"weights": "bare/bare.safetensors", "embeddings": "no"}, {}, "there are no embeddings .* name one as"),
     "unknown prompt": ({}, {"prompts": ["a cow"]}, "prompts.safetensors holds no embedding of 'a cow'"),
+    "one text": ({}, {"prompts": "a cat"}, "prompts must be a list of texts, got 'a cat'"),
     "wide": ({"embeddings": "wide.safetensors"}, {}, "wide.safetensors holds embeddings of 32 channels; .* takes 48"),
     "no tokenizer": ({"weights": "wordless", "embeddings": "e"}, {}, "no tokenizer .* pass its folder as tokenizer"),
     "keys": ({"weights": "broken.pt"}, {"pixels": False}, "does not fit the model: missing 1: head.modulation"),
