@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[model,video,test]'
+	$(INSTALL) --no-build-isolation --editable '.[model,video,metrics,test]'
 	touch $@
 
 test: $(STAMP)
