@@ -15,9 +15,10 @@ Curve = NDArray[np.float64]
 ENDS = 0.15  # share of a video at either end
 ENDS_SECONDS = 5.0
 LEVEL_SECONDS = 8.0  # of the running median that a dip stands out from
-DEPARTED = 0.75  # of the median distance, from which a video counts as having left its sink
+DEPARTED = 0.5  # of the median distance, from which a video counts as having left its sink
 DIP = 0.3  # depth from which a dip counts
 SHORTEST_LOOP = 1.0  # seconds
+STILL = 0.02  # of a picture's contrast: a thumbnail that changes less, as by the groups of a codec, stands still
 
 
 def mean(values: ArrayLike) -> float:
@@ -98,8 +99,9 @@ class Sink:
 def sink_collapse(distance: Curve, fps: float) -> Sink:
     """Find the dips of the distance to the sink frames: moments at which a video falls back to its beginning.
 
-    depth_t = 1 - d_t / (median of d over the 8 seconds around t), from the moment at which the video has first left its
-    sink (75 % of the median distance). A slow approach is no dip, and neither is a video that stands still.
+    depth_t = 1 - d_t / level_t, where the level is the median of d over the 8 seconds around t, or the largest d so far
+    if that is less, from the moment at which the video has left its sink (half the median distance). Neither a slow
+    approach is a dip, nor a slow departure, nor stillness.
 
     Args:
         distance: [T] distance of each picture to the nearest sink picture, NaN inside the sink.
@@ -125,7 +127,7 @@ def sink_collapse(distance: Curve, fps: float) -> Sink:
         return Sink(distance=normalised, depth=flat, collapse=0.0, dips=[])
     half = max(1, round(LEVEL_SECONDS * fps / 2))
     around = sliding_window_view(np.pad(inside, half, constant_values=np.nan), 2 * half + 1)
-    level = np.nanmedian(around, axis=1)
+    level = np.minimum(np.nanmedian(around, axis=1), np.maximum.accumulate(inside))
     depth = np.concatenate((flat[:start], np.clip(1 - inside / np.maximum(level, 1e-12), 0, 1)))
     return Sink(distance=normalised, depth=depth, collapse=float(depth.max()), dips=bottoms(depth, DIP))
 
@@ -156,9 +158,9 @@ def find_loop(thumbnails: NDArray[np.float32], fps: float) -> Loop:
     """Find the cycle in which a video repeats itself.
 
     r(l) is the correlation over all pictures that lie l apart, after the mean over time is taken off, so that what
-    stands still does not count. The strength of a lag is min(r(l), r(l) - min r below l): a cycle must have left its
-    first picture before it returns, so neither stillness nor slow change is one. Lags from 1 second to half the video;
-    of equally strong ones (within 5 %) the shortest.
+    stands still does not count, and neither do changes of less than 2 % of a picture's contrast. The strength of a lag
+    is min(r(l), r(l) - min r below l): a cycle must have left its first picture before it returns, so slow change is
+    none. Lags from 1 second to half the video; of equally strong ones (within 5 %) the shortest.
 
     Args:
         thumbnails: float32 [T, P], from ``vision.thumbnail``.
@@ -170,7 +172,8 @@ def find_loop(thumbnails: NDArray[np.float32], fps: float) -> Loop:
     Source: autocorrelation; the score of repetition in work on RIFLEx (arXiv 2502.15894) is the nearest relative.
     """
     count = len(thumbnails)
-    correlation = correlate(thumbnails - thumbnails.mean(axis=0))
+    moved = (thumbnails - thumbnails.mean(axis=0, dtype=np.float64)).astype(np.float32)
+    correlation = correlate(moved)
     lowest = np.minimum.accumulate(correlation)
     strength = np.clip(np.minimum(correlation, correlation - lowest), 0, 1)
     first = max(1, round(SHORTEST_LOOP * fps))
@@ -179,7 +182,6 @@ def find_loop(thumbnails: NDArray[np.float32], fps: float) -> Loop:
     if best <= 0:
         return Loop(strength=0.0, lag=0, correlation=correlation, repeats=np.full(count, np.nan))
     lag = first + int(np.flatnonzero(peaks(allowed) & (allowed >= 0.95 * best))[0])
-    moved = thumbnails - thumbnails.mean(axis=0)
     sizes = np.linalg.norm(moved, axis=1)
     product = np.einsum("tp,tp->t", moved[lag:], moved[:-lag]) / np.maximum(sizes[lag:] * sizes[:-lag], 1e-9)
     return Loop(strength=best, lag=lag, correlation=correlation, repeats=np.r_[np.full(lag, np.nan), product])
@@ -202,8 +204,9 @@ def correlate(moved: NDArray[np.float32]) -> Curve:
     energy = np.square(moved, dtype=np.float64).sum(axis=1)
     sums = np.concatenate(([0.0], np.cumsum(energy)))
     early, late = sums[count - np.arange(count)], sums[count] - sums[np.arange(count)]
-    scale = np.sqrt(early * late)
-    return np.where(scale > 1e-9 * max(1.0, sums[-1]), products / np.maximum(scale, 1e-30), 0.0)
+    floor = STILL**2 * pixels * (count - np.arange(count))
+    result: Curve = products / (np.sqrt(early * late) + floor)
+    return result
 
 
 def bars(curves: Sequence[Curve]) -> tuple[float, float]:

@@ -22,15 +22,15 @@ LETTER = 10.5  # pixels of a letter of the row names, on average
 def moments(seconds: float, columns: int) -> list[float]:
     """Return ``columns`` moments, evenly spaced, from the first picture to the end of ``seconds`` or nearly so.
 
-    The step is a round number of seconds where one reaches nine tenths of the way, else it is exact.
+    The step is a round number of seconds where one reaches 95 % of the way, else it is exact.
     """
     if columns < 2:
         return [0.0]
     exact = seconds / (columns - 1)
     steps = [0.1, 0.2, 0.25, 0.5, *range(1, 10), *range(10, 60, 5), *(60 * minute for minute in range(1, 60))]
-    fitting = [step for step in steps if step <= exact]
-    step = fitting[-1] if fitting and fitting[-1] >= 0.9 * exact else exact
-    return [number * step for number in range(columns)]
+    fitting = [step for step in steps if 0.95 * exact <= step <= 1.005 * exact]
+    step = fitting[-1] if fitting else exact
+    return [min(number * step, seconds) for number in range(columns)]
 
 
 def contact_sheet(

@@ -3,6 +3,8 @@
 Pictures are uint8 [H, W, 3] in RGB. Luma is that of BT.601, 0..255. Nothing here needs weights.
 """
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -26,7 +28,7 @@ def luma(picture: Picture) -> Picture:
     return np.asarray(cv2.cvtColor(np.ascontiguousarray(picture), cv2.COLOR_RGB2GRAY), dtype=np.uint8)
 
 
-def shrink(image: NDArray, short: int) -> Grey:
+def shrink(image: NDArray[Any], short: int) -> Grey:
     """Return an image, float32, reduced to ``short`` pixels at its shorter side, each the mean of those it replaces."""
     ratio = short / min(image.shape[:2])
     image = image.astype(np.float32)
@@ -36,7 +38,7 @@ def shrink(image: NDArray, short: int) -> Grey:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.float32)
 
 
-def thumbnail(grey: NDArray) -> Grey:
+def thumbnail(grey: NDArray[Any]) -> Grey:
     """Return a picture's pattern without its brightness and contrast, float32 [THUMBNAIL * THUMBNAIL].
 
     Mean 0 and variance 1; all zeros for a picture whose thumbnail varies by less than a grey level.
@@ -146,7 +148,8 @@ def motion(before: Picture, after: Picture) -> float:
     Source: "dynamic degree" as a curve; the flow is DIS (Kroeger et al., arXiv 1603.03590), preset medium of OpenCV.
         VBench instead counts pairs at 8 per second whose fastest 5 % exceed a threshold under RAFT: another figure.
     """
-    flow = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(before, after, None)  # type: ignore[call-overload]
+    start = np.zeros((*before.shape, 2), np.float32)
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(before, after, start)
     return float(100 * np.hypot(flow[..., 0], flow[..., 1]).mean() / np.hypot(*before.shape))
 
 

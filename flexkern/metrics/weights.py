@@ -52,7 +52,10 @@ class Consistency:
 
 
 class Score:
-    """One figure per picture by a model of the user's, such as MUSIQ; unit and scale are the model's own."""
+    """One figure per picture by a model of the user's, such as MUSIQ; unit and scale are the model's own.
+
+    Source: imaging quality (MUSIQ) and aesthetic quality of VBench (arXiv 2311.17982) are scores of this kind.
+    """
 
     def __init__(self, score: Model):
         """score: pictures uint8 [N, H, W, 3] to [N] or [N, 1]; higher is taken to be better."""
@@ -75,23 +78,19 @@ def load_model(where: str) -> Model:
 
     Raises:
         ValueError: it is neither, or there is no such module or name.
-        FileNotFoundError: there is no such folder.
     """
     if Path(where).is_dir():
         return load_embedder(Path(where))
     module, colon, name = where.partition(":")
     if not colon or not name:
-        kind = "a folder of transformers" if "/" not in where else "there"
-        raise FileNotFoundError(
-            f"{where} is not {kind}; expected a folder of transformers, or module:name of a callable"
-        )
+        raise ValueError(f"{where} is neither a folder of transformers nor module:name of a callable")
     try:
         found = getattr(import_module(module), name)
     except (ModuleNotFoundError, AttributeError) as error:
         raise ValueError(f"no callable {where}: {error}") from error
     if not callable(found):
         raise ValueError(f"{where} must be callable, got {type(found).__name__}")
-    return found  # type: ignore[no-any-return]
+    return found
 
 
 def load_embedder(folder: Path) -> Model:
@@ -123,7 +122,7 @@ def load_embedder(folder: Path) -> Model:
             features = features if isinstance(features, torch.Tensor) else features.pooler_output
         else:
             features = model(pixel_values=pixels).last_hidden_state[:, 0]
-        return features.float().cpu().numpy()  # type: ignore[no-any-return]
+        return features.float().cpu().numpy()
 
     return embed
 

@@ -124,14 +124,14 @@ FAULTS: dict[str, Callable[[], Pictures]] = {
 
 
 SOURCE = (  # clouds that change slowly, wider than what is seen of them
-    "perlin=size=300x92:rate=12:octaves=4:persistence=0.8:xscale=18:yscale=8:tscale=0.1 | trim=end_frame=144"
-    " | setpts=PTS-STARTPTS | format=yuv444p | pseudocolor=preset=turbo"
+    "perlin=size=300x92:rate=12:random_mode=seed:random_seed=1:octaves=4:persistence=0.8:xscale=18:yscale=8:tscale=0.1"
+    " | trim=end_frame=144 | setpts=PTS-STARTPTS | format=yuv444p | pseudocolor=preset=turbo"
 )
 CROP = "crop=96:80:x='n{0}':y=6"  # a camera that pans by a pixel per picture
 PAN = CROP.format("")
 FILMS = {  # filters of FFmpeg that do one thing each to what SOURCE draws
     "clean": PAN,
-    "noise": f"{PAN} | noise=alls=60:allf=t",
+    "noise": f"{PAN} | noise=alls=60:allf=t:all_seed=7",
     "blur": f"{PAN} | gblur=sigma=3:enable='gte(t,8)'",
     "cuts": CROP.format("+48*eq(mod(floor(n/12)*floor(n/12)*floor(n/12)+1,7),2)"),
     "frozen": f"{PAN} | trim=end_frame=122 | tpad=stop=22:stop_mode=clone",
