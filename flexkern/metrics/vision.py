@@ -148,8 +148,8 @@ def motion(before: Picture, after: Picture) -> float:
     Source: "dynamic degree" as a curve; the flow is DIS (Kroeger et al., arXiv 1603.03590), preset medium of OpenCV.
         VBench instead counts pairs at 8 per second whose fastest 5 % exceed a threshold under RAFT: another figure.
     """
-    start = np.zeros((*before.shape, 2), np.float32)
-    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM).calc(before, after, start)
+    dis: Any = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # its stubs do not know the None below
+    flow = dis.calc(before, after, None)
     return float(100 * np.hypot(flow[..., 0], flow[..., 1]).mean() / np.hypot(*before.shape))
 
 
