@@ -27,14 +27,14 @@ OTHERS = {  # curves that belong to figures of a whole video: title, unit, what 
     "repeats": ("Repeats", "correlation", "1: the picture one cycle before"),
     "sink_alignment": ("Sink alignment, predicted", "|mean exp(iθ′t)|", "maxima invite collapse"),
 }
-SHARP = ("sink_distance", "sink_alignment")  # curves drawn as they are: a sliding second would fill their dips
+SHARP = ("sink_distance", "sink_alignment")  # curves drawn as they are: a mean would fill their dips
 DIRECTIONS = {"higher": "higher is better", "lower": "lower is better", "neither": "level is best"}
 
 
 def plot_curves(
     path: str | Path, reports: Mapping[str, Report], *, horizon: float | None = None, title: str = ""
 ) -> None:
-    """Write a PNG: a panel per figure, a line per video, smoothed over a second, with the raw values in the background.
+    """Write a PNG: a panel per figure, a line per video, smoothed over a second (or 1/200 of a long video), raw values faint.
 
     Args:
         path: of the picture.
@@ -63,7 +63,7 @@ def plot_curves(
         figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 6), frameon=False, fontsize=11)
         if title:
             figure.suptitle(title, x=0.99, ha="right", fontsize=13, weight="bold")
-        note = "Lines: mean of a sliding second; faint: single pictures."
+        note = f"Lines: mean of a sliding window of {clock(_window(reports))}; faint: single pictures."
         figure.supxlabel(note + (" Dashed: training horizon." if horizon else ""), fontsize=9, color="#555555")
         figure.savefig(Path(path))
 
@@ -86,13 +86,18 @@ def _longest(reports: Mapping[str, Report]) -> float:
     return max(report.pictures / report.fps for report in reports.values())
 
 
+def _window(reports: Mapping[str, Report]) -> float:
+    """Seconds that a line is the mean of."""
+    return max(1.0, round(_longest(reports) / 200))
+
+
 def _panel(axes: Any, name: str, reports: Mapping[str, Report], horizon: float | None) -> None:
     drawn = []
     for number, (label, report) in enumerate(reports.items()):
         if name not in report.curves:
             continue
         raw = report.curves[name]
-        line = raw if name in SHARP else curves.smooth(raw, max(1, round(report.fps)))
+        line = raw if name in SHARP else curves.smooth(raw, max(1, round(report.fps * _window(reports))))
         colour, dashes = COLOURS[number % len(COLOURS)], DASHES[number // len(COLOURS) % len(DASHES)]
         time = np.arange(len(raw)) / report.fps
         if name not in SHARP:
@@ -109,6 +114,8 @@ def _panel(axes: Any, name: str, reports: Mapping[str, Report], horizon: float |
     axes.set_title(heading, loc="left", fontsize=11, weight="bold")
     axes.set_title(direction, loc="right", fontsize=8.5, color="#666666")
     axes.set(xlim=(0, _longest(reports)), ylim=curves.bars(drawn), ylabel=unit)
+    if name == "repeats":
+        axes.set_ylim(-0.5, 1.05)
     axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 3, 5, 6, 10]))
     if _longest(reports) >= 180:
         axes.xaxis.set_major_formatter(
