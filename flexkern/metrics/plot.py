@@ -34,7 +34,7 @@ DIRECTIONS = {"higher": "higher is better", "lower": "lower is better", "neither
 def plot_curves(
     path: str | Path, reports: Mapping[str, Report], *, horizon: float | None = None, title: str = ""
 ) -> None:
-    """Write a PNG: a panel per figure, a line per video, smoothed over a second (or 1/200 of a long video), raw values faint.
+    """Write a PNG: a panel per figure and a line per video, smoothed over a second (of a long one, over 1/200).
 
     Args:
         path: of the picture.
