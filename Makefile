@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(call install_torch,$(INSTALL))
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,test]'
+	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,metrics,test]'
 	touch $@
 
 test: $(STAMP)

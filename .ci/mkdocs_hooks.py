@@ -59,6 +59,16 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
         ],
     ),
     "render": ("Rendering to files", ["flexkern.render"]),
+    "metrics": (
+        "Metrics",
+        [
+            "flexkern.metrics.measure",
+            "flexkern.metrics.curves",
+            "flexkern.metrics.sink",
+            "flexkern.metrics.weights",
+            "flexkern.metrics.video",
+        ],
+    ),
     "integrations": (
         "Integrations",
         [
