@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+if not hasattr(triton, "knobs"):
+    raise ImportError(f"the kernels need Triton >= 3.4 (torch 2.8), and Triton {triton.__version__} is installed")
+
 # the interpreter keeps bfloat16 as bit patterns and would multiply those: there, operands are widened first
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
