@@ -171,7 +171,7 @@ class Session:
             target=frames,
         )  # fmt: skip
         shape = (config.out_dim, *self.size)
-        self.noise: Noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
+        self.noise: Noise = noise or PolicyNoise(self.window.preset.noise, seed, self.batch, shape, frames)
         self.decode: Decoder | None = engine.decoder() if engine.decoder else None
         self.next_frame = 0
         self.chunks = 0
@@ -359,9 +359,9 @@ class Session:
         """The clean pass, and the bookkeeping after a chunk."""
         self._fill(clean, memory)
         self.next_frame = frames[-1] + 1
-        if self.preset.switch.kind == "recache":
+        if recent := self.window.recent:
             past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)
-            self._recent = past[:, -self.preset.switch.recent :].clone()
+            self._recent = past[:, -recent:].clone()
 
 
 def frames_for(seconds: float, fps: float, pictures_per_frame: int = 1) -> int:
