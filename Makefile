@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(call install_torch,$(INSTALL))
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,test]'
+	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,metrics,test]'
 	touch $@
 
 test: $(STAMP)
@@ -39,6 +39,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
 
 # pages and docstrings as a site, in site/; a broken link or reference fails
 docs: export NO_MKDOCS_2_WARNING := 1

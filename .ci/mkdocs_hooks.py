@@ -21,7 +21,16 @@ BROUGHT = {  # file of the repository: its name in the site
 AREAS = {  # a page each: its title, and the modules, classes or functions that it describes
     "engine": (
         "Engine and sessions",
-        ["flexkern.engine", "flexkern.model.protocols", "flexkern.noise", "flexkern.window", "flexkern.state"],
+        [
+            "flexkern.engine",
+            "flexkern.session",
+            "flexkern.pipeline",
+            "flexkern.model.checkpoint",
+            "flexkern.model.protocols",
+            "flexkern.noise",
+            "flexkern.window",
+            "flexkern.state",
+        ],
     ),
     "attention": (
         "Attention functions",
@@ -50,6 +59,16 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
         ],
     ),
     "render": ("Rendering to files", ["flexkern.render"]),
+    "metrics": (
+        "Metrics",
+        [
+            "flexkern.metrics.measure",
+            "flexkern.metrics.curves",
+            "flexkern.metrics.sink",
+            "flexkern.metrics.weights",
+            "flexkern.metrics.video",
+        ],
+    ),
     "integrations": (
         "Integrations",
         [

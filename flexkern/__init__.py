@@ -4,16 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flexkern.engine import Engine, Session
+    from flexkern.engine import Engine
     from flexkern.functional import attention, frame_turns, paged_attention
+    from flexkern.pipeline import Checkpoint
+    from flexkern.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "Session", "attention", "frame_turns", "paged_attention"]
+__all__ = ["Checkpoint", "Engine", "Session", "attention", "frame_turns", "paged_attention"]
 
 _HOMES = {
+    "Checkpoint": "flexkern.pipeline",
     "Engine": "flexkern.engine",
-    "Session": "flexkern.engine",
+    "Session": "flexkern.session",
     "attention": "flexkern.functional",
     "frame_turns": "flexkern.functional",
     "paged_attention": "flexkern.functional",

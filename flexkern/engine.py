@@ -1,52 +1,30 @@
-"""The autoregressive denoising loop: an ``Engine`` holds a model, a ``Session`` one video of any length.
+"""The engine: a model with everything that the sessions of its videos share.
 
-    engine = Engine.from_pretrained("self_forcing_dmd.pt", schedule=SCHEDULES["self-forcing"])
-    session = engine.session(text_embedding, preset="flex", size=(60, 104), seed=0)
+    engine = Engine.from_pretrained("self_forcing_dmd.pt")  # VAE and text encoder are found beside it
+    session = engine.session("a cat walks on grass", preset="flex", seed=0)
     for chunk in session: ...
 
-A session's step: draw noise, let retention evict, plan positions, denoise in a few steps, run the clean result once
-more so that the cache holds clean keys and values. Source: Self-Forcing pipeline/causal_inference.py, LongLive
-pipeline/interactive_causal_inference.py.
+The loop itself is ``flexkern.session``.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from flexkern.backends import get_backend
-from flexkern.cache import FrameCache
-from flexkern.memory import PagedMemory
+from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
+from flexkern.model.families import Family
 from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
-from flexkern.model.weights import load_transformer
 from flexkern.modes import ordinary, without_gradients
-from flexkern.noise import Noise, PolicyNoise
-from flexkern.plan import band_split
-from flexkern.policies import Preset, get_preset
-from flexkern.state import State, nest, plain, require_same, stateful, within
-from flexkern.window import CacheWindow
-
-Prompt = str | Sequence[str] | Tensor
-"""A text, one for each video of a batch, or what the text encoder makes of them, [B, L, text_dim]."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """What one step made."""
-
-    index: int
-    """number of the step, from 0; -1 for what a video was given to begin with"""
-    frames: tuple[int, ...]
-    """absolute indices of its latent frames"""
-    latents: Tensor
-    """[B, F, C, h, w]"""
-    pixels: Tensor | None
-    """uint8 [B, pictures, height, width, 3]; None where the engine has no decoder"""
+from flexkern.noise import Noise
+from flexkern.policies import Preset
+from flexkern.session import Prompt, Session
 
 
 class Engine:
@@ -61,6 +39,8 @@ class Engine:
         encoder: Needed for videos that begin with pictures.
         decoder: Called once per session; what it returns decodes that session's latents.
         size: Height and width of a latent frame, for sessions that do not name one.
+        first_chunk: Latent frames of the first chunk, where it differs (1 for models trained with
+            ``independent_first_frame``), for sessions that do not name it.
 
     Raises:
         ValueError: The chunk is empty, or the backend cannot run on the model's device.
@@ -70,10 +50,12 @@ class Engine:
         self, model: VideoModel, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
+        first_chunk: int | None = None,
     ):  # fmt: skip
         if chunk < 1:
             raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
         self.model, self.chunk, self.size = model, chunk, size
+        self.first_chunk = first_chunk or chunk
         self.schedule = schedule or Schedule()
         self.backend, self.backend_name = get_backend(backend, model.device), backend
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
@@ -87,13 +69,124 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, *, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", ema: bool | None = None,
-        lora: str | Path | None = None, lora_scale: float = 1.0, **options,
-    ) -> "Engine":  # fmt: skip
-        """The engine for a checkpoint on disk, of any form ``model.weights`` reads; options as the constructor's."""
-        get_backend(options.get("backend", "sdpa"), device)  # before gigabytes are read
-        model = load_transformer(path, ema=ema, lora=lora, lora_scale=lora_scale, dtype=dtype, device=device)
-        return cls(model, **options)
+        cls,
+        path: str | Path,
+        *,
+        family: str | Family | None = None,
+        schedule: Schedule | None = None,
+        chunk: int | None = None,
+        first_chunk: int | None = None,
+        size: tuple[int, int] | None = None,
+        vae: str | Path | None = None,
+        text_encoder: TextEncoder | str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        embeddings: str | Path | None = None,
+        prompts: Sequence[str] = (),
+        encoder: Encoder | None = None,
+        decoder: Callable[[], Decoder] | None = None,
+        pixels: bool | None = None,
+        text: bool | None = None,
+        lora: str | Path | None = None,
+        lora_scale: float = 1.0,
+        ema: bool | None = None,
+        dtype: torch.dtype = torch.bfloat16,
+        device: str | torch.device = "cpu",
+        backend: str = "sdpa",
+    ) -> "Engine":
+        """The engine for a checkpoint on disk, with what ``flexkern render`` finds for it: VAE, text encoder, schedule.
+
+        Args:
+            path: Weight file or folder, in any published layout.
+            family: How it was trained, a name or a ``Family``. Default: the one that file or folder are named after,
+                else self-forcing.
+            schedule: Noise levels. Default: the family's, as for chunk, first chunk and size.
+            chunk: Latent frames denoised together.
+            first_chunk: Latent frames of the first chunk.
+            size: Height and width of a latent frame.
+            vae: Path of a VAE. Default: the one beside the weights, if there is one.
+            text_encoder: Path of a text encoder, or one of your own. Default: the one beside the weights, if any.
+            tokenizer: Folder of the tokenizer, where it is not beside the text encoder.
+            embeddings: File of saved embeddings, in place of a text encoder.
+            prompts: Encoded before the transformer is loaded; then the text encoder (11 GB) goes. Without any it stays.
+            encoder: One of your own; then no VAE is looked for.
+            decoder: One of your own, called without arguments for each session; then no VAE is looked for.
+            pixels: True insists on a VAE, False leaves it out.
+            text: True insists on a text encoder or embeddings, False leaves them out.
+            lora: LoRA of the transformer, file or folder.
+            lora_scale: Times alpha / rank of the LoRA.
+            ema: None takes the averaged weights where there are any, True insists on them, False takes the raw ones.
+            dtype: Of the transformer's weights: bfloat16, float16 or float32.
+            device: cpu, cuda or cuda:N.
+            backend: Of attention, one of ``flexkern.backends.BACKENDS``.
+
+        Raises:
+            FileNotFoundError: A file is not there.
+            ValueError: Something does not fit; all is checked from headers, before weights are read.
+            NotImplementedError: A kind of checkpoint that is not supported.
+            ImportError: Names the extra that is not installed.
+        """
+        own_text = None if text_encoder is None or isinstance(text_encoder, str | Path) else text_encoder
+        own_codec = encoder is not None or decoder is not None
+        if own_codec and vae is not None:
+            raise ValueError("give vae, or an encoder and a decoder of your own, not both")
+        checkpoint = Checkpoint(
+            weights=path,
+            family=family,
+            schedule=schedule,
+            chunk=chunk,
+            first_chunk=first_chunk,
+            size=size,
+            vae=vae,
+            text_encoder=text_encoder if isinstance(text_encoder, str | Path) else None,
+            tokenizer=tokenizer,
+            embeddings=embeddings,
+            lora=lora,
+            lora_scale=lora_scale,
+            ema=ema,
+            dtype=cast(Dtype, str(dtype).removeprefix("torch.")),
+        )
+        parts = validate_checkpoint(
+            checkpoint,
+            prompts=prompts,
+            pixels=False if own_codec else pixels,
+            text=text if own_text is None else False,
+            backend=backend,
+            device=str(device),
+        )
+        for note in parts.notes:
+            warnings.warn(note, stacklevel=2)
+        return cls.from_parts(parts, text_encoder=own_text, encoder=encoder, decoder=decoder)
+
+    @classmethod
+    def from_parts(
+        cls,
+        parts: Parts,
+        *,
+        text_encoder: TextEncoder | None = None,
+        encoder: Encoder | None = None,
+        decoder: Callable[[], Decoder] | None = None,
+    ) -> "Engine":
+        """The engine of parts that were found and validated; the weights are read here.
+
+        Args:
+            parts: What ``flexkern.pipeline.check`` returned.
+            text_encoder: One of your own, in place of the checkpoint's; so are encoder and decoder.
+            encoder: Turns pictures into latents.
+            decoder: Called without arguments for each session.
+        """
+        loaded, family = load_parts(parts), parts.family
+        encode = None if loaded.vae is None else loaded.vae.encode
+        return cls(
+            loaded.model,
+            schedule=family.schedule,
+            backend=parts.backend,
+            chunk=family.chunk,
+            first_chunk=family.first_chunk,
+            size=family.size,
+            text_encoder=text_encoder or loaded.text_encoder,
+            encoder=encoder or encode,
+            decoder=decoder or loaded.decoder,
+        )
 
     @without_gradients
     def embed(self, prompt: Prompt) -> Tensor:
@@ -133,8 +226,7 @@ class Engine:
             frames: Latent frames to make, None for no end; policies that depend on the length of the video need it.
             size: Height and width of a latent frame; the engine's by default.
             noise: Replaces the preset's noise.
-            first_chunk: Frames of the first chunk, where it differs (1 for models trained with
-                ``independent_first_frame``).
+            first_chunk: Frames of the first chunk; the engine's by default.
 
         Raises:
             ValueError: Before any work: preset, size or prompt do not fit the model.
@@ -142,230 +234,6 @@ class Engine:
         return Session(
             self, prompt, preset=preset, seed=seed, frames=frames, size=size, noise=noise, first_chunk=first_chunk
         )
-
-
-class Session:
-    """One video, chunk by chunk: iterate over it, or call ``step``. Arguments and errors are ``Engine.session``'s."""
-
-    def __init__(
-        self, engine: Engine, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0,
-        frames: int | None = None, size: tuple[int, int] | None = None, noise: Noise | None = None,
-        first_chunk: int | None = None,
-    ):  # fmt: skip
-        self.engine, self.preset, self.target = engine, get_preset(preset), frames
-        self.size = tuple(size or engine.size)
-        self.first_chunk = first_chunk or engine.chunk
-        if frames is not None and frames < 1:
-            raise ValueError(f"frames must be at least 1, got {frames}")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
-        model, config = engine.model, engine.model.config
-        rows, columns = model.grid(*self.size)
-        bands, heads = band_split(config.head_dim)[0], config.num_heads
-        self.preset.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
-        self._embedding = engine.embed(prompt)
-        self.text = engine.encode(self._embedding)
-        self.batch = self.text[0][0].shape[0]
-        self.window = CacheWindow(
-            self.preset, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
-            eps=config.eps, dtype=model.dtype, device=model.device, batch=self.batch, rows=rows, columns=columns,
-            target=frames,
-        )  # fmt: skip
-        shape = (config.out_dim, *self.size)
-        self.noise: Noise = noise or PolicyNoise(self.window.preset.noise, seed, self.batch, shape, frames)
-        self.decode: Decoder | None = engine.decoder() if engine.decoder else None
-        self.next_frame = 0
-        self.chunks = 0
-        self._recent: Tensor | None = None  # clean latents that a recache would run again
-        self._cut = False
-
-    def __repr__(self) -> str:
-        made = f"{self.next_frame} of {self.target if self.target is not None else 'any number of'} frames"
-        videos = f"{self.batch} video{'s' * (self.batch > 1)} of {self.size[0]}x{self.size[1]} latents"
-        return f"Session(preset {self.preset.name!r}, {made} in {self.chunks} chunks, {videos})"
-
-    @property
-    def cache(self) -> FrameCache:
-        """The frames that later chunks see."""
-        return self.window.cache
-
-    def __iter__(self) -> Iterator[Chunk]:
-        """Chunks without end, or until ``frames`` latent frames are made."""
-        while self.target is None or self.next_frame < self.target:
-            yield self.step()
-
-    @without_gradients
-    def step(self) -> Chunk:
-        """Denoise the next chunk and leave its clean keys and values in the cache."""
-        first = self.next_frame == 0
-        count = self.first_chunk if first else self.engine.chunk
-        frames = list(range(self.next_frame, self.next_frame + count))
-        memory = self._prepare(frames, cut=self._cut)
-        schedule, kind = self.engine.schedule, self.engine.model.config.prediction
-        z = self.noise.initial(frames).to(self.engine.model.device)
-        timesteps = schedule.timesteps(first_chunk=first)
-        for i, timestep in enumerate(timesteps):
-            clean = schedule.clean(z, self._predict(z, timestep, memory), timestep, kind)
-            if i + 1 < len(timesteps):
-                noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
-                z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
-        clean = ordinary(clean)
-        self._finish(clean, frames, memory)
-        pixels = ordinary(self.decode(clean)) if self.decode else None
-        chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)
-        self.chunks += 1
-        self._cut = False
-        return chunk
-
-    @without_gradients
-    def prefill(self, given: Tensor) -> Chunk:
-        """Continue from given clean latents, or from pictures, which go through the engine's encoder.
-
-        Args:
-            given: Latents [B, n, C, h, w], or pictures, uint8 [B, pictures, height, width, 3]. n, the number of latent
-                frames, must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet.
-
-        Returns:
-            What was given, as a chunk of index -1. The decoder has seen it too, so that what follows is decoded as its
-            continuation.
-
-        Raises:
-            ValueError: The shape does not fit, or there is no encoder for pictures.
-        """
-        latents = given
-        if given.dtype == torch.uint8:
-            if self.engine.encoder is None:
-                raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
-            latents = self.engine.encoder(given)
-        expected = [self.batch, self.engine.model.config.in_dim, *self.size]
-        if latents.dim() != 5 or [latents.shape[0], *latents.shape[2:]] != expected:
-            raise ValueError(f"latents must be [B, n, C, h, w] with B, C, h, w = {expected}, got {list(latents.shape)}")
-        sizes: list[int] = []
-        left = latents.shape[1]
-        while left > 0:
-            sizes.append(self.engine.chunk if sizes or self.next_frame else self.first_chunk)
-            left -= sizes[-1]
-        if left < 0 or not sizes:
-            raise ValueError(
-                f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
-                f"{self.first_chunk}), got {latents.shape[1]} frames"
-            )
-        latents, first = ordinary(latents.to(self.engine.model.device)), self.next_frame
-        for block in latents.split(sizes, dim=1):
-            frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
-            self._finish(block, frames, self._prepare(frames))
-        pixels = ordinary(self.decode(latents)) if self.decode else None
-        return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
-
-    @without_gradients
-    def switch(self, prompt: Prompt) -> None:
-        """Follow another prompt from the next chunk on; the preset's ``switch`` policy decides what the cache keeps.
-
-        Raises:
-            ValueError: The prompt is for another number of videos, or does not fit the model.
-        """
-        embedding = self.engine.embed(prompt)
-        text = self.engine.encode(embedding)
-        if text[0][0].shape[0] != self.batch:
-            raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
-        self._embedding, self.text = embedding, text
-        if count := self.window.switch():
-            assert self._recent is not None, "a preset that recaches remembers its last frames"
-            self._fill(self._recent[:, -count:], self.window.memory)
-
-    def cut(self) -> None:
-        """Cut to a new scene: only the next chunk is moved to the preset's ``cut_position`` (Infinity-RoPE).
-
-        Raises:
-            ValueError: The preset's positions are absolute.
-        """
-        if self.preset.position.index != "slot":
-            raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
-        self._cut = True
-
-    @without_gradients
-    def state(self) -> State:
-        """All that later chunks depend on, copied: cache, noise, decoder, prompt and counters.
-
-        Tensors are on the CPU and fit safetensors, all else fits JSON. Weights are not in it.
-
-        Raises:
-            TypeError: A noise or a decoder of one's own has no ``state``.
-        """
-        state = {
-            **nest("made_for", self._identity()), **nest("window", self.window.state()),
-            **nest("noise", stateful(self.noise, "noise").state()),
-            "embedding": self._embedding.cpu().clone(), "next_frame": self.next_frame, "chunks": self.chunks,
-            "cut": self._cut,
-        }  # fmt: skip
-        if self.decode is not None:
-            held = stateful(self.decode, "decoder").state()
-            state |= nest("decoder", {name: tensor.cpu().clone() for name, tensor in held.items()})
-        if self._recent is not None:
-            state["recent"] = self._recent.cpu().clone()
-        return state
-
-    @without_gradients
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a ``state``, bit for bit on the same device, backend and weights.
-
-        The session must have been begun as the other was: with an equal model, preset, size, seed and length. Its
-        prompt may be any; that of the state is followed.
-
-        Raises:
-            ValueError: The state is of another session; the message names what differs.
-            TypeError: A noise or a decoder of one's own has no ``restore``.
-        """
-        require_same("session", self._identity(), within("made_for", state))
-        noise = stateful(self.noise, "noise")
-        decoder = None if self.decode is None else stateful(self.decode, "decoder")
-        noise.restore(within("noise", state))
-        self.window.restore(within("window", state))
-        if decoder is not None:
-            decoder.restore(within("decoder", state))
-        device = self.engine.model.device
-        self._embedding = state["embedding"].to(device)
-        self.text = self.engine.encode(self._embedding)
-        self._recent = state["recent"].to(device) if "recent" in state else None
-        self.next_frame, self.chunks, self._cut = state["next_frame"], state["chunks"], state["cut"]
-
-    def _identity(self) -> State:
-        """What a state must have been made with, for this session to continue from it."""
-        engine, named = self.engine, lambda thing: None if thing is None else type(thing).__name__
-        loop = {"chunk": engine.chunk, "first_chunk": self.first_chunk, "size": self.size, "frames": self.target}
-        return plain({
-            **nest("model", engine.model.config.to_dict()), **nest("preset", self.preset.describe()),
-            **nest("schedule", asdict(engine.schedule)), **loop, "batch": self.batch,
-            "noise": named(self.noise), "decoder": named(self.decode),
-        })  # fmt: skip
-
-    def _prepare(self, frames: Sequence[int], cut: bool = False) -> PagedMemory:
-        """What the passes over these frames attend through: frames evicted, pages allocated, positions planned."""
-        return self.window.prepare(frames[0], len(frames), cut=cut)
-
-    @torch.inference_mode()
-    def _predict(self, z: Tensor, timestep: float, memory: PagedMemory) -> Tensor:
-        """The model's prediction for noisy latents."""
-        prediction = self.engine.model(z, self._timesteps(z, timestep), self.text, memory)
-        assert prediction is not None, "only a pass for keys and values alone predicts nothing"
-        return prediction
-
-    @torch.inference_mode()
-    def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
-        """The clean pass: afterwards the pages hold keys and values of clean latents."""
-        timesteps = self._timesteps(clean, self.engine.schedule.context_timestep)
-        self.engine.model(clean, timesteps, self.text, memory, keys_only=True)
-
-    def _timesteps(self, z: Tensor, timestep: float) -> Tensor:
-        return torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)
-
-    def _finish(self, clean: Tensor, frames: Sequence[int], memory: PagedMemory) -> None:
-        """The clean pass, and the bookkeeping after a chunk."""
-        self._fill(clean, memory)
-        self.next_frame = frames[-1] + 1
-        if recent := self.window.recent:
-            past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)
-            self._recent = past[:, -recent:].clone()
 
 
 def frames_for(seconds: float, fps: float, pictures_per_frame: int = 1) -> int:

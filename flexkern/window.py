@@ -1,6 +1,6 @@
 """What a denoising loop needs of cache, plans and policies: it says which frames it runs, the window does the rest.
 
-``flexkern.engine`` is one such loop, those of the research repositories are others. A loop calls the model several
+``flexkern.session`` is one such loop, those of the research repositories are others. A loop calls the model several
 times for the same frames, then for the next ones. ``prepare`` tells these apart by their indices; all bookkeeping is on
 the host, in Python's integers.
 """

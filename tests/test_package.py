@@ -17,7 +17,7 @@ import flexkern
 
 ROOT = Path(__file__).parent.parent
 DATA = {".csv", ".json", ".safetensors", ".typed"}
-EXTRAS = {"bench", "cluster", "docs", "flash-attn", "model", "test", "video", "xformers"}
+EXTRAS = {"bench", "cluster", "docs", "flash-attn", "metrics", "model", "test", "video", "xformers"}
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 import flexkern, flexkern.kernels, flexkern.kernels.reference

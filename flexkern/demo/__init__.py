@@ -4,6 +4,7 @@ engine = load_engine()
 session = engine.session("a red disc and a blue square on dark green, fast", preset="flex", frames=252)
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flexkern.demo import world
 from flexkern.engine import Engine
+from flexkern.model.families import Family
 from flexkern.model.schedule import Schedule
 
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
@@ -64,3 +66,38 @@ def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device:
         weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
+
+
+def family() -> Family:
+    """How the demo is run; its latents are pixels, and every frame is a picture."""
+    return Family(
+        name="demo",
+        schedule=SCHEDULE,
+        size=(world.SIZE, world.SIZE),
+        stride=ZOOM,
+        pictures_per_frame=1,
+        fps=FPS,
+        doc="A small causal transformer trained on a synthetic world.",
+        source="flexkern.demo.train",
+    )
+
+
+def validate_weights(weights: str | Path) -> None:
+    """Raises FileNotFoundError or ValueError where the file's header is not that of a model of the demo's form."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    needed = {"in_dim": 3, "out_dim": 3, "text_len": world.TEXT_LEN, "text_dim": world.TEXT_DIM}
+    form = f"pixels in, pixels out, its text encoder, all said in the metadata entry flexkern_config ({needed})"
+    other = f"{path} is not of the demo's form: {form}"
+    if path.suffix != ".safetensors":
+        raise ValueError(other)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            config = json.loads((file.metadata() or {}).get("flexkern_config", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    if any(config.get(name) != value for name, value in needed.items()):
+        raise ValueError(other)

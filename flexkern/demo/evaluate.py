@@ -19,8 +19,9 @@ from torch import Tensor
 
 from flexkern.demo import WEIGHTS, load_engine, world
 from flexkern.demo.measure import FIGURES, Marks, measure, summary
-from flexkern.engine import Chunk, Engine
+from flexkern.engine import Engine
 from flexkern.policies import get_preset
+from flexkern.session import Chunk
 
 WORLD = "world"  # the ceiling's name, where presets have theirs
 

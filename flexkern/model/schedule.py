@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from flexkern.policies.checks import check_fields, require
+from flexkern.checks import check_fields, require
 
 Prediction = Literal["flow", "x0"]
 """What a model's head outputs: flow (noise - x0), or x0 itself."""

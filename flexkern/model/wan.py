@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flexkern.backends import Pointwise
+from flexkern.checks import check_fields, require
 from flexkern.memory import Memory
 from flexkern.model.schedule import Prediction
-from flexkern.policies.checks import check_fields, require
 
 COUNTS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_len", "text_dim", "freq_dim")
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
 from .position import HORIZON
 
 INITIAL, RENOISE, SHARED = range(3)  # streams

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
 
 HORIZON = 21  # latent frames that Self-Forcing and Wan were trained on: 81 pictures
 CUT = 45  # where Infinity-RoPE puts the first frame after a cut, beside a window of 6

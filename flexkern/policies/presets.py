@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal
 
-from .checks import check_fields, did_you_mean, require
+from ..checks import check_fields, did_you_mean, require
 from .noise import NoisePolicy
 from .position import PositionPolicy
 from .retention import RetentionPolicy, SinkWindow

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

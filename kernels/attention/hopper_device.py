@@ -1,10 +1,10 @@
-"""Device functions of frame_attention_hopper.py, in Gluon: the ring of key and value tiles, the turned query, one step.
+"""Device functions of the Hopper kernel, in Gluon: the ring of key and value tiles, the turned query, one step.
 
-Ring. Tile n is the (n // STAGES)th use of buffer n % STAGES, in a ring for keys and in one for values. Two barriers
-guard a buffer: ``full`` completes a phase when TMA has written it (one arrival and its bytes), ``free`` when both
-warpgroups have read it (two arrivals). A phase's parity is that of the use; who writes waits for the use before, whose
-parity is the opposite, and which counts as over before the first. A warpgroup arrives through one thread, behind a
-barrier of its four warps that Triton puts there.
+Ring. Tile n is use n // STAGES of buffer n % STAGES, in a ring for keys and in one for values. Two barriers guard a
+buffer: ``full`` completes a phase when TMA has written it (one arrival and its bytes), ``free`` when both warpgroups
+have read it (two arrivals). Use u completes phase u of both barriers. A reader waits for ``full`` with parity u & 1;
+the writer waits for ``free`` of use u - 1, parity (u & 1) ^ 1. A fresh barrier passes that wait, so the first use never
+blocks. A warpgroup arrives through one thread, after a barrier of its four warps that Triton puts there.
 """
 
 from typing import NamedTuple
@@ -19,34 +19,34 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .work import Item, Sizes, Tables
+
 ROWS = gl.constexpr(64)  # query rows of a warpgroup
 
 
+class Buffers(NamedTuple):
+    """Buffers [STAGES, BLOCK_N, D] for tiles of keys or of values, and the two barriers of each buffer."""
+
+    tiles: object
+    full: object
+    free: object
+
+
 class Ring(NamedTuple):
-    """Buffers [STAGES, BLOCK_N, D] for tiles of keys and of values, and the two barriers of each buffer."""
+    """The buffers of keys and of values."""
 
-    k: object
-    v: object
-    k_full: object
-    k_free: object
-    v_full: object
-    v_free: object
+    k: Buffers
+    v: Buffers
 
 
-class QueryTile(NamedTuple):
-    """Where the 64 query rows of a warpgroup lie, and the tables that turn them."""
+class QueryRows(NamedTuple):
+    """The 64 query rows of a warpgroup: where they lie, and what they need to be turned."""
 
     rows_ptr: object
-    turn_ptr: object
-    scale_ptr: object
-    row: object  # first row, within the rows of its head
-    stop: object  # end of the tile's span
-    frame: object  # frame of the tile's first row
-    frames: object
-    read: object
-    channels: object
-    group: object
-    groups: object
+    row: object  # first row, among the F * S rows of its head
+    item: Item
+    sizes: Sizes
+    tables: Tables
 
 
 @gluon.constexpr_function
@@ -57,44 +57,45 @@ def product_layout(columns):
 
 @gluon.constexpr_function
 def operand_layout(columns):
-    """How they hold the left factor of a product with that many columns."""
+    """How its registers hold the left factor of a product with that many columns."""
     return gl.DotOperandLayout(0, product_layout(columns), 2)
 
 
 @gluon.constexpr_function
 def query_layout(pairs):
-    """How they hold half the channels of 64 rows, 16 bytes of a row to a thread."""
+    """How its registers hold half the channels of 64 rows, 16 bytes of a row to a thread."""
     return gl.BlockedLayout([1, 8], [256 // pairs, pairs // 8], [4, 1], [1, 0])
 
 
 @gluon.jit
 def tile_of(buffers, n, STAGES: gl.constexpr, N: gl.constexpr):
-    """The buffer of tile n as N tokens: the last tile of a frame has fewer than the buffer holds."""
-    buffer = buffers.index(n % STAGES)
-    return buffer._reinterpret(buffer.dtype, [N, buffer.shape[1]], buffer.layout)
+    """The first N tokens of tile n's buffer: the last tile of a frame is shorter than the buffer."""
+    return buffers.tiles.index(n % STAGES).slice(0, N)
 
 
 @gluon.jit
-def wait_full(full, n, more, STAGES: gl.constexpr):
-    """Wait until TMA has written tile n, if it comes at all."""
-    mbarrier.wait(full.index(n % STAGES), n // STAGES & 1, pred=more)
+def wait_full(buffers, n, more, STAGES: gl.constexpr):
+    """Wait until TMA has written tile n; return at once if there is none (``more`` is false)."""
+    mbarrier.wait(buffers.full.index(n % STAGES), n // STAGES & 1, pred=more)
 
 
 @gluon.jit
-def fetch(descriptor, buffers, full, free, n, page, start, column, STAGES: gl.constexpr, N: gl.constexpr):
+def fetch(descriptor, buffers, n, page, start, column, STAGES: gl.constexpr, N: gl.constexpr):
     """Have TMA write N tokens of a page as tile n, once both warpgroups have read what the buffer held."""
-    mbarrier.wait(free.index(n % STAGES), (n // STAGES & 1) ^ 1)
-    mbarrier.expect(full.index(n % STAGES), N * buffers.shape[2] * 2)
-    tile = tile_of(buffers, n, STAGES, N)
-    tma.async_copy_global_to_shared(descriptor, [page, start, column], full.index(n % STAGES), tile)
+    full = buffers.full.index(n % STAGES)
+    mbarrier.wait(buffers.free.index(n % STAGES), (n // STAGES & 1) ^ 1)
+    mbarrier.expect(full, N * buffers.tiles.shape[2] * 2)
+    tma.async_copy_global_to_shared(descriptor, [page, start, column], full, tile_of(buffers, n, STAGES, N))
 
 
 @gluon.jit
 def load_turn(query, frame, key_frame, T: gl.constexpr, D: gl.constexpr):
     """(cos, sin) [1, D / 2] for a query frame that meets a key frame, times the query frame's logit_scale."""
     pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
-    turn_ptr = query.turn_ptr + ((frame * query.read + key_frame) * query.groups + query.group) * (2 * T)
-    scale = gl.load(query.scale_ptr + frame)
+    read, groups = query.sizes.read, query.sizes.groups
+    turn_ptr = query.tables.turn_ptr
+    turn_ptr += ((frame * read + key_frame) * groups + query.item.head % groups) * (2 * T)
+    scale = gl.load(query.tables.scale_ptr + frame)
     cos = gl.load(turn_ptr + 2 * pair, mask=pair < T, other=1.0)
     sin = gl.load(turn_ptr + 2 * pair + 1, mask=pair < T, other=0.0)
     return (cos * scale)[None, :], (sin * scale)[None, :]
@@ -102,14 +103,14 @@ def load_turn(query, frame, key_frame, T: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def load_query(query, key_frame, T: gl.constexpr, D: gl.constexpr):
-    """This warpgroup's query rows, real and imaginary parts, and the turn of the tile's frame for a key frame."""
+    """This warpgroup's query rows, real and imaginary channels, and the turn of the tile's frame for a key frame."""
     offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
     pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
-    ptr = query.rows_ptr + offs_m[:, None] * query.channels + pair[None, :]
-    mask_m = (query.row + offs_m < query.stop)[:, None]
+    ptr = query.rows_ptr + offs_m[:, None] * (query.sizes.heads * D) + pair[None, :]
+    mask_m = (query.row + offs_m < query.item.stop)[:, None]
     real = gl.load(ptr, mask=mask_m, other=0.0)
     imag = gl.load(ptr + D // 2, mask=mask_m, other=0.0)
-    cos, sin = load_turn(query, query.frame, key_frame, T, D)
+    cos, sin = load_turn(query, query.item.frame, key_frame, T, D)
     return real, imag, cos, sin
 
 
@@ -117,15 +118,16 @@ def load_query(query, key_frame, T: gl.constexpr, D: gl.constexpr):
 def store_query(
     buffer, loaded, query, key_frame, S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr
 ):
-    """Turn what ``load_query`` loaded in float32, round it once and put it where wgmma reads it."""
+    """Turn in float32 what ``load_query`` loaded, round it once and store it where wgmma reads it."""
     real, imag, cos, sin = loaded
     real, imag = real.to(gl.float32), imag.to(gl.float32)
-    if CROSSES:  # rows behind the frame's end belong to the next one
+    if CROSSES:  # rows past the frame's end belong to the next one
         next_cos, next_sin = cos, sin
-        if query.row + ROWS > (query.frame + 1) * S:
-            next_cos, next_sin = load_turn(query, gl.minimum(query.frame + 1, query.frames - 1), key_frame, T, D)
+        if query.row + ROWS > (query.item.frame + 1) * S:
+            next_frame = gl.minimum(query.item.frame + 1, query.sizes.frames - 1)
+            next_cos, next_sin = load_turn(query, next_frame, key_frame, T, D)
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
-        is_next = (query.row + offs_m >= (query.frame + 1) * S)[:, None]
+        is_next = (query.row + offs_m >= (query.item.frame + 1) * S)[:, None]
         cos, sin = gl.where(is_next, next_cos, cos), gl.where(is_next, next_sin, sin)
     turned = gl.join((real * cos - imag * sin).to(buffer.dtype), (real * sin + imag * cos).to(buffer.dtype))
     buffer.store(turned.permute((0, 2, 1)).reshape([ROWS, D]))
@@ -134,9 +136,9 @@ def store_query(
 
 @gluon.jit
 def softmax(score, m_i, l_i, log2_scale, bias, N: gl.constexpr, KEYS: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """Probabilities of N keys, of which the first KEYS exist; pivot and sum with them; what they scale the past by.
+    """Probabilities of N keys, of which the first KEYS exist; new pivot and sum; the factor for the old accumulator.
 
-    The pivot is in base 2 and holds the bias. All of it stays within the threads that hold the scores.
+    The pivot is in base 2 and holds the bias. Nothing leaves the threads that hold the scores.
     """
     layout: gl.constexpr = product_layout(N)
     rows: gl.constexpr = gl.SliceLayout(1, layout)
@@ -159,18 +161,18 @@ def first_tile(
     q, ring, n, more, bias, log2_scale,
     N: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of an item's first tile, n, beside which no product runs: operand p, pivot, sum."""
+    """Scores and softmax of an item's first tile, n, which no product overlaps: operand p, pivot, sum."""
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
-    wait_full(ring.k_full, n, True, STAGES)
+    wait_full(ring.k, n, True, STAGES)
     zeros = gl.zeros([ROWS, N], gl.float32, product_layout(N))
     score = warpgroup_mma(q, tile_of(ring.k, n, STAGES, N).permute((1, 0)), zeros, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
-    mbarrier.arrive(ring.k_free.index(n % STAGES), count=1)
+    mbarrier.arrive(ring.k.free.index(n % STAGES), count=1)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, state)
     l_i = gl.full([ROWS], 0.0, gl.float32, state)
     p, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, N, KEYS, HAS_BIAS)
-    wait_full(ring.k_full, n + 1, more, STAGES)
-    p = gl.convert_layout(p.to(ring.k.dtype), operand_layout(D))
+    wait_full(ring.k, n + 1, more, STAGES)
+    p = gl.convert_layout(p.to(ring.k.tiles.dtype), operand_layout(D))
     return p, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
@@ -189,25 +191,25 @@ def step(
     zeros = gl.zeros([ROWS, NEXT_N], gl.float32, product_layout(NEXT_N))
     k = tile_of(ring.k, n + 1, STAGES, NEXT_N).permute((1, 0))
     score = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-    wait_full(ring.v_full, n, True, STAGES)
+    wait_full(ring.v, n, True, STAGES)
     product = warpgroup_mma(p, tile_of(ring.v, n, STAGES, N), acc, is_async=True)
     score = warpgroup_mma_wait(1, deps=(score,))
-    mbarrier.arrive(ring.k_free.index((n + 1) % STAGES), count=1)
+    mbarrier.arrive(ring.k.free.index((n + 1) % STAGES), count=1)
     p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
-    # this wait stands here, and p_next in the next one, or ptxas would put the exponentials behind the product
-    wait_full(ring.k_full, n + 2, more, STAGES)
+    # without this wait here and p_next in the next one, ptxas puts the exponentials after the product
+    wait_full(ring.k, n + 2, more, STAGES)
     acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
-    mbarrier.arrive(ring.v_free.index(n % STAGES), count=1)
+    mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)
     acc *= gl.convert_layout(alpha, state)[:, None]
-    p_next = gl.convert_layout(p_next.to(ring.k.dtype), operand_layout(D))
+    p_next = gl.convert_layout(p_next.to(ring.k.tiles.dtype), operand_layout(D))
     return p_next, acc, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
 @gluon.jit
 def last_product(p, acc, ring, n, STAGES: gl.constexpr, N: gl.constexpr):
-    """The product of an item's last tile, n, under which nothing is left to do: accumulator."""
-    wait_full(ring.v_full, n, True, STAGES)
+    """The product of an item's last tile, n, which nothing overlaps: accumulator."""
+    wait_full(ring.v, n, True, STAGES)
     acc = warpgroup_mma(p, tile_of(ring.v, n, STAGES, N), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(ring.v_free.index(n % STAGES), count=1)
+    mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)
     return acc

@@ -1,13 +1,12 @@
-"""Who computes which part of an attention: whole tiles first, then tiles cut by key frame, dealt evenly.
+"""How the work of one attention call is divided: whole tiles first, then tiles cut by key frame, dealt evenly.
 
-A tile is BLOCK_M query rows of one (batch, head) against all R frames. With G programs, program p takes the whole
-tiles p, G + p, 2 G + p, ...: all programs begin together, on neighbouring tiles and the same frame, and go on at one
-pace, so that what they read of the cache at a time is little enough for L2. The tiles mod G tiles that remain are
-``units`` (tile, frame) pairs; program p takes [p * units / G, (p + 1) * units / G). That is less than R units, so it
-touches at most two tiles.
+A tile is BLOCK_M query rows of one head; a unit is one (tile, key frame). Program p of G first takes the whole tiles
+p, G + p, 2 G + p, ...; the tiles mod G left over are split evenly in units: program p takes units
+[p * units / G, (p + 1) * units / G). That is less than one tile's R units, so it touches at most two tiles.
+Programs start on neighbouring tiles and the same frame, and go on at one pace, so their reads share L2.
 
 The last wave of an uncut grid leaves SMs idle: 444 tiles on 132 SMs take 4 waves for the work of 3.36. Cut, they take
-ceil(444 * R / 132) / R = 3.42 at R = 12.
+ceil(444 * R / 132) / R = 3.42 at R = 12. Letters: see the glossary (flexkern/docs/architecture.md).
 """
 
 from typing import NamedTuple
@@ -17,28 +16,46 @@ import triton.language as tl
 
 
 class Sizes(NamedTuple):
-    """One call in numbers: tiles, spans, F, R, pages of a layer, H, and G (1, or H for an angle per head)."""
+    """The numbers of one call."""
 
     tiles: int
-    spans: int
+    spans: int  # runs of query rows of a head that no tile crosses
     frames: int
-    read: int
-    pages: int
+    read: int  # key frames
+    pages: int  # of a layer, per video
     heads: int
-    groups: int
+    groups: int  # G: 1, or H for an angle per head
+
+
+class Tables(NamedTuple):
+    """What the plan says of the listed frames: device pointers."""
+
+    turn_ptr: object  # [F, R, G, T, 2]
+    scale_ptr: object  # [F]
+    bias_ptr: object  # [F, R] or None
+    slot_ptr: object  # [R]
+
+
+class Outputs(NamedTuple):
+    """Where results go: device pointers."""
+
+    out_ptr: object  # rows that met every key frame
+    lse_ptr: object
+    acc_ptr: object  # rows of a cut tile's fragment
+    sums_ptr: object
 
 
 class Item(NamedTuple):
-    """A tile of query rows and the key frames [begin, end) that it meets; ``part`` is where a cut tile is left."""
+    """A tile of query rows and the key frames [begin, end) that it meets."""
 
     batch: object
     head: object
-    row: object
-    stop: object
-    frame: object
+    row: object  # first row, among the F * S rows of its head
+    stop: object  # end of the tile's span
+    frame: object  # frame of the first row
     begin: object
     end: object
-    part: object
+    fragment: object  # where a cut tile's rows are left
 
 
 @triton.jit
@@ -55,25 +72,25 @@ def owner(unit, programs, units):
 
 @triton.jit
 def count_items(program, programs, tiles, read):
-    """How many items a program has: whole tiles, then parts of at most two cut ones."""
+    """How many items a program has: whole tiles, then fragments of at most two cut ones."""
     units = tiles % programs * read
     begin, end = share(program, programs, units), share(program + 1, programs, units)
     return tiles // programs + (end > begin).to(tl.int32) + (end > (begin // read + 1) * read).to(tl.int32)
 
 
 @triton.jit
-def find_item(item, program, programs, tiles, read):
-    """Tile of an item, its key frames [begin, end), and where a part of a cut tile is left: slot 2 * program or + 1."""
+def find_item(index, program, programs, tiles, read):
+    """Tile of an item, its key frames [begin, end), and the index of its fragment: 2 * program, or one more."""
     waves = tiles // programs
     units = tiles % programs * read
     begin, end = share(program, programs, units), share(program + 1, programs, units)
-    part = tl.maximum(item - waves, 0)
-    cut = begin // read + part
-    is_whole = item < waves
-    tile = tl.where(is_whole, item * programs + program, waves * programs + cut)
+    second = tl.maximum(index - waves, 0)  # 1 for the second cut tile of a program
+    cut = begin // read + second
+    is_whole = index < waves
+    tile = tl.where(is_whole, index * programs + program, waves * programs + cut)
     begin = tl.where(is_whole, 0, tl.maximum(begin - cut * read, 0))
     end = tl.where(is_whole, read, tl.minimum(end - cut * read, read))
-    return tile, begin, end, 2 * program + part
+    return tile, begin, end, 2 * program + second
 
 
 @triton.jit
@@ -89,8 +106,8 @@ def find_rows(tile, heads, spans, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def open_item(index, sizes, S: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
+def take_item(index, sizes, S: tl.constexpr, SPAN: tl.constexpr, BLOCK_M: tl.constexpr):
     """The index-th item of this program."""
-    tile, begin, end, part = find_item(index, tl.program_id(0), tl.num_programs(0), sizes.tiles, sizes.read)
+    tile, begin, end, fragment = find_item(index, tl.program_id(0), tl.num_programs(0), sizes.tiles, sizes.read)
     batch, head, row, stop = find_rows(tile, sizes.heads, sizes.spans, SPAN, BLOCK_M)
-    return Item(batch, head, row, stop, row // S, begin, end, part)
+    return Item(batch, head, row, stop, row // S, begin, end, fragment)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cast
+from ..common import cast, require_contiguous, require_contiguous_channels
 
 
 @triton.jit
@@ -39,9 +39,21 @@ def _gate_residual(
 
 
 def gate_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """Launch the kernel. Arguments as in ``reference.gate_residual``; gate may be a view strided by B and F."""
+    """Add an update, gated by frame. Enqueues the kernel; nothing waits for the GPU.
+
+    Args:
+        x, update: [B, F, S, C].
+        gate: [B, F, C]; may be a view strided by B and F.
+
+    Returns:
+        x + update * gate, [B, F, S, C] in x's dtype.
+
+    Raises:
+        ValueError: if x or update, or the channels of gate, are not contiguous.
+    """
+    require_contiguous(x=x, update=update)
+    require_contiguous_channels(gate=gate)
     batch, frames, tokens, channels = x.shape
-    assert x.is_contiguous() and update.is_contiguous() and gate.stride(2) == 1, "channels must be contiguous"
     out = torch.empty_like(x)
     # 512 divides every C in use, and 64 threads hold it 16 bytes each, so the gate is loaded once and stays with its
     # thread; four tokens keep nine such loads of a thread in flight, 8 KB a program

@@ -94,7 +94,7 @@ def exists(name: str) -> bool:
 
 
 # rooms that architecture.md names before they are built
-RESERVED = {"flexkern.checks", "flexkern.metrics", "flexkern.parallel", "flexkern.pipeline"}
+RESERVED = {"flexkern.parallel"}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=ids)

@@ -6,12 +6,13 @@ import random
 import pytest
 import torch
 from attention_inputs import declared, exact, make_inputs
-from gluon_player import played
+from gluon_player import ROOT, played
 
 from flexkern.kernels.attention.hopper import frame_attention_hopper
 from flexkern.testing import assert_as_accurate
 
-cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="parts are merged by Triton's interpreter")
+cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="fragments are merged by Triton's interpreter")
+OWN = ("common", "attention.work", "attention.hopper_device")  # played like the kernel itself
 SHAPES = {  # B, F, S, H, D, R, G
     "one token": (1, 1, 1, 1, 64, 1, 1),
     "a frame is a short tile of keys": (2, 2, 40, 2, 64, 3, 2),
@@ -25,7 +26,7 @@ SHAPES = {  # B, F, S, H, D, R, G
 
 def play(inputs: dict, seed=0, edit=None, programs: int = 2, **options):
     """The kernel's output and log-sum-exp; ``edit`` changes its sources first."""
-    kernels = played("hopper", ("work", "hopper_device"), ("launch",), seed, edit)
+    kernels = played("attention.hopper", OWN, ("attention.launch",), seed, edit)
     return kernels.frame_attention_hopper(**inputs, programs=programs, want_lse=True, **options)
 
 
@@ -45,6 +46,15 @@ def check(inputs: dict, **options) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_matches_the_oracle(shape, dtype):
     check(make_inputs(*SHAPES[shape], dtype))
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(32, torch.bfloat16), (64, torch.float32)])
+def test_refuses_what_it_cannot_multiply(dim, dtype):
+    query, pages = torch.empty(1, 1, 16, 1, dim, dtype=dtype), torch.empty(1, 2, 16, 1, dim, dtype=dtype)
+    plan = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 1, 4, 2), torch.ones(1)
+    says = f"head dim must be 64 or 128, in bfloat16 or float16, got {dim} in {dtype}"
+    with pytest.raises(ValueError, match=says):
+        frame_attention_hopper(query, pages, pages, *plan)
 
 
 def hide(inputs: dict, choose: random.Random) -> None:
@@ -79,31 +89,37 @@ def test_the_order_does_not_change_a_bit():
 
 
 SCORES_DONE = "    score = warpgroup_mma_wait(1, deps=(score,))\n"
-KEYS_FREE = "    mbarrier.arrive(ring.k_free.index((n + 1) % STAGES), count=1)\n"
+KEYS_FREE = "    mbarrier.arrive(ring.k.free.index((n + 1) % STAGES), count=1)\n"
 PRODUCT_DONE = "    acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))\n"
 LAST_DONE = "    acc = warpgroup_mma_wait(0, deps=(acc,))\n"
-VALUES_FREE = "    mbarrier.arrive(ring.v_free.index(n % STAGES), count=1)\n"
+VALUES_FREE = "    mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)\n"
 MUTANTS = {  # name: what stands in the sources once, what stands there instead
     "the fetching warp waits for the wrong use": ("(n // STAGES & 1) ^ 1)", "n // STAGES & 1)"),
-    "it never waits": ("    mbarrier.wait(free.index(n % STAGES), (n // STAGES & 1) ^ 1)\n", ""),
-    "it expects too few bytes": ("N * buffers.shape[2] * 2)", "N * buffers.shape[2])"),
-    "one warpgroup is enough to free keys": ("init(k_free.index(b), count=2)", "init(k_free.index(b), count=1)"),
-    "values are not waited for": ("    wait_full(ring.v_full, n, True, STAGES)\n    product", "    product"),
-    "keys are not waited for": ("    wait_full(ring.k_full, n + 2, more, STAGES)\n", ""),
-    "keys of the next item are waited for": ("k_full, n + 2, more", "k_full, n + 2, True"),
+    "it never waits": ("    mbarrier.wait(buffers.free.index(n % STAGES), (n // STAGES & 1) ^ 1)\n", ""),
+    "it expects too few bytes": ("N * buffers.tiles.shape[2] * 2)", "N * buffers.tiles.shape[2])"),
+    "one warpgroup is enough to free a buffer": ("init(free.index(b), count=2)", "init(free.index(b), count=1)"),
+    "values are not waited for": ("    wait_full(ring.v, n, True, STAGES)\n    product", "    product"),
+    "keys are not waited for": ("    wait_full(ring.k, n + 2, more, STAGES)\n", ""),
+    "keys of the next item are waited for": ("ring.k, n + 2, more", "ring.k, n + 2, True"),
     "keys are freed before they are read": (SCORES_DONE + KEYS_FREE, KEYS_FREE + SCORES_DONE),
     "values are freed before they are read": (PRODUCT_DONE + VALUES_FREE, VALUES_FREE + PRODUCT_DONE),
     "the product is used too early": ("warpgroup_mma_wait(0, deps=(product", "warpgroup_mma_wait(1, deps=(product"),
     "the last values are never freed": (LAST_DONE + VALUES_FREE, LAST_DONE),
+    "keys and values lie in one ring": ("descriptors.v, ring.v", "descriptors.v, ring.k"),
     "the query is not published": ("    fence_async_shared()  # wgmma", "    # wgmma"),
     "the query is not turned again": ("        store_query(q, loaded", "        (q, loaded"),
     "it is overwritten too early": (SCORES_DONE, "    q.tensor.fill_(0)\n" + SCORES_DONE),
-    "each half looks at its own frame": ("channels = first // S", "channels = (first + half * 64) // S"),
-    "hidden frames are fetched": ("key_frame + 1, end, HAS_BIAS)\n    if", "key_frame + 1, end, False)\n    if"),
-    "tokens behind the frame count": ("    if KEYS < N:", "    if False:"),
+    "each half looks at its own frame": (
+        "query = QueryRows(rows_ptr, row, item, sizes, tables)",
+        "query = QueryRows(rows_ptr, row, item._replace(frame=row // S), sizes, tables)",
+    ),
+    "both halves store the same fragment": ("item.fragment * BLOCK_M + half * ROWS", "item.fragment * BLOCK_M"),
+    "hidden frames are fetched": ("key_frame + 1, item.end, HAS_BIAS)", "key_frame + 1, item.end, False)"),
+    "tokens past the frame's end count": ("    if KEYS < N:", "    if False:"),
     "an accumulator is not rescaled": ("    acc *= gl.convert_layout(alpha, state)[:, None]\n", ""),
     "the bias of the frame before": ("            bias = load_bias(bias_ptr, frame, read, following, HAS_BIAS)\n", ""),
 }  # fmt: skip
+FILES = [ROOT / "kernels" / f"{name.replace('.', '/')}.py" for name in (*OWN, "attention.hopper")]
 
 
 def check_many(edit=None) -> None:
@@ -123,15 +139,9 @@ def test_without_a_mistake_nothing_is_noticed():
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_is_noticed(name):
     before, after = MUTANTS[name]
-    found = []
-
-    def edit(source: str) -> str:
-        found.append(source.count(before))
-        return source.replace(before, after)
-
+    assert sum(path.read_text().count(before) for path in FILES) == 1, "a mutant changes one place of the sources"
     with pytest.raises((AssertionError, RuntimeError)):
-        check_many(edit)
-    assert sum(found[:3]) == 1, "a mutant changes one place of the sources"
+        check_many(lambda source: source.replace(before, after))
 
 
 @pytest.mark.gpu

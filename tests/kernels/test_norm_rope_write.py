@@ -159,9 +159,13 @@ def test_pages_may_lie_further_apart_than_32_bits_reach(device):
 def test_strided_inputs_are_refused(device):
     inputs = make_inputs(SMALL, torch.float32, device)
     for name in ("query", "key", "value"):
-        with pytest.raises(AssertionError, match="contiguous"):
-            run(
-                norm_rope_write,
-                inputs | {name: inputs[name].transpose(2, 3).contiguous().transpose(2, 3)},
-                torch.float32,
-            )
+        strided = inputs[name].transpose(2, 3).contiguous().transpose(2, 3)
+        with pytest.raises(ValueError, match=f"^{name} must be contiguous, got shape"):
+            run(norm_rope_write, inputs | {name: strided}, torch.float32)
+    pages = torch.empty(2, 1, 1, *inputs["key"].shape[2:], device=device)
+    keys = pages[0].transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match="^a page of key_pages must be contiguous"):
+        norm_rope_write(**inputs, key_pages=keys, value_pages=pages[1])
+    with pytest.raises(ValueError, match=r"key_pages and value_pages must have the same strides, got \(.*\) and \("):
+        values = torch.empty(1, 2, *pages.shape[3:], device=device)[:, ::2]
+        norm_rope_write(**inputs, key_pages=pages[0], value_pages=values)

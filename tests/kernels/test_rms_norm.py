@@ -57,5 +57,7 @@ def test_rows_do_not_see_each_other(device):
 
 
 def test_strided_channels_are_refused(device):
-    with pytest.raises(AssertionError, match="contiguous"):
+    with pytest.raises(ValueError, match="x must be contiguous, got shape"):
         rms_norm(torch.ones(8, 4, device=device).T, torch.ones(8, device=device))
+    with pytest.raises(ValueError, match="weight must be contiguous"):
+        rms_norm(torch.ones(8, 4, device=device), torch.ones(8, device=device)[::2])

@@ -35,11 +35,16 @@ def value(x) -> Value:
 
 
 class Constant(int):
-    """gl.constexpr of a number; as an annotation it means nothing."""
+    """A whole number that gl.constexpr made."""
 
     @property
     def value(self) -> int:
         return int(self)
+
+
+def constant(x: float) -> float:
+    """gl.constexpr; as an annotation it means nothing."""
+    return Constant(x) if isinstance(x, int) else x
 
 
 class Pointer:
@@ -51,8 +56,8 @@ class Pointer:
     def __add__(self, offset) -> "Pointer":
         return Pointer(self.tensor, self.offset + offset)
 
-    def places(self, mask):
-        """Where it points and which of those places count; raises where one is outside the tensor."""
+    def resolve(self, mask):
+        """Offsets it points to, and which of them count; raises where one is outside the tensor."""
         offset = value(self.offset).long()
         mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
         assert ((offset >= 0) & (offset < self.tensor.numel()))[mask].all(), "out of bounds"
@@ -60,13 +65,13 @@ class Pointer:
 
 
 def load(pointer: Pointer, mask=None, other=0.0) -> Value:
-    offset, mask = pointer.places(mask)
+    offset, mask = pointer.resolve(mask)
     found = pointer.tensor.view(-1)[torch.where(mask, offset, 0)]
     return value(torch.where(mask, found, torch.tensor(other, dtype=found.dtype)))
 
 
 def store(pointer: Pointer, x, mask=None) -> None:
-    offset, mask = pointer.places(mask)
+    offset, mask = pointer.resolve(mask)
     pointer.tensor.view(-1)[offset[mask]] = x.expand(offset.shape)[mask].to(pointer.tensor.dtype)
 
 
@@ -86,8 +91,9 @@ class Shared:
         size = self.storage.numel() // self.shape[0]
         return Shared(self.storage[int(i) * size :][:size], self.shape[1:], self.dirty, self.layout)
 
-    def _reinterpret(self, dtype, shape, layout) -> "Shared":
-        return Shared(self.storage, shape, self.dirty, layout)
+    def slice(self, start: int, length: int) -> "Shared":
+        assert start == 0
+        return Shared(self.storage, [length, *self.shape[1:]], self.dirty, self.layout)
 
     def permute(self, order) -> SimpleNamespace:
         assert tuple(order) == (1, 0)
@@ -250,8 +256,8 @@ class Player:
         if pred:
             self.stage.pause(lambda parity=int(parity): barrier.phase != parity)
 
-    def copy(self, descriptor, place, barrier: Barrier, target: Shared) -> None:
-        page, start, column = (int(i) for i in place)
+    def copy(self, descriptor, corner, barrier: Barrier, target: Shared) -> None:
+        page, start, column = (int(i) for i in corner)
         _, rows, columns = descriptor.block
         assert target.shape == [rows, columns]
         block = torch.zeros(rows, columns, dtype=descriptor.tensor.dtype)
@@ -295,7 +301,7 @@ class Player:
         same = lambda x, layout: x
         nothing = lambda *args, **options: None
         language = SimpleNamespace(
-            constexpr=Constant, static_range=range, program_id=lambda axis: self.program,
+            constexpr=constant, static_range=range, program_id=lambda axis: self.program,
             num_programs=lambda axis: self.programs, load=load, store=store,
             minimum=lambda a, b: torch.minimum(value(a), value(b)),
             maximum=lambda a, b: torch.maximum(value(a), value(b)),
@@ -321,7 +327,11 @@ class Player:
         gluon = SimpleNamespace(jit=jit, constexpr_function=jit, language=language)
         return {
             "triton": SimpleNamespace(
-                jit=jit, language=language, cdiv=triton.cdiv, next_power_of_2=triton.next_power_of_2
+                jit=jit,
+                language=language,
+                cdiv=triton.cdiv,
+                next_power_of_2=triton.next_power_of_2,
+                knobs=triton.knobs,
             ),
             "triton.language": language,
             "triton.experimental": SimpleNamespace(gluon=gluon),
@@ -333,25 +343,26 @@ class Player:
         }
 
 
-def played(name: str, parts: tuple[str, ...], as_they_are: tuple[str, ...], seed: int, edit: Callable | None = None):
-    """Module ``name`` of kernels/attention/, run by a player.
+def played(name: str, own: tuple[str, ...], shared: tuple[str, ...], seed: int, edit: Callable | None = None):
+    """Module ``name`` of kernels/, such as "attention.hopper", run by a player.
 
-    parts: modules that it has copies of its own of. as_they_are: those that it shares with everybody.
+    own: modules of kernels/ that it has copies of its own of. shared: those that it shares with everybody.
     edit: changes a source before it is executed, to see whether a test notices.
     """
-    stand_ins = Player(seed).modules() | {
-        f"played.{x}": import_module(f"flexkern.kernels.attention.{x}") for x in as_they_are
-    }
-    package = ModuleType("played")
-    package.__path__ = []
+    stand_ins = Player(seed).modules() | {f"played.{x}": import_module(f"flexkern.kernels.{x}") for x in shared}
     before = dict(sys.modules)
-    sys.modules.update(stand_ins, played=package)
+    sys.modules.update(stand_ins)
     try:
-        for part in (*parts, name):
-            module = sys.modules[f"played.{part}"] = ModuleType(f"played.{part}")
-            module.__package__ = "played"
-            source = (ROOT / "kernels/attention" / f"{part}.py").read_text()
-            exec(compile(edit(source) if edit else source, f"{part}.py", "exec"), module.__dict__)
+        for package in ("played", *{f"played.{x}".rpartition(".")[0] for x in (*own, name)}):
+            sys.modules[package] = ModuleType(package)
+            sys.modules[package].__path__ = []
+        for own_name in (*own, name):
+            full = f"played.{own_name}"
+            module = sys.modules[full] = ModuleType(full)
+            module.__package__ = full.rpartition(".")[0]
+            path = ROOT / "kernels" / f"{own_name.replace('.', '/')}.py"
+            source = path.read_text()
+            exec(compile(edit(source) if edit else source, path.name, "exec"), module.__dict__)
     finally:
         sys.modules.clear()
         sys.modules.update(before)

@@ -27,7 +27,7 @@ MUTANTS = [
     # the neighbour's first token joins the last tile
     ("kernels/attention/portable.py", "tl.arange(0, LAST_N) < S", "tl.arange(0, LAST_N) <= S"),
     # slots are ignored
-    ("kernels/attention/portable.py", "tl.load(slot_ptr + key_frame)", "key_frame"),
+    ("kernels/attention/portable.py", "tl.load(tables.slot_ptr + key_frame)", "key_frame"),
     # every video reads the first one's pages
     ("kernels/attention/portable.py", "page = item.batch * sizes.pages + ", "page = "),
     # the running sum is not rescaled
@@ -37,18 +37,18 @@ MUTANTS = [
     # a bias of the wrong sign
     ("kernels/attention/portable.py", "m_i -= bias", "m_i += 2 * bias"),
     # a bias in base e
-    ("kernels/attention/portable.py", "key_frame) * 1.4426950408889634", "key_frame)"),
+    ("kernels/attention/portable.py", "key_frame) * LOG2_E", "key_frame)"),
     # hidden frames are read
     ("kernels/attention/portable.py", 'tl.where(bias > float("-inf"), S, 0)', "S"),
     # a log-sum-exp in base 2
-    ("kernels/attention/launch.py", "* 0.6931471805599453", "* 1.0"),
+    ("kernels/attention/launch.py", "* LN_2", "* 1.0"),
     # rows without keys are divided by their sum of 0
     ("kernels/attention/launch.py", "tl.where(l_i > 0, l_i, 1.0)", "l_i"),
-    # parts of a cut tile are added as if they had one pivot
-    ("kernels/attention/launch.py", "l_i * alpha + l_part * beta", "l_i + l_part"),
-    # the second part is looked for where the first one lies
+    # fragments of a cut tile are added as if they had one pivot
+    ("kernels/attention/launch.py", "l_i * alpha + l_next * beta", "l_i + l_next"),
+    # the second fragment is looked for where the first one lies
     ("kernels/attention/launch.py", "2 * program + cut - begin // read", "2 * program"),
-    # the last part is forgotten
+    # the last fragment is forgotten
     ("kernels/attention/launch.py", "range(first, last + 1)", "range(first, last)"),
     # the output is rounded through half precision
     ("kernels/attention/launch.py", "cast(acc / seen[:, None], out", "cast((acc / seen[:, None]).to(tl.float16), out"),
@@ -60,8 +60,8 @@ MUTANTS = [
     ("kernels/attention/work.py", "(end > (begin // read + 1) * read)", "(end >= (begin // read + 1) * read)"),
     # a share that touches two tiles stops after the first
     ("kernels/attention/work.py", " + (end > (begin // read + 1) * read).to(tl.int32)", ""),
-    # neighbours write their parts to one place
-    ("kernels/attention/work.py", "2 * program + part", "program + part"),
+    # neighbours write their fragments to one slot
+    ("kernels/attention/work.py", "2 * program + second", "program + second"),
     # a cut tile is taken for one of the first
     ("kernels/attention/work.py", "waves * programs + cut)", "cut)"),
     # a span ends a row early
