@@ -1,26 +1,35 @@
 # Every target works in a fresh clone: the first one run creates .venv and installs the tested versions.
-# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares gigabytes of CUDA libraries.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt
 ARGS ?=
 
+# $(call install_torch,PYTHON -m pip install ...): torch at its pin. Where no NVIDIA GPU answers, the CPU build, which
+# spares gigabytes of CUDA libraries; where PyTorch's index cannot be reached, the build that pip is configured to find.
+# --no-deps keeps this to one package; the second line adds what torch needs, or takes torch from pip's own index.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+define install_torch
+nvidia-smi -L >/dev/null 2>&1 || $(1) --no-deps --retries 2 --timeout 15 --index-url $(CPU_INDEX) torch \
+	|| echo "no CPU build of torch at $(CPU_INDEX): taking the build that pip finds by itself"
+$(1) torch
+endef
+
 unexport PYTHONPATH
 # `python -m` puts the repository root on sys.path, where kernels/ would shadow Hugging Face's package
 demo train-demo: export PYTHONSAFEPATH := 1
 
-.PHONY: help test lint demo train-demo mutate compile
+.PHONY: help test lint docs demo train-demo mutate compile
 help:
-	@echo "make test | lint | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
-	@echo "make mutate | compile                   for a nightly run: break the kernels; compile them with Triton 3.6.0"
+	@echo "make test | lint | docs | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
+	@echo "make mutate | compile                          for a nightly run: break the kernels; compile them with Triton 3.6.0"
 
 # torch first and alone, at its pin, so that no other requirement chooses its build
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(INSTALL) torch
+	$(call install_torch,$(INSTALL))
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[model,video,test]'
+	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,metrics,test]'
 	touch $@
 
 test: $(STAMP)
@@ -29,6 +38,13 @@ test: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) --no-print-directory docs
+
+# pages and docstrings as a site, in site/; a broken link or reference fails
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(STAMP)
+	$(BIN)/python -m mkdocs build --strict --config-file .ci/mkdocs.yml $(ARGS)
 
 demo: $(STAMP)
 	$(BIN)/python -m flexkern.demo $(ARGS)
@@ -42,8 +58,10 @@ mutate: $(STAMP)
 # the Triton of torch 2.11, in an environment of its own; --no-deps, because torch pins another
 TRITON ?= 3.6.0
 OTHER := .venv-triton-$(TRITON)
+OTHER_INSTALL := $(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check
 compile:
 	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
-	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt torch numpy setuptools
-	$(OTHER)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$(TRITON)
+	$(call install_torch,$(OTHER_INSTALL) --constraint .ci/constraints.txt)
+	$(OTHER_INSTALL) --constraint .ci/constraints.txt numpy setuptools
+	$(OTHER_INSTALL) --no-deps triton==$(TRITON)
 	$(OTHER)/bin/python tests/support/compile_kernels.py $(ARGS)

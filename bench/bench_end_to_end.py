@@ -13,8 +13,9 @@ import torch
 from harness import Row
 from roofs import DEVICE
 
-from flexkern.engine import Engine, Session
+from flexkern.engine import Engine
 from flexkern.model.wan import CONFIGS, CausalWan, WanConfig
+from flexkern.session import Session
 
 PRESETS = ("flex", "longlive")  # windows of 21 and 12 frames
 BACKENDS = ("triton", "sdpa")
@@ -30,19 +31,23 @@ def make_model(config: WanConfig) -> CausalWan:
         return CausalWan(config).eval().requires_grad_(False)
 
 
-def open_session(model: CausalWan, backend: str, preset: str, text: torch.Tensor, size: tuple[int, int]) -> Session:
+def start_session(model: CausalWan, backend: str, preset: str, text: torch.Tensor, size: tuple[int, int]) -> Session:
     return Engine(model, backend=backend, size=size).session(text, preset=preset, seed=0)
 
 
-@torch.inference_mode()
 def one_pass(session: Session) -> torch.Tensor:
-    """The model's prediction for the first chunk."""
-    frames = list(range(session.first_chunk))
-    memory = session._open(frames)
-    return session._run(session.noise.initial(frames).to(DEVICE), 1000.0, memory).float()
+    """The model's first prediction for the next chunk, in float32."""
+    predictions: list[torch.Tensor] = []
+    hook = session.engine.model.register_forward_hook(lambda model, inputs, output: predictions.append(output))
+    try:
+        session.step()
+    finally:
+        hook.remove()
+    return predictions[0].float()
 
 
 def chunk_ms(session: Session) -> float:
+    """Milliseconds of the next chunk, until the GPU is done."""
     if DEVICE == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -52,19 +57,19 @@ def chunk_ms(session: Session) -> float:
 
 
 def errors(model: CausalWan, backends: tuple[str, ...], text: torch.Tensor, size: tuple[int, int]) -> dict[str, float]:
-    """Relative mean error of every backend's first pass in bfloat16; ``model`` is bfloat16 afterwards."""
-    exact = one_pass(open_session(model, "sdpa", PRESETS[0], text, size))
+    """Relative mean error of every backend's first pass in bfloat16. Turns ``model`` to bfloat16."""
+    exact = one_pass(start_session(model, "sdpa", PRESETS[0], text, size))
     model.bfloat16()
     found = {}
     for backend in backends:
-        out = one_pass(open_session(model, backend, PRESETS[0], text, size))
+        out = one_pass(start_session(model, backend, PRESETS[0], text, size))
         found[backend] = ((out - exact).abs().mean() / exact.abs().mean()).item()
     return found
 
 
 def race(sessions: dict[str, Session], rounds: int) -> dict[str, list[float]]:
     """Milliseconds per chunk of every session, in interleaved rounds: A A B B, B B A A, ..."""
-    taken = {backend: [] for backend in sessions}
+    taken: dict[str, list[float]] = {backend: [] for backend in sessions}
     for i in range(rounds):
         for backend in list(sessions)[:: 1 if i % 2 == 0 else -1]:
             taken[backend] += [chunk_ms(sessions[backend]) for _ in range(2)]
@@ -72,7 +77,7 @@ def race(sessions: dict[str, Session], rounds: int) -> dict[str, list[float]]:
 
 
 def fill(session: Session) -> None:
-    """The window is full afterwards."""
+    """Step until the window is full."""
     for _ in range(math.ceil(session.preset.retention.window / session.engine.chunk)):
         session.step()
 
@@ -87,7 +92,7 @@ def main() -> None:
     faults = {backend: "" if error[backend] <= 2 * error["sdpa"] else "wrong" for backend in BACKENDS}
     for preset in PRESETS[:1] if is_tiny else PRESETS:
         good = [backend for backend in BACKENDS if not faults[backend]]
-        sessions = {backend: open_session(model, backend, preset, text, size) for backend in good}
+        sessions = {backend: start_session(model, backend, preset, text, size) for backend in good}
         for session in sessions.values():
             if not is_tiny:
                 fill(session)

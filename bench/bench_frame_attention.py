@@ -1,7 +1,7 @@
-"""Time frame_attention: alone, beside every library, and the three designs of the turn; or every tile.
+"""Time frame_attention: alone, beside libraries and other designs of the turn, or with every tile or loop.
 
 python bench/bench_frame_attention.py --save                     # ours alone: frame_attention.csv
-python bench/bench_frame_attention.py --what hopper --save       # beside the one that is selected
+python bench/bench_frame_attention.py --what hopper --save       # beside the Hopper kernel
 python bench/bench_frame_attention.py --what peers --save        # and libraries, and the designs: also designs.csv
 python bench/bench_frame_attention.py --what tiles --save        # every tile that might be the best: tiles.csv
 python bench/bench_frame_attention.py --what variants --save     # loops of the Hopper kernel, to decide: variants.csv
@@ -20,18 +20,18 @@ from importlib.util import find_spec
 
 import harness
 import torch
-from check import count_differing
+from correctness import count_differing
 from designs import EVERY, PASSES, SHORT, TINY, Problem, Shape
 from harness import Case, Provider, Row
 from peers import PEERS, first, get_peer
 from roofs import DEVICE, measure_roofs
 
-from flexkern.kernels.attention import tiles as tuned
 from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 from flexkern.kernels.attention.portable import frame_attention
+from flexkern.kernels.attention.tiles import Config, arch_of, frame_attention_config, multiprocessors
 
 LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and rounded before a library sees them
-QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: its error is in the table
+QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: the CSV has its error
 COMPILERS = 8  # processes that compile tiles side by side
 HOPPER = "flexkern.kernels.attention.hopper"
 PROVIDERS = ("triton", *PEERS)
@@ -43,8 +43,8 @@ REPEATS = 50  # of each variant and shape, bit by bit
 
 
 def ours(problem: Problem, **options) -> Provider:
-    plan = problem.plan(problem.turn)
-    call = lambda: frame_attention(*plan, **options)[0]
+    arguments = problem.arguments(problem.turn)
+    call = lambda: frame_attention(*arguments, **options)[0]
     return Provider(call=call, result=problem.sample, everything=lambda out: out)
 
 
@@ -61,8 +61,8 @@ def hopper(problem: Problem, variant: str = SELECTED) -> Provider | str:
         return absent
     from flexkern.kernels.attention.hopper import frame_attention_hopper
 
-    plan = problem.plan(problem.turn)
-    call = lambda: first(frame_attention_hopper(*plan, variant=variant))
+    arguments = problem.arguments(problem.turn)
+    call = lambda: first(frame_attention_hopper(*arguments, variant=variant))
     return Provider(call=call, result=problem.sample, everything=lambda out: out)
 
 
@@ -83,7 +83,7 @@ def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str])
 
 
 def build(shape: Shape, names: tuple[str, ...] = PROVIDERS) -> Case:
-    """Our attention and that of the libraries, which get their keys gathered and turned for nothing."""
+    """Our attention and that of the libraries, which get their keys gathered and turned at no charge."""
     problem = Problem(shape, DEVICE)
     special = {"triton": ours, "hopper": hopper}
     made = {name: special[name](problem) if name in special else library(problem, name) for name in names}
@@ -100,7 +100,7 @@ def build_designs(shape: Shape, best: str) -> Case:
     """Ways to bring the turn to the keys; all but the research code's with the best library attention."""
     problem = Problem(shape, DEVICE)
     attend, theirs = get_peer(best, DEVICE), get_peer("sdpa flash" if DEVICE == "cuda" else "sdpa math", DEVICE)
-    still = problem.plan(problem.no_turn)
+    still = problem.arguments(problem.no_turn)
     judged = {"result": problem.sample, **LIBRARY}
     return case_of("designs", problem, {
         "fused": ours(problem),
@@ -114,10 +114,10 @@ def build_designs(shape: Shape, best: str) -> Case:
     })  # fmt: skip
 
 
-def tiles(shape: Shape) -> dict[str, tuple[tuned.Config, int]]:
+def tiles(shape: Shape) -> dict[str, tuple[Config, int]]:
     """Tiles worth a try, by name, the tuned one first: a configuration and the programs that run on one SM."""
-    arch = tuned.arch_of(torch.empty(0, device=DEVICE).device)
-    chosen = tuned.frame_attention_config(arch, shape.head_dim, torch.bfloat16)
+    arch = arch_of(torch.empty(0, device=DEVICE).device)
+    chosen = frame_attention_config(arch, shape.head_dim, torch.bfloat16)
     if arch == 0:
         return {"tuned": (chosen, 1), "16x16": (replace(chosen, block_m=16, block_n=16), 1)}
     found = {"tuned": (chosen, 1)}
@@ -134,15 +134,15 @@ def tiles(shape: Shape) -> dict[str, tuple[tuned.Config, int]]:
 
 def build_tiles(shape: Shape) -> Case:
     problem = Problem(shape, DEVICE)
-    sms = tuned.multiprocessors(problem.query.device)
+    sms = multiprocessors(problem.query.device)
     made = {name: ours(problem, config=c, programs=share * sms) for name, (c, share) in tiles(shape).items()}
     return case_of("frame_attention tiles", problem, made)
 
 
-def compile_tiles(shape: Shape, part: int) -> None:
-    """Every COMPILERS-th tile is in Triton's cache; one that does not compile is left for the bench to name."""
-    problem, sms = Problem(shape, DEVICE), tuned.multiprocessors(torch.empty(0, device=DEVICE).device)
-    for config, share in list(tiles(shape).values())[part::COMPILERS]:
+def compile_tiles(shape: Shape, start: int) -> None:
+    """Compile every COMPILERS-th tile into Triton's cache; the bench itself names those that do not compile."""
+    problem, sms = Problem(shape, DEVICE), multiprocessors(torch.empty(0, device=DEVICE).device)
+    for config, share in list(tiles(shape).values())[start::COMPILERS]:
         with contextlib.suppress(Exception):
             ours(problem, config=config, programs=share * sms).call()
 
@@ -150,8 +150,8 @@ def compile_tiles(shape: Shape, part: int) -> None:
 def warm_tiles() -> None:
     """Compile all tiles side by side: one after the other takes longer than timing them."""
     if DEVICE == "cuda":
-        command = [sys.executable, __file__, "--what", "compile", "--part"]
-        children = [subprocess.Popen([*command, str(part)]) for part in range(COMPILERS)]
+        command = [sys.executable, __file__, "--what", "compile", "--start"]
+        children = [subprocess.Popen([*command, str(start)]) for start in range(COMPILERS)]
         for child in children:
             child.wait()
 
@@ -196,14 +196,14 @@ def build_variants(shape: Shape, faults: dict[str, str]) -> Case:
     ours = {f"hopper {name}": fault or hopper(problem, name) for name, fault in faults.items()}
     case = case_of("frame_attention variants", problem, ours | {name: library(problem, name) for name in RIVALS})
     for name in ours:
-        if isinstance(case.providers[name], Provider) and not harness.check(case, case.providers[name])[1]:
+        if isinstance(case.providers[name], Provider) and not harness.judge(case, case.providers[name])[1]:
             differing = count_differing(case, name, REPEATS)
             case.providers[name] = f"{differing} of {REPEATS} repeats differ" if differing else case.providers[name]
     return case
 
 
 def run_peers(args: argparse.Namespace, shapes: list[Shape]) -> None:
-    """Libraries and designs, shape by shape, so that a run that is cut off has whole shapes."""
+    """Time libraries and designs, shape by shape, so that a run that is cut off has whole shapes."""
     out, roof = harness.folder(args), measure_roofs()
     for shape in shapes:
         rows = harness.compare(build(shape), roof, budget_ms=args.budget_ms)
@@ -224,7 +224,7 @@ CHOICES = ("ours", "hopper", "peers", "tiles", "variants", "once", "compile", "t
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("--what", choices=CHOICES, default="ours")
-    parser.add_argument("--part", type=int, default=0, help=f"of the tiles to compile, 0 to {COMPILERS - 1}")
+    parser.add_argument("--start", type=int, default=0, help=f"of every {COMPILERS}th tile to compile")
     parser.add_argument("--variant", choices=VARIANTS, default=SELECTED, help="of --what try")
     args = parser.parse_args()
     shapes, decisive = (harness.shapes_for(args, short, EVERY, TINY) for short in (SHORT, DECISIVE))
@@ -242,7 +242,7 @@ def main() -> None:
         call = ours(Problem(shapes[0], DEVICE)).call
         print(call().shape, call().shape)
     elif args.what == "compile":
-        compile_tiles(shapes[0], args.part)
+        compile_tiles(shapes[0], args.start)
     else:
         names = ("triton",) if args.what == "ours" else ("triton", args.what)
         harness.run(args, "frame_attention", shapes, lambda shape: build(shape, names))

@@ -1,4 +1,4 @@
-"""Does a long render stay flat? Time per chunk and resident memory of the demo model, as the video grows.
+"""Show time per chunk and resident memory of the demo model as a video grows: both should stay flat.
 
 python bench/bench_long_render.py --frames 1200
 """

@@ -20,16 +20,16 @@ def plain(
     query: Tensor, key: Tensor, value: Tensor, query_weight: Tensor, key_weight: Tensor, place_turn: Tensor,
     key_pages: Tensor, value_pages: Tensor, slots: Tensor, eps: float,
 ) -> Tensor:  # fmt: skip
-    """``reference.norm_rope_write`` in float32, for slots that are all written: nothing waits for the host."""
+    """``reference.norm_rope_write`` in float32, with every slot written, so that nothing waits for the host."""
 
-    def ready(x: Tensor, weight: Tensor) -> Tensor:
+    def norm_rope(x: Tensor, weight: Tensor) -> Tensor:
         normed = reference.rms_norm(x.float().flatten(-2), weight.float(), eps).view_as(x)
         turn = reference.pad_turn(place_turn, x.shape[-1] // 2, front=True)[:, None]
         return reference.rotate(reference.split_pairs(normed), turn).to(x.dtype)
 
-    key_pages.index_copy_(1, slots.long(), ready(key, key_weight))
+    key_pages.index_copy_(1, slots.long(), norm_rope(key, key_weight))
     value_pages.index_copy_(1, slots.long(), value)
-    return ready(query, query_weight)
+    return norm_rope(query, query_weight)
 
 
 def build(shape: Tokens) -> Case:

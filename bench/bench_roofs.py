@@ -1,4 +1,4 @@
-"""Measure the roofs, and note what this machine is: writes roofs.csv and machine.json.
+"""Measure the roofs and describe the machine: writes roofs.csv and machine.json.
 
 python bench/bench_roofs.py --save
 """

@@ -1,9 +1,9 @@
 """An attention to be measured: its inputs, what is right, and three ways to bring the temporal turn to the keys.
 
-Every page is listed, in a shuffled order, so that keys and values of a library stand ready in the pages themselves, in
-page order: softmax does not see it, and no gather is charged to anyone. Queries of a library come turned, for nothing.
+Every page is listed, in a shuffled order, so that a library reads keys and values where they are, in page order:
+softmax does not depend on the order, and nobody pays for a gather. A library's queries come turned, at no charge.
 
-    fused                 ``frame_attention``: the query tile is turned once per key frame, keys are read as they stand
+    fused                 ``frame_attention``: the query tile is turned once per key frame, keys are read as they are
     turned once a chunk   old keys are turned into scratch once for the PASSES passes of a chunk, new ones at every pass
     turned every pass     all keys are turned into scratch, then a library's attention
     research              query and all keys are turned in complex128, then flash attention, as published code does
@@ -29,7 +29,7 @@ TOKENS = {"480p": 1560, "720p": 3600}
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """Wan's self-attention: a chunk of ``frames`` against a window of ``read``, the chunk itself included."""
+    """Wan's self-attention: a chunk of ``frames`` against ``read`` frames, the chunk's own included."""
 
     model: str
     size: str
@@ -101,7 +101,7 @@ def _turn_pages(
 
 
 def turn_pages(pages: Tensor, slots: Tensor, turn: Tensor, out: Tensor) -> None:
-    """The listed pages, turned, stand in the same pages of ``out``: pages and out [B, P, S, H, D], turn [R, T, 2]."""
+    """Write the listed pages, turned, to the same pages of ``out``: pages and out [B, P, S, H, D], turn [R, T, 2]."""
     batch, count, tokens, heads, dim = pages.shape
     rows, block = tokens * heads, 64
     _turn_pages[(triton.cdiv(rows, block), len(slots), batch)](
@@ -159,7 +159,7 @@ class Problem:
     def no_turn(self) -> Tensor:
         return turns(torch.zeros_like(self.query_angle[:, None] - self.key_angle))[:, :, None].contiguous()
 
-    def plan(self, turn: Tensor) -> tuple[Tensor, ...]:
+    def arguments(self, turn: Tensor) -> tuple[Tensor, ...]:
         """The arguments of ``frame_attention``."""
         return self.query, self.keys, self.values, self.slots, turn, self.logit_scale
 

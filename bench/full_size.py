@@ -1,4 +1,4 @@
-"""Run the 1.3B model once at full size on a CPU: weights written, found and loaded, a prompt encoded, a chunk decoded.
+"""Run the 1.3B model once at full size on a CPU: write, find and load weights, encode a prompt, decode a chunk.
 
 python bench/full_size.py --folder full_size
 
@@ -28,7 +28,7 @@ SIZE = "64x64"  # a latent of 8x8, 16 tokens a frame
 
 
 def write(folder: Path) -> None:
-    """The folder of Wan with random weights."""
+    """Write a checkpoint folder as Wan publishes it, with random weights."""
     folder.mkdir(parents=True, exist_ok=True)
     with torch.device("meta"):
         shapes = {key: list(tensor.shape) for key, tensor in CausalWan(CONFIGS["1.3B"]).state_dict().items()}

@@ -1,11 +1,11 @@
-"""Spend ten minutes on a bare GPU machine in order of value: torch, triton and pytest are all it needs.
+"""Measure everything on a bare GPU machine in ten minutes, most valuable first; needs torch, triton and pytest.
 
 python bench/gpu_suite.py --dry-run          # the queue with time estimates
 python bench/gpu_suite.py                    # results in bench/results/<gpu>
 python bench/gpu_suite.py --from peers       # the second command, where the first ran out of time
 
 Every item is a process of its own with a time limit, and writes its results as it goes. A run that is cut off loses
-what it was at; suite.csv says how every item ended and suite.log what it printed. To run from an archive, see
+only the item it was at; suite.csv says how every item ended and suite.log what it printed. To run from an archive, see
 ``machine.commit``.
 """
 
@@ -31,7 +31,7 @@ KERNELS = ("norm_rope_write", "modulate", "gate_residual", "rms_norm")
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One process of the queue. estimate, limit: seconds, guessed. absent: why it cannot run here, "" where it can."""
+    """One process of the queue. estimate, limit: seconds, guessed. absent: why it cannot run here, "" if it can."""
 
     name: str
     doc: str
@@ -72,21 +72,22 @@ def python(script: str, *options: str) -> list[str]:
 def make_queue(out: Path) -> list[Item]:
     """The queue, most valuable first. ``out``: where results go."""
     to = ("--out", str(out))
-    check = lambda kernel: python("check.py", kernel, *to)
+    correctness = lambda kernel: python("correctness.py", kernel, *to)
     attention = lambda *options: python("bench_frame_attention.py", *options, *to)
     profiled = python("bench_frame_attention.py", "--what", "once")
-    tiny = python("check.py", "frame_attention", "--tiny")
+    tiny = python("correctness.py", "frame_attention", "--tiny")
     checks = [
-        Item(name="check frame_attention", doc="against float64 on real shapes, 10,000 repeats bitwise equal",
-             command=check("frame_attention"), estimate=45, limit=150),
+        Item(name="correctness frame_attention", doc="against float64 on real shapes, 10,000 repeats bitwise equal",
+             command=correctness("frame_attention"), estimate=45, limit=150),
         Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
              command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
-        *(Item(name=f"check {kernel}", doc="the same", command=check(kernel), estimate=12, limit=60)
+        *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)
           for kernel in KERNELS),
-        Item(name="check hopper", doc="the warp-specialised kernel: it may hang", command=check("hopper"),
-             estimate=25, limit=75, absent=without_hopper),
-        Item(name="tests", doc="the kernels' tests on the GPU", command=python("check.py", "--pytest"),
-             estimate=40, limit=120),
+        Item(name="correctness hopper", doc="the warp-specialised kernel: a fault may make it hang",
+             command=correctness("hopper"), estimate=25, limit=75, absent=without_hopper),
+        # alone they take over 120 s, nearly all of it compiling; with pytest-xdist eight processes share it
+        Item(name="tests", doc="the kernels' tests on the GPU", command=python("correctness.py", "--pytest"),
+             estimate=40, limit=150),
     ]  # fmt: skip
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),
@@ -154,29 +155,29 @@ def run_item(item: Item, limit: float, log_path: Path) -> str:
 
 
 def tail(path: Path, start: int, lines: int) -> str:
-    """The last lines of a log behind ``start`` bytes, whatever bytes they are."""
+    """The last lines of what a log holds after ``start`` bytes, whatever bytes they are."""
     with path.open("rb") as file:
         file.seek(start)
         return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
 
 
 def record(outcome: Outcome, path: Path) -> None:
-    """The outcome takes its item's line in suite.csv. The file is never half written."""
+    """Write the outcome into its item's line of suite.csv. The file is never half written."""
     rows = {}
     if path.is_file():
         with path.open(newline="") as file:
             rows = {row["item"]: row for row in csv.DictReader(file)}
     rows[outcome.item] = asdict(outcome)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Outcome)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
-    part.replace(path)
+    partial.replace(path)
 
 
 def run_queue(items: Sequence[Item], out: Path, minutes: float) -> list[Outcome]:
-    """Run the items in turn until the time is up; suite.csv is written behind each."""
+    """Run the items in turn until the time is up; suite.csv is written after each."""
     out.mkdir(parents=True, exist_ok=True)
     log, end, outcomes = out / "suite.log", time.monotonic() + 60 * minutes, []
     for item in items:
@@ -195,7 +196,7 @@ def run_queue(items: Sequence[Item], out: Path, minutes: float) -> list[Outcome]
             outcomes.append(note("not reached"))
         else:
             print(f"--- {item.name}: {item.doc} (at most {limit:.0f} s)", flush=True)
-            note("running")  # what is still there when this process is killed
+            note("running")  # stays if this process is killed
             mark = log.stat().st_size if log.exists() else 0
             outcomes.append(note(run_item(item, limit, log)))
             print(tail(log, mark, 12 if outcomes[-1].outcome == "ok" else 30), flush=True)
@@ -204,14 +205,14 @@ def run_queue(items: Sequence[Item], out: Path, minutes: float) -> list[Outcome]
 
 
 def describe(items: Sequence[Item], minutes: float) -> str:
-    """The queue as text. No item's time is known before it has run on a GPU: these are estimates."""
-    lines, total = [f"{'item':<24}{'estimate':>9}{'limit':>7}   what"], 0.0
+    """The queue as text, with estimated times."""
+    lines, total = [f"{'item':<28}{'estimate':>9}{'limit':>7}   what"], 0.0
     for item in items:
         absent = item.absent()
         total += 0 if absent else item.estimate
         what = f"{item.doc}  [skipped here: {absent}]" if absent else item.doc
-        lines.append(f"{item.name:<24}{item.estimate:>7.0f} s{item.limit:>5.0f} s   {what}")
-    lines.append(f"{'in all':<24}{total:>7.0f} s   estimated, of {60 * minutes:.0f} s; later items give way")
+        lines.append(f"{item.name:<28}{item.estimate:>7.0f} s{item.limit:>5.0f} s   {what}")
+    lines.append(f"{'in all':<28}{total:>7.0f} s   estimated, of {60 * minutes:.0f} s; later items give way")
     return "\n".join(lines)
 
 

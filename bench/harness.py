@@ -1,8 +1,8 @@
-"""Check, time and record: shared by every bench.
+"""Judge, time and record: shared by every bench.
 
-A bench builds ``Case``s, one per shape. Every provider of a case is judged first, against the oracle in float64; one
-that is further from it than its budget is recorded as wrong and not timed. The others are timed in interleaved rounds
-(A B C, C B A, ...), so that a drifting clock meets all alike, each call with a cold L2 cache, on random data.
+A bench builds ``Case``s, one per shape. Every provider of a case is judged first, against the oracle in float64; if its
+error exceeds its budget, it is recorded as wrong and not timed. The others are timed in interleaved rounds (A B C,
+C B A, ...), so that a drifting clock affects all of them equally, each call with a cold L2 cache, on random data.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from flexkern.testing import assert_as_accurate
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One line of a CSV. Not a number where nothing was timed; ``note`` then says why."""
+    """One line of a CSV. Times are NaN if nothing was timed; ``note`` then says why."""
 
     kernel: str
     provider: str
@@ -65,7 +65,7 @@ def provenance() -> dict[str, str]:
 
 
 def load(path: Path, kind: type = Row) -> list:
-    """The rows of a CSV, [] where there is none."""
+    """The rows of a CSV; none if the file does not exist."""
     if not path.is_file():
         return []
     types = {field.name: field.type for field in fields(kind)}
@@ -78,16 +78,16 @@ def load(path: Path, kind: type = Row) -> list:
 
 
 def save(rows: Sequence, path: Path, key: Sequence[str] = KEY) -> None:
-    """Rows join those of the file; one with the same key is replaced, in its place. The file is never half written."""
+    """Add rows to a CSV; a row with the same key takes the place of the old one. The file is never half written."""
     identity = lambda row: tuple(getattr(row, name) for name in key)
     merged = {identity(row): row for row in [*load(path, type(rows[0])), *rows]}
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
+    partial = path.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: as_text(value) for name, value in asdict(row).items()} for row in merged.values())
-    part.replace(path)
+    partial.replace(path)
 
 
 def as_text(value: object) -> object:
@@ -104,7 +104,7 @@ class Truth:
     entitled: Tensor
 
     def judge(self, actual: Tensor, mean: float, worst: float) -> tuple[float, str]:
-        """Relative mean error, and what is wrong with it ("" for nothing)."""
+        """Relative mean error, and what is wrong with it, "" if nothing is."""
         assert actual.shape == self.exact.shape, f"shape {list(actual.shape)} instead of {list(self.exact.shape)}"
         error = ((actual.double() - self.exact).abs().mean() / self.exact.abs().mean()).item()
         try:
@@ -118,9 +118,9 @@ class Truth:
 class Provider:
     """One way to compute a case.
 
-    call: what is timed. result: from what it returns to what is judged; None where there is nothing to judge.
-    everything: to all that it computed, for comparing repeats; None for ``result``. mean, worst: budget, as multiples
-    of the entitled error. calls: operations in one ``call``. truth: where it differs from the case's.
+    call: what is timed. result: what is judged, from what ``call`` returns; None if there is nothing to judge.
+    everything: all that was computed, to compare repeats; None for ``result``. mean, worst: budget, as multiples of the
+    entitled error. calls: operations in one ``call``. truth: what to judge by, if not the case's.
     """
 
     call: Callable[[], object]
@@ -134,9 +134,9 @@ class Provider:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One shape of one operation. A provider that is not there is a string that says why.
+    """One shape of one operation. In place of a provider that cannot run here stands a string that says why.
 
-    bytes, flops: of one operation, by the mathematics. reset: spoils whatever a provider writes in place.
+    bytes, flops: of one operation, by the mathematics. reset: fills whatever a provider writes in place with NaN.
     """
 
     kernel: str
@@ -149,8 +149,8 @@ class Case:
     reset: Callable[[], object] = lambda: None
 
 
-def check(case: Case, provider: Provider | str) -> tuple[float, str]:
-    """Relative error of a provider, and why it must not be timed ("" where it may)."""
+def judge(case: Case, provider: Provider | str) -> tuple[float, str]:
+    """Relative error of a provider, and why it must not be timed, "" if it may."""
     if isinstance(provider, str):
         return math.nan, f"absent: {provider}"
     case.reset()
@@ -164,12 +164,12 @@ def check(case: Case, provider: Provider | str) -> tuple[float, str]:
 
 
 def compare(case: Case, roof: Roofs, *, budget_ms: float = 200.0, note: str = "") -> list[Row]:
-    """Judge all providers of a case, then time the good ones side by side. Prints a line for each."""
-    checked = {name: check(case, provider) for name, provider in case.providers.items()}
-    good = [name for name, (_, fault) in checked.items() if not fault]
+    """Judge all providers of a case, then time those that are right side by side. Prints a line for each."""
+    judged = {name: judge(case, provider) for name, provider in case.providers.items()}
+    good = [name for name, (_, fault) in judged.items() if not fault]
     taken = dict(zip(good, measure([case.providers[name].call for name in good], budget_ms), strict=True))
     rows = []
-    for name, (error, fault) in checked.items():
+    for name, (error, fault) in judged.items():
         timed = {}
         if name in taken:
             timed = rates(case, [ms / case.providers[name].calls for ms in taken[name]], roof)
@@ -216,7 +216,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 
 def folder(args: argparse.Namespace) -> Path | None:
-    """Where rows go; None for nowhere."""
+    """The folder that rows go to; None if they are not saved."""
     if args.out:
         return args.out
     if args.save and DEVICE == "cpu":
@@ -229,7 +229,7 @@ def shapes_for(args: argparse.Namespace, short: Sequence, every: Sequence, tiny:
 
 
 def run(args: argparse.Namespace, name: str, shapes: Iterable, build: Callable[..., Case]) -> None:
-    """Compare the providers at each shape; ``name``.csv is written after every one."""
+    """Compare the providers at each shape; ``name``.csv is written after every shape."""
     out, roof = folder(args), roofs.measure_roofs()
     print(f"{provenance()}\n{roof}")
     for shape in shapes:
@@ -239,7 +239,7 @@ def run(args: argparse.Namespace, name: str, shapes: Iterable, build: Callable[.
 
 
 def speed_test(shapes: Sequence, tiny: object, providers: Sequence[str], build: Callable[..., Case]) -> Callable:
-    """The same cases as a test for pytest-benchmark, which keeps the time: cold L2, the GPU's own clock."""
+    """A test for pytest-benchmark of the same cases: cold L2, timed by the GPU's own clock."""
     built = {}
     # without the plugin its mark is unknown, and bench/conftest.py skips the test
     on_the_gpu_clock = pytest.mark.benchmark(timer=roofs.stamp) if find_spec("pytest_benchmark") else lambda test: test
@@ -253,7 +253,7 @@ def speed_test(shapes: Sequence, tiny: object, providers: Sequence[str], build: 
             built[shape] = build(shape)
         case = built[shape]
         chosen = case.providers.get(provider, "this shape does not have it")
-        error, fault = check(case, chosen)
+        error, fault = judge(case, chosen)
         if fault.startswith("absent"):
             pytest.skip(fault)
         assert not fault, fault

@@ -25,7 +25,7 @@ if "flexkern" not in sys.modules:
 def child_environment() -> dict[str, str]:
     """The environment in which a child, and its children, import the benches, and with them this tree's flexkern.
 
-    They also take this process's word for the commit.
+    FLEXKERN_COMMIT tells them the commit, so that all rows of a run name the same one.
     """
     path = [str(BENCH), os.environ.get("PYTHONPATH", "")]
     return {
@@ -38,7 +38,7 @@ def child_environment() -> dict[str, str]:
 
 
 def answer(*command: str) -> str:
-    """What a command prints, stripped; empty where it is not there, fails or hangs."""
+    """What a command prints, stripped; empty if it is missing, fails or hangs."""
     if not shutil.which(command[0]):
         return ""
     try:
@@ -50,7 +50,7 @@ def answer(*command: str) -> str:
 
 @cache
 def commit() -> str:
-    """The commit of this tree: FLEXKERN_COMMIT, or git's, "+" behind it where files differ, or the file COMMIT.
+    """The commit of this tree: FLEXKERN_COMMIT, or git's, with "+" after it if files differ, or the file COMMIT.
 
     An archive has no git: `git rev-parse --short=10 HEAD > COMMIT; git archive --add-file=COMMIT HEAD` brings it along.
     """
@@ -68,7 +68,7 @@ def commit() -> str:
 
 @cache
 def ask_gpu(*fields: str) -> str:
-    """Answer of nvidia-smi for the first GPU, fields separated by ", "; empty where there is none."""
+    """Answer of nvidia-smi for the first GPU, fields separated by ", "; empty if there is none."""
     lines = answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else ""
 

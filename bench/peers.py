@@ -1,6 +1,6 @@
 """Library attention to be measured against: softmax(q k / sqrt(D)) v, no mask, keys gathered and turned beforehand.
 
-Each peer takes and returns [B, tokens, H, D]. It is imported when asked for; one that is not there says why.
+Each peer takes and returns [B, tokens, H, D]. It is imported when it is first used; one that is missing says why.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Peer:
-    """load: imports the library and gives its attention. quantised: not bf16, so it has another error budget."""
+    """A library. load: imports it and returns its attention. quantised: not bf16, so it has another error budget."""
 
     load: Callable[[], Attention]
     quantised: bool = False
@@ -35,7 +35,7 @@ def _sdpa(backend: SDPBackend) -> Callable[[], Attention]:
 def _flex() -> Attention:
     from torch.nn.attention.flex_attention import flex_attention
 
-    torch._dynamo.reset()  # a shape of its own for every case, and never the eager fallback
+    torch._dynamo.reset()  # so that every shape is compiled, and none falls back to eager
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda *qkv: compiled(*(x.transpose(1, 2) for x in qkv)).transpose(1, 2)
 
@@ -99,7 +99,7 @@ PEERS = {
 
 
 def get_peer(name: str, device: str) -> Attention | str:
-    """That library's attention, or why it is not there."""
+    """That library's attention, or why it cannot run here."""
     peer = PEERS[name]
     if device == "cpu" and not peer.on_cpu:
         return "needs a CUDA GPU"
@@ -107,5 +107,5 @@ def get_peer(name: str, device: str) -> Attention | str:
         return "holds all scores in memory: for a CPU only"
     try:
         return peer.load()
-    except Exception as fault:  # a library may fail at import in any way: missing, built for another torch, no compiler
+    except Exception as fault:  # an import may fail in any way: missing, built for another torch, no compiler
         return f"{type(fault).__name__}: {' '.join(str(fault).split())[:200]}"

@@ -1,12 +1,14 @@
-"""What the benches of the memory-bound kernels share: their shapes, and the providers all of them have."""
+"""What the benches of the memory-bound kernels share: shapes, providers, and the case of an operation without state."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from harness import Provider
+from harness import Case, Provider, Truth
 from roofs import DEVICE
 from torch import Tensor
+
+from flexkern.kernels import reference
 
 EAGER = {"mean": 10.0, "worst": 10.0}  # rounds after every operation
 PROVIDERS = ("triton", "torch", "torch in float32", "torch.compile", "copy")
@@ -58,28 +60,36 @@ EVERY = [
 EVERY = list(dict.fromkeys([*SHORT, *EVERY]))
 
 
-def shared(oracle: Callable, *args, kernel: Callable) -> dict[str, Provider | str]:
-    """The providers of an operation without state: ``oracle`` and ``kernel`` take the same arguments."""
+def run_in(function: Callable, arguments: Sequence, dtype: torch.dtype) -> Tensor:
+    """The function's result with all tensors converted to dtype first."""
+    return function(*(x.to(dtype) if isinstance(x, Tensor) else x for x in arguments))
 
-    def once_rounded(*args) -> Tensor:
-        wide = (x.float() if isinstance(x, Tensor) else x for x in args)
-        return oracle(*wide).to(args[0].dtype)
 
-    compiled = "needs a CUDA GPU"
+def build_pointwise(name: str, kernel: Callable, shape: Tokens, arguments: Sequence, bytes_: int) -> Case:
+    """The case of an operation that writes nothing in place: kernel and ``reference.name`` take the same arguments."""
+    oracle = getattr(reference, name)
+    dtype = arguments[0].dtype
+    once_rounded = lambda *arguments: run_in(oracle, arguments, torch.float32).to(dtype)
+    compiled: Provider | str = "needs a CUDA GPU"
     if DEVICE == "cuda":
         torch._dynamo.reset()
         fast = torch.compile(once_rounded, dynamic=False)
-        compiled = Provider(call=lambda: fast(*args))
-    return {
-        "triton": Provider(call=lambda: kernel(*args)),
-        "torch": Provider(call=lambda: oracle(*args), **EAGER),
-        "torch in float32": Provider(call=lambda: once_rounded(*args)),
-        "torch.compile": compiled,
-    }
+        compiled = Provider(call=lambda: fast(*arguments))
+    return Case(
+        kernel=name, shape=str(shape), bytes=bytes_, flops=0, bound="copy",
+        truth=Truth(exact=run_in(oracle, arguments, torch.float64), entitled=once_rounded(*arguments)),
+        providers={
+            "triton": Provider(call=lambda: kernel(*arguments)),
+            "torch": Provider(call=lambda: oracle(*arguments), **EAGER),
+            "torch in float32": Provider(call=lambda: once_rounded(*arguments)),
+            "torch.compile": compiled,
+            "copy": copy_of(bytes_),
+        },
+    )  # fmt: skip
 
 
 def copy_of(bytes_: int) -> Provider:
-    """A device copy that moves as many bytes, read and written: what such a size can reach at all."""
+    """A device copy of the same bytes, read plus written: the most that can be reached at this size."""
     source = torch.randn(max(1, bytes_ // 8), device=DEVICE)
     target = torch.empty_like(source)
     return Provider(call=lambda: target.copy_(source), result=None)

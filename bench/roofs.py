@@ -1,4 +1,4 @@
-"""Milliseconds of a call on a GPU, and the two roofs a kernel is held against, measured rather than looked up."""
+"""Milliseconds of a call on a GPU, and the two roofs that a kernel is compared with: measured, not looked up."""
 
 import os
 import statistics
@@ -24,14 +24,14 @@ def _flush_buffer() -> torch.Tensor:
 
 
 def flush() -> None:
-    """Nothing that a call will read is in the L2 cache afterwards."""
+    """Empty the L2 cache of everything that a call will read."""
     _flush_buffer().zero_()
 
 
 class Stamp:
-    """A moment on the GPU's clock. Subtraction gives seconds, and only then waits for the GPU."""
+    """A moment on the GPU's clock. The difference of two is in seconds; only taking it waits for the GPU."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.event = torch.cuda.Event(enable_timing=True)
         self.event.record()
 
@@ -41,11 +41,12 @@ class Stamp:
 
 
 def stamp() -> "Stamp | float":
+    """Now: on the GPU's clock, or on the host's without a GPU."""
     return Stamp() if DEVICE == "cuda" else time.perf_counter()
 
 
 def timed(call: Callable[[], object], repeats: int) -> list[float]:
-    """Milliseconds of each of ``repeats`` calls, L2 cold, after one that does not count."""
+    """Milliseconds of each of ``repeats`` calls, with a cold L2 cache, after one that does not count."""
     call()
     if DEVICE == "cuda":
         torch.cuda._sleep(LEAD_CYCLES)  # the host runs ahead, so that launches are not what is timed
@@ -83,6 +84,7 @@ class Roofs:
 
 @cache
 def measure_roofs() -> Roofs:
+    """Measure both, once in a process."""
     n, count = (8192, 1 << 29) if DEVICE == "cuda" else (128, 1 << 16)
     a, b = torch.randn(2, n, n, device=DEVICE).bfloat16()
     source = torch.randn(count // 2, device=DEVICE)

@@ -1,14 +1,35 @@
 """Horizon extension and fused inference kernels for autoregressive video diffusion."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexkern.engine import Engine
+    from flexkern.functional import attention, frame_turns, paged_attention, turn_place
+    from flexkern.pipeline import Checkpoint
+    from flexkern.session import Session
 
 __version__ = "0.1.0"
 
-HOMES = {"Engine": "engine", "attention": "functional", "paged_attention": "functional"}
+__all__ = ["Checkpoint", "Engine", "Session", "attention", "frame_turns", "paged_attention", "turn_place"]
+
+_HOMES = {
+    "Checkpoint": "flexkern.pipeline",
+    "Engine": "flexkern.engine",
+    "Session": "flexkern.session",
+    "attention": "flexkern.functional",
+    "frame_turns": "flexkern.functional",
+    "paged_attention": "flexkern.functional",
+    "turn_place": "flexkern.functional",
+}
 
 
 def __getattr__(name: str) -> object:
     """``flexkern.Engine`` and others, loaded when first asked for: importing the package costs nothing."""
-    if name not in HOMES:
+    if name not in _HOMES:
         raise AttributeError(f"module 'flexkern' has no attribute {name!r}")
-    return getattr(import_module(f"flexkern.{HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

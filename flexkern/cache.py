@@ -1,13 +1,17 @@
 """Storage for keys and values of past frames: one page holds one frame of one layer.
 
-Pages never move. What a policy changes from chunk to chunk is the ordered list of frames that stand in them; eviction
-hands a slot back. Keys stand there normalised and turned by place only (``kernels.reference.norm_rope_write``).
+Pages never move. What a policy changes from chunk to chunk is the ordered list of the frames in them; eviction hands a
+slot back. Keys are stored normalised and turned by place only (``kernels.reference.norm_rope_write``).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
+from flexkern.state import State
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +22,17 @@ class Page:
     slot: int
 
 
+class LayerPages(NamedTuple):
+    """What belongs to the pages of one layer, [B, P, S, H, D] each."""
+
+    keys: Tensor
+    values: Tensor
+
+
 class FrameCache:
     """Pages of every layer, and the ordered list of frames in them.
 
-    keys, values: [L, B, P, S, H, D]. pages: the occupied ones in the order attention lists them, the sink first.
+    keys, values: [L, B, P, S, H, D]. listed: the occupied pages in the order attention lists them, the sink first.
     """
 
     def __init__(
@@ -33,30 +44,35 @@ class FrameCache:
             raise ValueError(f"every size of a cache must be at least 1, got [L, B, P, S, H, D] = {list(shape)}")
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
-        self.pages: list[Page] = []
+        self.listed: list[Page] = []
         self._free = list(range(pages))
 
     @property
     def frames(self) -> list[int]:
         """Absolute indices of the cached frames, in list order."""
-        return [page.frame for page in self.pages]
+        return [page.frame for page in self.listed]
 
     @property
     def slots(self) -> list[int]:
-        return [page.slot for page in self.pages]
+        """Slots of the cached frames, in list order."""
+        return [page.slot for page in self.listed]
 
     @property
     def bytes(self) -> int:
         """Size of all pages of all layers."""
         return 2 * self.keys.numel() * self.keys.element_size()
 
-    def keep(self, indices: Sequence[int]) -> None:
-        """Only the pages at these places of the list stay, in that order; the slots of the others go free."""
-        kept = [self.pages[i] for i in indices]
-        self._free = sorted({*self._free, *self.slots} - {page.slot for page in kept})
-        self.pages = kept
+    def pages(self, layer: int) -> LayerPages:
+        """Everything that belongs to the pages of a layer, as views."""
+        return LayerPages(self.keys[layer], self.values[layer])
 
-    def open(self, frames: Sequence[int]) -> list[int]:
+    def keep(self, indices: Sequence[int]) -> None:
+        """Keep the pages at these indices of ``listed``, in this order; free the slots of all others."""
+        kept = [self.listed[i] for i in indices]
+        self._free = sorted({*self._free, *self.slots} - {page.slot for page in kept})
+        self.listed = kept
+
+    def allocate(self, frames: Sequence[int]) -> list[int]:
         """Give each new frame a free slot, at the end of the list, and return the slots.
 
         Every denoising pass overwrites them; the clean pass leaves what later chunks read.
@@ -67,10 +83,47 @@ class FrameCache:
                 "evict first, or make the window larger"
             )
         slots, self._free = self._free[: len(frames)], self._free[len(frames) :]
-        self.pages += [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
+        self.listed += [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
         return slots
 
     def rename(self, first: int, frames: Sequence[int]) -> None:
-        """From place ``first`` of the list on, pages that are about to be overwritten belong to other frames."""
-        for place, frame in enumerate(frames, first):
-            self.pages[place] = Page(frame, self.pages[place].slot)
+        """From index ``first`` of the list on, pages that are about to be overwritten belong to other frames."""
+        for index, frame in enumerate(frames, first):
+            self.listed[index] = Page(frame, self.listed[index].slot)
+
+    def state(self) -> State:
+        """The list, and copies of its pages on the CPU, [L, B, R, S, H, D] in list order."""
+        return {
+            "frames": self.frames, "slots": self.slots,
+            "keys": _gather(self.keys, self.slots), "values": _gather(self.values, self.slots),
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Hold the frames of a ``state``, in the same slots, and no others.
+
+        Raises:
+            ValueError: The state is of a cache of another shape or dtype.
+        """
+        frames, slots, count = state["frames"], state["slots"], self.keys.shape[2]
+        if len(frames) != len(slots) or len({*slots} & {*range(count)}) != len(slots):
+            raise ValueError(f"slots must be different ones of {count}, one a frame, got {slots} for frames {frames}")
+        shape = [*self.keys.shape[:2], len(slots), *self.keys.shape[3:]]
+        for name in ("keys", "values"):
+            got = state[name]
+            if list(got.shape) != shape or got.dtype != self.keys.dtype:
+                expected = f"{self.keys.dtype} [L, B, R, S, H, D] = {shape}"
+                raise ValueError(f"{name} of the state must be {expected}, got {got.dtype} {list(got.shape)}")
+        for pages, held in ((self.keys, state["keys"]), (self.values, state["values"])):
+            for layer, layer_held in zip(pages, held, strict=True):
+                layer[:, slots] = layer_held.to(pages.device)
+        self.listed = [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
+        self._free = sorted({*range(count)} - {*slots})
+
+
+def _gather(pages: Tensor, slots: Sequence[int]) -> Tensor:
+    """The pages [L, B, P, S, H, D] at these slots, copied to the CPU one layer at a time."""
+    layers, batch, _, *page = pages.shape
+    held = torch.empty((layers, batch, len(slots), *page), dtype=pages.dtype)
+    for layer, own in zip(held, pages, strict=True):
+        layer.copy_(own[:, slots])
+    return held

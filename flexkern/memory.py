@@ -1,24 +1,56 @@
-"""Check, then call: what the model's self-attention does with a paged cache."""
+"""What self-attention finds its keys and values in: the ``Memory`` protocol, and the paged cache as one.
 
-from types import ModuleType
+``PagedMemory`` is one chunk's view of the KV cache: write keys and values to their pages, then attend.
+"""
+
+from typing import Protocol
 
 from torch import Tensor
 
+from flexkern.backends import Backend, Pointwise
 from flexkern.cache import FrameCache
 from flexkern.plan import ChunkPlan, band_split
 
 
-class PagedMemory:
-    """One chunk's attention over the cache, through one backend: the ``Memory`` that a model is run with.
+class Memory(Protocol):
+    """Where self-attention finds its keys and values."""
 
-    Raises ValueError where plan and cache do not belong together, before any layer runs.
+    def attend(
+        self, layer: int, query: Tensor | None, key: Tensor, value: Tensor, norms: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """Attention output [B, F, S, H, D] of a layer, None where there is no query.
+
+        Args:
+            layer: Index of the layer.
+            query: [B, F, S, H, D] before normalisation and rotation; None where only keys and values are wanted.
+            key: As the query.
+            value: [B, F, S, H, D].
+            norms: RMSNorm weights [C] of query and key.
+        """
+
+    @property
+    def ops(self) -> Pointwise:
+        """The backend's pointwise operations."""
+
+
+class PagedMemory:
+    """One chunk's attention over the cache, through one backend.
+
+    Args:
+        cache: Pages of every layer.
+        plan: What attention must know about the chunk.
+        backend: The module that computes.
+        eps: Of the RMSNorm of queries and keys.
+
+    Raises:
+        ValueError: Plan and cache do not belong together.
     """
 
-    def __init__(self, cache: FrameCache, plan: ChunkPlan, backend: ModuleType, eps: float = 1e-6):
+    def __init__(self, cache: FrameCache, plan: ChunkPlan, backend: Backend, eps: float = 1e-6):
         _, _, pages, tokens, heads, head_dim = cache.keys.shape
         time, *place = band_split(head_dim)
         computed, read = len(plan.write_slots), len(plan.read_slots)
-        expected = {
+        expected: dict[str, tuple[tuple[int, ...], ...]] = {
             "turn": ((computed, read, heads, time, 2), (computed, read, 1, time, 2)),
             "place_turn": ((tokens, sum(place), 2),),
             "logit_scale": ((computed,),),
@@ -29,14 +61,15 @@ class PagedMemory:
                 raise ValueError(f"plan.{name} must be {' or '.join(map(str, map(list, shapes)))}, got {list(shape)}")
         if plan.read_slots.device != cache.keys.device:
             raise ValueError(f"plan and cache must be on one device, got {plan.read_slots.device}, {cache.keys.device}")
-        self.cache, self.plan, self.ops, self.eps = cache, plan, backend, eps
+        self.cache, self.plan, self.eps = cache, plan, eps
+        self.ops: Backend = backend
 
     def attend(
         self, layer: int, query: Tensor | None, key: Tensor, value: Tensor, norms: tuple[Tensor, Tensor]
     ) -> Tensor | None:
-        """Write the chunk's keys and values to their pages, then attend; see ``flexkern.model.wan.Memory``."""
-        pages = self.cache.keys[layer], self.cache.values[layer]
+        """Write the chunk's keys and values to their pages, then attend; as ``Memory.attend``."""
+        plan, (key_pages, value_pages) = self.plan, self.cache.pages(layer)
         query = self.ops.norm_rope_write(
-            query, key, value, *norms, self.plan.place_turn, *pages, self.plan.write_slots, self.eps
+            query, key, value, *norms, plan.place_turn, key_pages, value_pages, plan.write_slots, self.eps
         )
-        return None if query is None else self.ops.frame_attention(query, *pages, self.plan)
+        return None if query is None else self.ops.frame_attention(query, key_pages, value_pages, plan)

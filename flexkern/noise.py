@@ -1,12 +1,13 @@
 """A session's noise as tensors: from a preset's policy, or in the draw order of the research code."""
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flexkern.policies import NoisePolicy
+from flexkern.state import State, nest, within
 
 
 class Noise(Protocol):
@@ -18,9 +19,23 @@ class Noise(Protocol):
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
         """Fresh noise [B, F, C, h, w] after denoising step ``step`` (from 0)."""
 
+    def state(self) -> State:
+        """All that later draws depend on."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state``, bit for bit. Raises ValueError for the state of other noise."""
+
 
 class PolicyNoise:
-    """Noise of a policy: a function of seed, frame and step alone. Video b of a batch is drawn from seed + b."""
+    """Noise of a policy: a function of seed, frame and step alone.
+
+    Args:
+        policy: Which noise a frame gets.
+        seed: Video b of a batch is drawn from seed + b.
+        batch: Number of videos.
+        shape: Of one latent frame, [C, h, w].
+        target: Latent frames of the video, where known.
+    """
 
     def __init__(self, policy: NoisePolicy, seed: int, batch: int, shape: tuple[int, ...], target: int | None):
         self.sources = [policy.source(seed + b, shape=shape, target=target) for b in range(batch)]
@@ -31,19 +46,44 @@ class PolicyNoise:
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
         return torch.stack([torch.from_numpy(source.renoise(frames, step)) for source in self.sources])
 
+    def state(self) -> State:
+        state: State = {"videos": len(self.sources)}
+        for b, source in enumerate(self.sources):
+            drawn = source.state().items()
+            plain = {name: value if isinstance(value, int) else torch.from_numpy(value) for name, value in drawn}
+            state |= nest(str(b), plain)
+        return state
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        if state.get("videos") != len(self.sources):
+            raise ValueError(f"noise must be of {len(self.sources)} videos, got a state of {state.get('videos')}")
+        for b, source in enumerate(self.sources):
+            drawn = within(str(b), state).items()
+            source.restore({name: value.numpy() if isinstance(value, Tensor) else value for name, value in drawn})
+
 
 class ResearchNoise:
     """The draw order of the research code: the whole video's noise at once, then fresh noise step by step.
 
     Equal numbers need the same device, dtype and generator state as the original run.
+
+    Args:
+        shape: Of the video's latents, [B, F, C, h, w].
+        generator: Draws everything, on its device.
+        dtype: Of the noise.
     """
 
-    def __init__(self, shape: tuple[int, int, int, int, int], generator: torch.Generator, dtype=torch.bfloat16):
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int, int],
+        generator: torch.Generator,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         self.generator, self.dtype = generator, dtype
         self.video = self._draw(shape)
 
     def _draw(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.generator.device, dtype=self.dtype)
+        return torch.randn(tuple(shape), generator=self.generator, device=self.generator.device, dtype=self.dtype)
 
     def initial(self, frames: Sequence[int]) -> Tensor:
         if frames[-1] >= self.video.shape[1]:
@@ -53,3 +93,15 @@ class ResearchNoise:
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
         batch, _, *rest = self.video.shape
         return self._draw((batch * len(frames), *rest)).view(batch, len(frames), *rest)
+
+    def state(self) -> State:
+        """The generator's state, and the video's noise, which the generator has long left."""
+        return {"video": self.video.cpu().clone(), "generator": self.generator.get_state()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        video = state["video"]
+        if video.shape != self.video.shape or video.dtype != self.dtype:
+            expected = f"{self.dtype} {list(self.video.shape)}"
+            raise ValueError(f"noise must be {expected}, got a state of {video.dtype} {list(video.shape)}")
+        self.video = video.to(self.video.device, copy=True)
+        self.generator.set_state(state["generator"])

@@ -1,117 +1,186 @@
 """What a denoising loop needs of cache, plans and policies: it says which frames it runs, the window does the rest.
 
-``flexkern.engine`` is one such loop, those of the research repositories are others. A loop calls the model several
-times for the same frames, then for the next ones. ``open`` tells these apart by their indices; all bookkeeping is on
+``flexkern.session`` is one such loop, those of the research repositories are others. A loop calls the model several
+times for the same frames, then for the next ones. ``prepare`` tells these apart by their indices; all bookkeeping is on
 the host, in Python's integers.
 """
 
-from types import ModuleType
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
+from flexkern.backends import Backend
 from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
 from flexkern.plan import PlanBuffers, band_split, make_plan, place_turns
 from flexkern.policies import Preset
+from flexkern.state import State, nest, plain, require_same, within
 
 
 class CacheWindow:
     """The cached frames of one video, and the plan of the chunk that is being computed, for all layers.
 
-    chunk: first frame and number of frames of that chunk, None before the first. memory: what its layers attend
-    through.
+    Every page is allocated at once, so that a lack of memory shows before any work.
+
+    Args:
+        preset: Its position, retention and switch policies act, with the values in use (``Preset.resolve``).
+        backend: The module that computes.
+        layers: Layers of the model.
+        heads: Heads of a layer.
+        head_dim: Channels of a head.
+        eps: Of the RMSNorm of queries and keys.
+        dtype: Of the pages.
+        device: Of the pages.
+        batch: Videos that go in step.
+        rows: Token rows of a frame.
+        columns: Token columns of a frame.
+        target: Latent frames of the video, for policies that depend on it.
+
+    Attributes:
+        frames: Absolute indices of the frames being computed; empty before the first chunk.
+        cache: The frames that are kept.
+
+    Raises:
+        ValueError: The preset's positions do not fit the model.
     """
 
     def __init__(
-        self, preset: Preset, backend: ModuleType, *, layers: int, heads: int, head_dim: int, eps: float,
-        dtype: torch.dtype, device: torch.device,
+        self, preset: Preset, backend: Backend, *, layers: int, heads: int, head_dim: int, eps: float,
+        dtype: torch.dtype, device: torch.device, batch: int, rows: int, columns: int, target: int | None = None,
     ):  # fmt: skip
-        self.preset, self.backend, self.eps = preset, backend, eps
-        self.model = {"layers": layers, "heads": heads, "head_dim": head_dim, "dtype": dtype, "device": device}
-        preset.position.multipliers(1.0, band_split(head_dim)[0], heads)  # refuses a policy that does not fit the model
-        self.shape: tuple[int, int, int] | None = None  # batch, rows, columns
-        self.cache: FrameCache | None = None
-        self.begin()
+        self.preset, self.backend, self.eps = preset.resolve(), backend, eps
+        self.heads, self.bands = heads, band_split(head_dim)[0]
+        self.shape = batch, rows, columns
+        preset.position.multipliers(1.0, self.bands, heads)
+        with torch.inference_mode(False):  # pages outlive the mode they were made in
+            self.cache = FrameCache(
+                layers=layers, batch=batch, pages=preset.retention.capacity, tokens=rows * columns, heads=heads,
+                head_dim=head_dim, dtype=dtype, device=device,
+            )  # fmt: skip
+            self.place_turn = place_turns(rows, columns, head_dim).to(device)
+        self.buffers = PlanBuffers(device)
+        self.begin(target)
+
+    def __repr__(self) -> str:
+        batch, rows, columns = self.shape
+        held = f"{len(self.cache.listed)} of {self.preset.retention.capacity} pages"
+        return f"CacheWindow(preset {self.preset.name!r}, {held} in use, {batch} x {rows}x{columns} tokens a frame)"
 
     def begin(self, target: int | None = None) -> None:
         """Forget every frame. target: latent frames of the video to come, for policies that depend on it."""
-        self.target, self.chunk, self.memory = target, None, None
-        if self.cache is not None:
-            self.cache.keep([])
+        self.target, self.frames = target, range(0)
+        self._memory: PagedMemory | None = None
+        self._written: list[int] = []
+        self._cut = False
+        self.cache.keep([])
 
     @property
-    def frames(self) -> list[int]:
-        """Absolute indices of the frames being computed."""
-        return [] if self.chunk is None else list(range(self.chunk[0], sum(self.chunk)))
+    def memory(self) -> PagedMemory:
+        """What the layers attend through in a pass over ``frames``. Raises RuntimeError before the first chunk."""
+        if self._memory is None:
+            raise RuntimeError("no chunk is being computed: call prepare first")
+        return self._memory
 
-    def open(self, start: int, count: int, shape: tuple[int, int, int], *, cut: bool = False) -> PagedMemory:
-        """Be ready for frames start .. start + count - 1: a further pass over the open chunk, the next, or a new video.
+    def prepare(self, start: int, count: int, *, cut: bool = False) -> PagedMemory:
+        """Prepare a pass over frames [start, start + count), and return what its layers attend through.
 
-        shape: batch, token rows, token columns. cut: the chunk begins a new scene. A video may start at any frame. One
-        that is under way goes on with the frame behind its last chunk, or begins anew at 0. Raises ValueError for any
-        other frame, and for another shape.
+        The same chunk again returns its memory; the next chunk evicts, allocates pages and plans; start == 0 begins a
+        new video. A video may begin at any frame.
+
+        Args:
+            start: Absolute index of the first frame.
+            count: Frames computed together.
+            cut: Whether the chunk begins a new scene.
+
+        Raises:
+            ValueError: The frames neither are those being computed nor follow them, or the window is too small.
+            NotImplementedError: The retention policy asks for pages to be computed.
         """
-        if start == 0 and self.chunk not in (None, (0, count)):
+        frames = range(start, start + count)
+        if self._memory is not None and frames == self.frames:
+            return self._memory
+        if start == 0 and self.frames:
             self.begin()
-        if self.chunk is None:
-            self.allocate(shape)
-        if shape != self.shape:
-            raise ValueError(f"batch, rows and columns must stay {self.shape} within a video, got {shape}")
-        if self.chunk == (start, count):
-            return self.memory
-        if self.chunk is not None and start != sum(self.chunk):
+        if self.frames and start != self.frames.stop:
             raise ValueError(
-                f"frames must be {self.frames} again, or follow them from {sum(self.chunk)} on, "
-                f"got {list(range(start, start + count))}"
+                f"frames must be {list(self.frames)} again, or follow them from {self.frames.stop} on, "
+                f"got {list(frames)}"
             )
-        frames = list(range(start, start + count))
-        self.cache.keep(self.preset.retention.keep(len(self.cache.pages), count))
-        return self._plan(frames, self.cache.open(frames), cut)
+        kept = self.preset.retention.keep(self.cache.frames, count)
+        if kept.blends:
+            asked = f"the retention of preset {self.preset.name!r} asks for {len(kept.blends)} blended pages"
+            raise NotImplementedError(f"{asked}; supported: pages kept as they are")
+        self.cache.keep(kept.indices)
+        return self._plan(frames, self.cache.allocate(frames), cut)
+
+    @property
+    def recent(self) -> int:
+        """How many of the last frames, clean, the loop must have at hand for a change of prompt; 0 for none."""
+        policy = self.preset.switch
+        return policy.recent or 0 if policy.kind == "recache" else 0
 
     def switch(self) -> int:
         """Do to the cache what the preset does at a change of prompt.
 
         Returns how many of the last frames the loop must now run once more, clean and in one pass; 0 for none.
         """
-        policy, sink = self.preset.switch, self.preset.retention.sink
-        pages = len(self.cache.pages) if self.chunk else 0
+        policy, pinned = self.preset.switch, self.preset.retention.pinned
+        listed = len(self.cache.listed)
         if policy.kind == "flush":
-            self.cache.keep([i for i in range(pages) if i < sink or i >= pages - policy.recent])
-        count = min(policy.recent, pages) if policy.kind == "recache" else 0
+            first = listed - (policy.recent or listed)
+            self.cache.keep([i for i in range(listed) if i < pinned or i >= first])
+            self._memory, self._written = None, []  # pages of its plan are gone
+        count = min(self.recent, listed)
         if not count:
             return 0
-        end = sum(self.chunk)
-        frames = list(range(end - count, end))
+        end = self.frames.stop
+        again = range(end - count, end)
         if not policy.keep_sink:
-            self.cache.keep(range(pages - count, pages))
-        places = range(len(self.cache.pages) - count, len(self.cache.pages))
-        pinned = sink if policy.keep_sink and count < end else 0
-        written = [frame for place, frame in zip(places, frames, strict=True) if place >= pinned]
-        if not written:
+            self.cache.keep(range(listed - count, listed))
+        first = len(self.cache.listed) - count  # their index in the list
+        if not policy.keep_sink or count == end:
+            pinned = 0
+        spared = max(0, pinned - first)  # those in the sink are run, but not written
+        if spared >= count:
             return 0
-        self.cache.rename(max(places[0], pinned), written)
-        self._plan(frames, [self.cache.slots[place] if place >= pinned else -1 for place in places])
+        self.cache.rename(first + spared, again[spared:])
+        self._plan(again, [-1] * spared + self.cache.slots[first + spared :])
         return count
 
-    @torch.inference_mode(False)  # pages and plans outlive the mode they were made in
-    def allocate(self, shape: tuple[int, int, int]) -> None:
-        """Pages for a video of that shape are there; ``open`` would make them, but later."""
-        if shape == self.shape:
-            return
-        batch, rows, columns = shape
-        self.cache = None  # before the new pages are there
-        self.cache = FrameCache(batch=batch, pages=self.preset.retention.window, tokens=rows * columns, **self.model)
-        self.place_turn = place_turns(rows, columns, self.model["head_dim"]).to(self.model["device"])
-        self.buffers = PlanBuffers(self.model["device"])
-        self.shape = shape
+    def state(self) -> State:
+        """All that later chunks depend on: the pages in use, and the chunk that was computed last."""
+        return {
+            **nest("made_for", self._identity()), **nest("cache", self.cache.state()), "target": self.target,
+            "frames": [self.frames.start, self.frames.stop], "written": list(self._written), "cut": self._cut,
+        }  # fmt: skip
 
-    @torch.inference_mode(False)
-    def _plan(self, frames: list[int], slots: list[int], cut: bool = False) -> PagedMemory:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state``, bit for bit on the same device and backend.
+
+        Raises:
+            ValueError: The state is of another preset, model or shape; the message names what differs.
+        """
+        require_same("window", self._identity(), within("made_for", state))
+        self.cache.restore(within("cache", state))
+        self.target, self.frames = state["target"], range(*state["frames"])
+        self._memory, self._written = None, []
+        if state["written"]:
+            self._plan(self.frames, state["written"], state["cut"])
+
+    def _identity(self) -> State:
+        layers, batch, pages, _, heads, head_dim = self.cache.keys.shape
+        return plain({
+            **nest("preset", self.preset.describe()), "layers": layers, "heads": heads, "head_dim": head_dim,
+            "eps": self.eps, "dtype": str(self.cache.keys.dtype), "shape": self.shape, "pages": pages,
+        })  # fmt: skip
+
+    @torch.inference_mode(False)  # plans outlive the mode they were made in
+    def _plan(self, frames: range, slots: Sequence[int], cut: bool = False) -> PagedMemory:
         phases = self.preset.position.phases(
-            query=frames, visible=self.cache.frames, bands=band_split(self.model["head_dim"])[0],
-            heads=self.model["heads"], target=self.target, cut=cut,
-        )  # fmt: skip
+            query=frames, visible=self.cache.frames, bands=self.bands, heads=self.heads, target=self.target, cut=cut
+        )
         plan = make_plan(phases, write_slots=slots, read_slots=self.cache.slots, place_turn=self.place_turn)
-        self.memory = PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps)
-        self.chunk = frames[0], len(frames)
-        return self.memory
+        memory = PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps)
+        self._memory, self.frames, self._written, self._cut = memory, frames, list(slots), cut
+        return memory

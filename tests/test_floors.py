@@ -12,12 +12,14 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 FLOORS = [  # lowest first; a file may import from its own floor or below
-    ["flexkern.kernels", "flexkern.testing", "flexkern.__version__"],
+    ["flexkern.kernels", "flexkern.testing", "flexkern.checks", "flexkern.__version__"],
     ["flexkern.policies"],
-    ["flexkern.cache", "flexkern.plan", "flexkern.noise"],
+    ["flexkern.cache", "flexkern.plan", "flexkern.modes", "flexkern.noise", "flexkern.state"],
     ["flexkern.memory", "flexkern.backends", "flexkern.functional", "flexkern.window"],
     ["flexkern.model"],
+    ["flexkern.session"],
     ["flexkern.engine", "flexkern.parallel"],
+    ["flexkern.pipeline"],
     ["flexkern.render", "flexkern.metrics", "flexkern.integrations", "flexkern.demo"],
     ["flexkern.cli", "flexkern"],
 ]
@@ -26,6 +28,7 @@ ROOF = len(FLOORS) - 1
 TOP_LEVEL = {".ci", ".gitignore", "LICENSE", "Makefile", "README.md", "bench", "flexkern", "kernels"}
 TOP_LEVEL |= {"pyproject.toml", "setup.py", "tests"}
 SOURCES = sorted([*ROOT.glob("flexkern/**/*.py"), *ROOT.glob("kernels/**/*.py")])
+SOURCES = [path for path in SOURCES if "docs" not in path.parts[len(ROOT.parts) :]]  # examples are scripts of users
 
 
 def height(name: str) -> int:
@@ -68,6 +71,23 @@ def upward(module: str, names: Iterator[str]) -> list[str]:
     return [f"{module} imports {name}" for name in names if is_ours(name) and height(name) > height(module)]
 
 
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """One circle of modules that import each other, for every module that closes one."""
+    found, done = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(" -> ".join([*path[path.index(module) :], module]))
+        elif module not in done:
+            for name in sorted(graph[module]):
+                visit(name, [*path, module])
+            done.add(module)
+
+    for module in graph:
+        visit(module, [])
+    return found
+
+
 def outside(names: Iterator[str], allowed: set[str]) -> list[str]:
     """Names that belong neither to the standard library nor to a package of `allowed`."""
     fits = lambda name: any(f"{name}.".startswith(f"{prefix}.") for prefix in allowed | sys.stdlib_module_names)
@@ -90,12 +110,20 @@ def test_imports_point_down():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_module_imports_itself_through_others():
+    """Lazy imports and those for type checkers alone count as well."""
+    modules = {module_name(path): path for path in SOURCES}
+    home = lambda name: max((m for m in modules if f"{name}.".startswith(f"{m}.")), key=len)
+    graph = {module: {home(name) for name in imports_of(path) if is_ours(name)} for module, path in modules.items()}
+    assert not circles({module: names - {module} for module, names in graph.items()})
+
+
 @pytest.mark.parametrize(
     ("pattern", "allowed"),
     [
         ("kernels/**/*.py", {"flexkern.kernels", "torch", "triton"}),
         ("kernels/reference.py", {"flexkern.kernels.reference", "torch"}),
-        ("flexkern/policies/**/*.py", {"flexkern.policies", "numpy"}),
+        ("flexkern/policies/**/*.py", {"flexkern.policies", "flexkern.checks", "numpy"}),
     ],
 )
 def test_lower_floors_need_little(pattern, allowed):
@@ -134,7 +162,7 @@ def test_top_level_is_bare():
 @pytest.mark.parametrize(
     ("module", "package", "source"),
     [
-        ("flexkern.plan", "flexkern", "from flexkern.engine import Session"),
+        ("flexkern.plan", "flexkern", "from flexkern.session import Session"),
         ("flexkern.plan", "flexkern", "from .memory import PagedMemory"),
         ("flexkern.plan", "flexkern", "import flexkern"),
         ("flexkern.policies.noise", "flexkern.policies", "from .. import cache"),
@@ -150,6 +178,11 @@ def test_an_upward_import_is_caught(module, package, source):
 @pytest.mark.parametrize("source", ["from .cache import Cache", "from flexkern import __version__", "import numpy"])
 def test_a_downward_import_passes(source):
     assert not upward("flexkern.engine", imports(source, "flexkern"))
+
+
+def test_a_circle_is_caught():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b -> c -> b"]
+    assert not circles({"a": {"b", "c"}, "b": {"c"}, "c": set()})
 
 
 def test_a_foreign_import_is_caught():

@@ -16,8 +16,8 @@ import pytest
 import flexkern
 
 ROOT = Path(__file__).parent.parent
-DATA = {".csv", ".json", ".safetensors"}
-EXTRAS = {"bench", "cluster", "flash-attn", "model", "test", "video", "xformers"}
+DATA = {".csv", ".json", ".safetensors", ".typed"}
+EXTRAS = {"bench", "cluster", "docs", "flash-attn", "metrics", "model", "test", "video", "xformers"}
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 import flexkern, flexkern.kernels, flexkern.kernels.reference
@@ -95,6 +95,7 @@ def shipped(source: Path) -> set[str]:
     """Files of the source tree that belong in an install, by their place there."""
     paths = [*source.glob("flexkern/**/*"), *source.glob("kernels/**/*")]
     pages = {source / "kernels/README.md", source / "kernels/build.toml", *source.glob("flexkern/docs/*.md")}
+    pages |= set(source.glob("flexkern/docs/examples/*.*"))
     paths = [p for p in paths if p.suffix == ".py" or p.suffix in DATA or p in pages]
     names = [p.relative_to(source).as_posix() for p in paths]
     return {f"flexkern/{name}" if name.startswith("kernels/") else name for name in names}
@@ -145,6 +146,22 @@ def test_install_gives_flexkern_and_no_kernels(package, kind):
     assert found["shadow"] is None or "site-packages/kernels/" in found["shadow"]
     assert found["version"] == flexkern.__version__
     assert found["command"]
+
+
+def test_importing_it_costs_nothing_and_dir_shows_what_is_public():
+    code = "import sys, flexkern; print(*dir(flexkern)); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) == {*flexkern.__all__, "__version__"}
+    assert all(callable(getattr(flexkern, name)) for name in flexkern.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'Motor'"):
+        flexkern.Motor  # noqa: B018
+
+
+def test_a_type_checker_knows_what_is_public():
+    code = "import flexkern; reveal_type(flexkern.Engine); reveal_type(flexkern.paged_attention)"
+    found = run(sys.executable, "-m", "mypy", "--config-file=", "--follow-imports=silent", "-c", code, cwd=ROOT)
+    assert "-> flexkern.engine.Engine" in found and "query: torch._tensor.Tensor" in found
 
 
 def test_the_folder_refuses_the_name_of_another_package():

@@ -1,17 +1,44 @@
-"""Attention backends by name. Each is a module with the same five functions; none is chosen in silence for another.
+"""Attention backends by name. Each is a module that satisfies ``Backend``; there is no silent fallback to another."""
 
-    rms_norm(x, weight, eps)            modulate(x, scale, shift, eps)            gate_residual(x, update, gate)
-    norm_rope_write(query, key, value, query_weight, key_weight, place_turn, key_pages, value_pages, slots, eps)
-    frame_attention(query, key_pages, value_pages, plan)
-
-The first four are those of ``flexkern.kernels.reference``; the last takes a ``flexkern.plan.ChunkPlan``.
-"""
-
+import re
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from typing import TYPE_CHECKING, Protocol, cast
 
 import torch
+from torch import Tensor
+
+from flexkern.plan import ChunkPlan
+
+if TYPE_CHECKING:
+    from flexkern.backends import flash_attn, reference, sdpa, triton, xformers
+
+
+class Pointwise(Protocol):
+    """The operations of a block outside of self-attention; ``flexkern.kernels.reference`` defines each."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, /) -> Tensor:
+        """x over its root mean square, times weight: x [..., C], weight [C]."""
+
+    def modulate(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float, /) -> Tensor:
+        """LayerNorm(x) * (1 + scale) + shift: x [B, F, S, C], scale and shift [B, F, C]."""
+
+    def gate_residual(self, x: Tensor, update: Tensor, gate: Tensor, /) -> Tensor:
+        """x + update * gate: x and update [B, F, S, C], gate [B, F, C]."""
+
+
+class Backend(Pointwise, Protocol):
+    """Everything a backend computes; a module with these five functions is one."""
+
+    def norm_rope_write(
+        self, query: Tensor | None, key: Tensor, value: Tensor, query_weight: Tensor, key_weight: Tensor,
+        place_turn: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor, eps: float, /,
+    ) -> Tensor | None:  # fmt: skip
+        """Write keys and values to their pages; return the query ready for attention. Shapes: as the oracle's."""
+
+    def frame_attention(self, query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan, /) -> Tensor:
+        """Softmax attention of query [B, F, S, H, D] over the pages [B, P, S, H, D] that the plan lists."""
+
 
 BACKENDS = {
     "triton": "fused Triton kernels, one pass over the pages; needs a CUDA GPU",
@@ -20,6 +47,7 @@ BACKENDS = {
     "xformers": "gather the pages, turn them, xformers.ops.memory_efficient_attention; needs a CUDA GPU",
     "reference": "the oracle: loops over frames, for checking, not for speed",
 }
+TRITON = 3, 4  # the first Triton with triton.knobs and triton.tools.tensor_descriptor
 ON_CUDA = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers"}  # and the package each one needs
 
 
@@ -31,6 +59,8 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
         return None
     if find_spec(ON_CUDA[name]) is None:
         return f"the package {name} is not installed"
+    if name == "triton" and (lacking := unfit_triton()):
+        return lacking
     if name == "triton" and runs_in_interpreter():
         return None
     if not torch.cuda.is_available():
@@ -41,15 +71,44 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
     return None
 
 
+def unfit_triton() -> str | None:
+    """Why the installed Triton cannot run the kernels; None where it can."""
+    try:
+        from triton import __version__ as version
+    except Exception as error:  # whatever a broken installation raises, other backends still run
+        return f"Triton cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if found < TRITON:
+        return f"it needs Triton >= {'.'.join(map(str, TRITON))} (torch 2.8), and Triton {version} is installed"
+    return None
+
+
 def runs_in_interpreter() -> bool:
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1); ``unfit_triton`` comes first."""
     from triton import knobs
 
-    return knobs.runtime.interpret
+    return bool(knobs.runtime.interpret)
 
 
-def get_backend(name: str, device: torch.device | str | None = None) -> ModuleType:
-    """The backend of that name. Raises ValueError saying what is there, and why the asked one is not."""
+def get_backend(name: str, device: torch.device | str | None = None) -> Backend:
+    """The backend of that name.
+
+    Args:
+        name: A key of ``BACKENDS``.
+        device: Where its tensors will be, if known.
+
+    Raises:
+        ValueError: The backend cannot run here; the message says why, and which ones can.
+    """
     if why := why_not(name, device):
         there = "; ".join(f"{known} ({doc})" for known, doc in BACKENDS.items() if why_not(known, device) is None)
         raise ValueError(f"backend {name!r} is not there: {why}. There is {there}")
-    return import_module(f".{name.replace('-', '_')}", __name__)
+    return cast(Backend, import_module(f".{name.replace('-', '_')}", __name__))
+
+
+if TYPE_CHECKING:  # holds every module to the protocol
+    _triton: Backend = triton
+    _sdpa: Backend = sdpa
+    _flash_attn: Backend = flash_attn
+    _xformers: Backend = xformers
+    _reference: Backend = reference

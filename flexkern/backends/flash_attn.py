@@ -8,8 +8,10 @@ from flash_attn import flash_attn_func
 from torch import Tensor
 
 from flexkern.backends.gathered import attend_gathered
-from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm  # noqa: F401
+from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm
 from flexkern.plan import ChunkPlan
+
+__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
 
 
 def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:
@@ -26,6 +28,6 @@ def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan:
     return attend_gathered(query, key_pages, value_pages, plan, attend)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, bias: None) -> Tensor:
-    """query [B, F, S, H, D], key and value [B, R, S, H, D] -> [B, F, S, H, D]."""
+def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """query [B, F, S, H, D], key and value [B, R, S, H, D] -> [B, F, S, H, D]; there is no bias."""
     return flash_attn_func(*(x.flatten(1, 2) for x in (query, key, value))).view_as(query)

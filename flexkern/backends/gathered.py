@@ -1,7 +1,7 @@
-"""Attention by a library that knows no pages and no turns: gather, turn, then call it, once per modulation.
+"""Attention by a library that knows neither pages nor turns: gather, turn, then call it once per modulation.
 
-Shared by the backends ``sdpa``, ``flash-attn`` and ``xformers``, each of which supplies its ``attend``. What it costs
-over ``triton``: a copy of every key and value that is read, and a second rounding of the keys.
+Shared by the backends ``sdpa``, ``flash-attn`` and ``xformers``, each of which supplies its ``attend``. The price over
+``triton`` is a copy of every key and value that is read, and a second rounding of the keys.
 """
 
 from collections.abc import Callable
@@ -26,9 +26,7 @@ def turn_time(x: Tensor, turn: Tensor) -> Tensor:
     return out
 
 
-def attend_gathered(
-    query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan, attend: Attend
-) -> Tensor:  # fmt: skip
+def attend_gathered(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan, attend: Attend) -> Tensor:
     """Softmax attention of query [B, F, S, H, D] over the listed pages through ``attend``; as ``reference``'s."""
     query = turn_time(query, plan.query_turn)
     query = query * plan.logit_scale.to(query.dtype)[:, None, None, None]
@@ -39,7 +37,7 @@ def attend_turned(
     query: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor, key_turn: Tensor, bias: Tensor | None,
     attend: Attend,
 ) -> Tensor:  # fmt: skip
-    """A query that is ready meets the listed pages, turned by key_turn [K, R, G, T, 2]; K = F, or 1 for all frames."""
+    """A turned and scaled query over the listed pages, keys turned by key_turn [K, R, G, T, 2]; K = F, or 1 for all."""
     keys, values = (pages.index_select(1, slots.long()) for pages in (key_pages, value_pages))
     if len(key_turn) == 1:
         return attend(query, turn_time(keys, key_turn[0]), values, bias)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -9,17 +10,21 @@ from torch import Tensor
 from flexkern.kernels import reference
 from flexkern.plan import ChunkPlan
 
+__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
 
-def in_float32(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
+Operation = TypeVar("Operation", bound=Callable[..., Tensor])
+
+
+def in_float32(fn: Operation) -> Operation:
     """fn computed in float32 (float64 stays) and rounded once, to the dtype of its first argument."""
 
     @wraps(fn)
-    def widened(x: Tensor, *rest):
+    def widened(x: Tensor, *rest: Any) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):
             return fn(x, *rest)
         return fn(*(a.float() if isinstance(a, Tensor) else a for a in (x, *rest))).to(x.dtype)
 
-    return widened
+    return cast(Operation, widened)
 
 
 rms_norm = in_float32(reference.rms_norm)
@@ -33,8 +38,10 @@ def norm_rope_write(
 ) -> Tensor | None:  # fmt: skip
     """As ``kernels.reference.norm_rope_write``, computed in float32; the query comes back in the key's dtype."""
     wide = torch.promote_types(key.dtype, torch.float32)
-    widened = (x if x is None else x.to(wide) for x in (query, key, value, query_weight, key_weight))
-    turned = reference.norm_rope_write(*widened, place_turn, key_pages, value_pages, slots, eps)
+    turned = reference.norm_rope_write(
+        None if query is None else query.to(wide), key.to(wide), value.to(wide), query_weight.to(wide),
+        key_weight.to(wide), place_turn, key_pages, value_pages, slots, eps,
+    )  # fmt: skip
     return None if turned is None else turned.to(key.dtype)
 
 

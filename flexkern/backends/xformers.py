@@ -1,6 +1,6 @@
 """The package xformers: pages are gathered and turned, then attended in one call per modulation.
 
-For machines with a CUDA GPU but no Triton. float32, float16 and bfloat16; a bias is spread out, one value a score.
+For machines with a CUDA GPU but no Triton. float32, float16 and bfloat16; a bias is expanded to one value per score.
 """
 
 import torch
@@ -8,8 +8,10 @@ from torch import Tensor
 from xformers.ops import memory_efficient_attention
 
 from flexkern.backends.gathered import attend_gathered, mask_of, without_unseeing
-from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm  # noqa: F401
+from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm
 from flexkern.plan import ChunkPlan
+
+__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
 
 
 def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:
@@ -35,7 +37,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
 
 
 def aligned(mask: Tensor) -> Tensor:
-    """The mask in memory whose rows begin at multiples of 8 values, which xformers demands."""
+    """The mask, in memory whose rows begin at multiples of 8 values, as xformers demands."""
     rows, columns = mask.shape
     wide = mask.new_empty(rows, -(-columns // 8) * 8)
     wide[:, :columns] = mask

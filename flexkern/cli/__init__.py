@@ -1,4 +1,4 @@
-"""The command line: ``flexkern render | inspect | presets | doctor``.
+"""The command line: ``flexkern render | inspect | metrics | sheet | presets | doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; Ctrl-C gives 130. Faults of our own keep their
 traceback. What is heavy is imported by the command that needs it, so that errors and help come at once.
@@ -7,6 +7,7 @@ traceback. What is heavy is imported by the command that needs it, so that error
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from flexkern.cli.doctor import Doctor
 from flexkern.cli.errors import refusing
@@ -31,12 +32,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             import tyro
 
             from flexkern.cli.inspect import Inspect
-            from flexkern.cli.render import render_command
+            from flexkern.cli.metrics import Metrics
+            from flexkern.cli.policies import with_policies
+            from flexkern.cli.render import Render
+            from flexkern.cli.sheet import Sheet
 
-            render = render_command(argv if argv[:1] == ["render"] else [])
-            commands = {"render": render, "inspect": Inspect, "presets": Presets, "doctor": Doctor}
+            render = with_policies(Render, argv if argv[:1] == ["render"] else [])
+            commands: dict[str, Any] = {
+                "render": render, "inspect": Inspect, "metrics": Metrics, "sheet": Sheet, "presets": Presets,
+                "doctor": Doctor,
+            }  # fmt: skip
         about = "Video of any length from autoregressive diffusion models."
-        return tyro.extras.subcommand_cli_from_dict(commands, prog="flexkern", description=about, args=argv).run()
+        command = tyro.extras.subcommand_cli_from_dict(commands, prog="flexkern", description=about, args=argv)
+        status: int = command.run()
+        return status
     except KeyboardInterrupt:  # before the first picture, or a second time
         print("flexkern: interrupted", file=sys.stderr)
         return 130

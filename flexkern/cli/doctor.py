@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
-from flexkern import __version__, backends
+from flexkern import __version__
 
 
 @dataclass(kw_only=True)
@@ -78,6 +78,8 @@ def examine_cpu() -> Iterator[str]:
 
 
 def examine_backends() -> Iterator[str]:
+    from flexkern import backends
+
     for name in backends.BACKENDS:
         if why := backends.why_not(name):
             yield f"{name} not available: {why}"

@@ -1,14 +1,15 @@
-"""``flexkern inspect``: what a weight file or folder is, and whether anything of it is missing."""
+"""``flexkern inspect``: what a weight file or folder is, whether anything of it is missing, and how to render it."""
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from flexkern.cli.errors import refusing
+from flexkern.cli.errors import FLAGS, refusing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,8 +17,7 @@ if TYPE_CHECKING:
     from flexkern.model.wan import WanConfig
 
 Lines = Iterator[tuple[str, str]]
-TOKENS = 1560  # of a latent frame at 480x832
-CHANNELS = 16  # of Wan 2.1's latents
+PROMPT = "a cat walks on grass"
 NEEDED = {
     "VAE": "Wan2.1_VAE.pth or vae/; without it only --latents FILE",
     "text encoder": "models_t5_umt5-xxl-enc-bf16.pth or text_encoder/; without it only --embeddings FILE",
@@ -26,9 +26,10 @@ NEEDED = {
 
 @dataclass(kw_only=True)
 class Inspect:
-    """Print what a checkpoint is: container, size, EMA, dtype, what is missing, and which --model fits.
+    """Print what a checkpoint is: container, size, EMA, dtype, what is missing, and how to render it.
 
-    Reads headers only, but for pickles of the old torch format. Exit status 1 where something is missing or unknown.
+    Only headers are read, except from pickles in torch's old format. The exit status is 1 if something is missing or
+    unknown. The line "use" runs when it is copied, or says what is lacking.
     """
 
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
@@ -39,7 +40,7 @@ class Inspect:
             from flexkern.model.find import holdings
 
             found = holdings(self.path)
-            known = [(kind, place) for kind, place in found if kind is not None]
+            known = [(kind, path) for kind, path in found if kind is not None]
         if not known:
             there = "its tensors have other names, or it cannot be read" if self.path.is_file() else "no weights in it"
             print(f"{self.path}\n  {'is':12} nothing that flexkern knows: {there}")
@@ -47,23 +48,23 @@ class Inspect:
                 print(f"  {name:12} {text}")
             return 1
         fine = True
-        for number, (kind, place) in enumerate(known):
-            print(f"{place}" if number == 0 else f"\n{place}")
-            for name, text in report(kind, place):
+        for number, (kind, path) in enumerate(known):
+            print(f"{path}" if number == 0 else f"\n{path}")
+            for name, text in report(kind, path):
                 fine = fine and not (name == "complete" and text.startswith("no:"))
                 print(f"  {name:12} {text}")
         kinds = {kind for kind, _ in known}
         if "transformer" in kinds and self.path.is_dir():
-            for kind in (kind for kind in NEEDED if kind not in kinds):
-                print(f"\n{self.path}\n  {'lacks':12} {kind}: {NEEDED[kind]}")
+            for needed in (needed for needed in NEEDED if needed not in kinds):
+                print(f"\n{self.path}\n  {'lacks':12} {needed}: {NEEDED[needed]}")
         return 0 if fine else 1
 
 
-def report(kind: str, place: Path) -> Lines:
+def report(kind: str, path: Path) -> Lines:
     """Name and text of each finding; what is wrong with the file is one as well."""
     said = False
     try:
-        for line in KINDS[kind](place):
+        for line in KINDS[kind](path):
             said = True
             yield line
         return
@@ -75,14 +76,14 @@ def report(kind: str, place: Path) -> Lines:
         wrong = f"not checked: {error}"
     if not said:
         yield "is", kind
-    yield "complete", " ".join(wrong.split())
+    yield "complete", one_line(wrong)
 
 
-def transformer_lines(place: Path) -> Lines:
-    from flexkern.model.families import guess_family
-    from flexkern.model.weights import read_checkpoint
+def transformer_lines(path: Path) -> Lines:
+    from flexkern.model.families import CHANNELS, FAMILIES, PATCH, guess_family
+    from flexkern.model.weights import read_state_dict
 
-    found = read_checkpoint(place, headers=True)
+    found = read_state_dict(path, headers=True)
     yield "is", f"transformer of Wan 2.1, text to video, {size_class(found.config)}"
     others = f"; there are {', '.join(found.groups[1:])} as well" if found.groups[1:] else ""
     yield "container", f"{found.container}{others}"
@@ -90,27 +91,80 @@ def transformer_lines(place: Path) -> Lines:
         yield "prefix", " ".join(found.wrappers)
     averaged = found.groups[0] == "generator_ema"
     yield "EMA", ("yes, it is taken" if averaged else "no") + averaged * (len(found.groups) > 1) * "; not with --no-ema"
-    yield from data_lines(found.state)
-    yield "complete", complete(place)
+    yield from data_lines(found.tensors)
+    wrong = what_is_wrong(path)
+    yield "complete", f"no: {wrong}" if wrong else "yes"
     if found.config is not None and found.config.in_dim != CHANNELS:
-        yield "use", f"flexkern render --model {place}  # {found.config.in_dim} channels: if it is of the demo's form"
+        yield "use", use_as_demo(path, found.config.in_dim)
         return
     if found.config is not None:
-        megabytes = 2 * 2 * found.config.num_layers * found.config.dim * TOKENS / 1e6
+        height, width = FAMILIES["self-forcing"].size
+        tokens = height * width // PATCH**2
+        megabytes = 2 * 2 * found.config.num_layers * found.config.dim * tokens / 1e6
         yield "cache", f"{megabytes:,.1f} MB per cached frame of 480x832 in bfloat16"
-    if place.is_dir() and guess_family(place.name) is None:
+    if path.is_dir() and guess_family(path.name) is None:
         yield "note", "Wan's own weights look the same, but are not distilled: they need 50 steps"
-    yield "use", f"flexkern render --weights {place} --model {fitting(place, found.container)}"
+    yield "use", "it cannot be rendered: it is not complete" if wrong else use(path, found.container)
 
 
-def complete(place: Path) -> str:
-    from flexkern.model.weights import check_transformer
+def what_is_wrong(path: Path) -> str | None:
+    """Which keys of a transformer are missing, unexpected or wrongly shaped; None where it is complete."""
+    from flexkern.model.weights import validate_transformer
 
     try:
-        check_transformer(place)
+        validate_transformer(path)
     except ValueError as error:
-        return f"no: {str(error).rpartition('does not fit the model: ')[2]}"
-    return "yes"
+        return str(error).rpartition("does not fit the model: ")[2]
+    return None
+
+
+def use(path: Path, container: str) -> str:
+    """The command that renders a complete transformer, which ``check`` let pass, or what that command lacks."""
+    from flexkern.pipeline import Checkpoint, MissingPart, check
+
+    model, others = chosen_model(path, container)
+    command = f"flexkern render --model {model} --weights {shlex.quote(str(path))} --prompt {shlex.quote(PROMPT)}"
+    checkpoint, lacks = Checkpoint(weights=path, family=model), list[str]()
+    while True:
+        prompts = () if "text encoder" in lacks else (PROMPT,)
+        try:
+            check(checkpoint, prompts=prompts, pixels="VAE" not in lacks)
+            break
+        except MissingPart as error:
+            lacks.append(error.part)
+        except (ValueError, OSError, NotImplementedError, ImportError) as error:
+            return f"it cannot be rendered as it is: {one_line(str(error))}"
+    if lacks:
+        ways = "; ".join(f"lacks a {part}: {FLAGS[part]}" for part in lacks)
+        return f"{ways}; with them: {command}{others}"
+    return f"{command}{others}"
+
+
+def use_as_demo(path: Path, channels: int) -> str:
+    """The command that renders a model of the demo's form, or what the model is not."""
+    from flexkern import demo
+
+    try:
+        demo.validate_weights(path)
+    except (ValueError, OSError) as error:
+        return f"it cannot be rendered: its latents have {channels} channels, and {one_line(str(error))}"
+    return f"flexkern render --model {shlex.quote(str(path))}"
+
+
+def chosen_model(path: Path, container: str) -> tuple[str, str]:
+    """The --model that the name of the file or its folder tells, and a comment on others that it may be.
+
+    Keys do not show how a model was distilled.
+    """
+    from flexkern.model.families import FAMILIES, guess_family
+
+    whole = path.resolve()
+    if told := guess_family(whole.name) or guess_family(whole.parent.name):
+        return told, ""
+    if "diffusers" in container:
+        return "wan-diffusers", ""
+    first, *others = (name for name in FAMILIES if name != "wan-diffusers")
+    return first, f"  # or {', '.join(others)}: no name says how it was distilled"
 
 
 def size_class(config: "WanConfig | None") -> str:
@@ -119,26 +173,19 @@ def size_class(config: "WanConfig | None") -> str:
 
     if config is None:
         return "of unknown size"
-    sizes = lambda of: (of.dim, of.ffn_dim, of.num_heads, of.num_layers)
-    name = next((name for name in ("1.3B", "14B") if sizes(CONFIGS[name]) == sizes(config)), "other")
-    dim, ffn_dim, heads, layers = sizes(config)
+    dim, ffn_dim, heads, layers = sizes = sizes_of(config)
+    name = next((name for name in ("1.3B", "14B") if sizes_of(CONFIGS[name]) == sizes), "other")
     return f"{name}: dim {dim}, feed-forward {ffn_dim}, {heads} heads, {layers} layers"
 
 
-def fitting(place: Path, container: str) -> str:
-    """The --model that the name of the file or its folder tells; keys do not show how a model was distilled."""
-    from flexkern.model.families import FAMILIES, guess_family
-
-    path = place.resolve()
-    told = guess_family(path.name) or guess_family(path.parent.name)
-    others = [name for name in FAMILIES if name != "wan-diffusers"]
-    return told or ("wan-diffusers" if "diffusers" in container else " | ".join(others))
+def sizes_of(config: "WanConfig") -> tuple[int, int, int, int]:
+    return config.dim, config.ffn_dim, config.num_heads, config.num_layers
 
 
-def lora_lines(place: Path) -> Lines:
+def lora_lines(path: Path) -> Lines:
     from flexkern.model.weights import read_lora
 
-    updates = read_lora(place)
+    updates = read_lora(path)
     ranks = Counter(down.shape[0] for _, down, _ in updates.values())
     alphas = sorted({round(scale * down.shape[0], 4) for _, down, scale in updates.values()})
     inputs = {down.shape[1] for _, down, _ in updates.values()}
@@ -148,63 +195,58 @@ def lora_lines(place: Path) -> Lines:
     yield "alpha", ", ".join(f"{alpha:g}" for alpha in alphas) + ", which is the rank where the file does not say it"
     modules = Counter(target.split(".", 2)[2].removesuffix(".weight") for target in updates if target.count(".") > 2)
     yield "targets", f"{len(updates)}: " + ", ".join(f"{name} in {count} blocks" for name, count in modules.items())
-    yield from data_lines({f"{name} {i}": pair[i] for name, pair in updates.items() for i in (0, 1)})
+    halves = {f"{name} up": up for name, (up, _, _) in updates.items()}
+    yield from data_lines(halves | {f"{name} down": down for name, (_, down, _) in updates.items()})
     yield "complete", "yes; whether it fits a transformer is checked where both are given"
-    yield "use", f"flexkern render --weights ... --lora {place}"
+    yield "use", beside_weights("--lora", path)
 
 
-def vae_lines(place: Path) -> Lines:
-    from flexkern.model.vae import load_vae
+def vae_lines(path: Path) -> Lines:
+    from flexkern.model.vae import validate_vae
 
-    state = tensors_of(place)
+    state = tensors_of(path)
     original = any(name.startswith("decoder.upsamples.") for name in state)
     yield "is", f"VAE of Wan, {'Wan' if original else 'diffusers'} keys"
     yield from data_lines(state)
-    vae = load_vae(place, dtype=next(iter(state.values())).dtype)  # of the stored dtype: it stays mapped
-    yield "latents", f"{vae.channels} channels, strides {vae.temporal} in time, {vae.spatial} in space"
+    form = validate_vae(path)
+    yield "latents", f"{form.channels} channels, strides {form.temporal} in time, {form.spatial} in space"
     yield "complete", "yes"
-    yield "use", f"flexkern render ... --vae {place}"
+    yield "use", beside_weights("--vae", path)
 
 
-def tiny_lines(place: Path) -> Lines:
-    from flexkern.model.vae import load_tiny_decoder
+def tiny_lines(path: Path) -> Lines:
+    from flexkern.model.tiny_decoder import validate_tiny_decoder
 
-    state = tensors_of(place)
+    state = tensors_of(path)
     yield "is", "tiny decoder (TAEHV): a preview of what the VAE shows; encodes nothing here"
     yield from data_lines(state)
-    load_tiny_decoder(place, dtype=next(iter(state.values())).dtype)
+    validate_tiny_decoder(path)
     yield "complete", "yes"
-    yield "use", f"flexkern render ... --vae {place}"
+    yield "use", beside_weights("--vae", path)
 
 
-def text_lines(place: Path) -> Lines:
-    import torch
+def text_lines(path: Path) -> Lines:
+    from flexkern.model.text import validate_text_encoder
 
-    from flexkern.model.text import load_text_encoder
-
-    state = tensors_of(place)
+    state = tensors_of(path)
     original = any(name.startswith("token_embedding.") for name in state)
     yield "is", f"text encoder UMT5, {'Wan' if original else 'transformers'} keys"
     yield from data_lines(state)
-    dtype = next(iter(state.values())).dtype
-    if dtype not in (torch.bfloat16, torch.float32):
-        yield "complete", f"not checked: it would have to be converted from {dtype} first"
-    else:
-        load_text_encoder(place, dtype=dtype)
-        yield "complete", "yes, the tokenizer as well"
-    yield "use", f"flexkern render ... --text-encoder {place}"
+    validate_text_encoder(path)
+    yield "complete", "yes, the tokenizer as well"
+    yield "use", beside_weights("--text-encoder", path)
 
 
-def embeddings_lines(place: Path) -> Lines:
+def embeddings_lines(path: Path) -> Lines:
     from flexkern.model.files import some_of
     from flexkern.model.text import SavedEmbeddings
 
-    saved = SavedEmbeddings(place)
+    saved = SavedEmbeddings(path)
     yield "is", "saved embeddings of prompts"
     yield "prompts", some_of(map(repr, saved.prompts))
-    yield from data_lines(tensors_of(place))
+    yield from data_lines(tensors_of(path))
     yield "complete", "yes"
-    yield "use", f"flexkern render ... --embeddings {place}"
+    yield "use", beside_weights("--embeddings", path)
 
 
 def unknown_lines(path: Path) -> Lines:
@@ -218,12 +260,12 @@ def unknown_lines(path: Path) -> Lines:
         yield "names", ", ".join(list(state)[:8])
 
 
-def tensors_of(place: Path) -> "dict[str, Tensor]":
-    """All tensors at a place, of whatever group."""
+def tensors_of(path: Path) -> "dict[str, Tensor]":
+    """All tensors of a file or folder, of whatever group."""
     from flexkern.model.files import read_files
     from flexkern.model.find import shards
 
-    content, _ = read_files(shards(place), headers=True)
+    content, _ = read_files(shards(path), headers=True)
     groups = [value for value in content.values() if isinstance(value, Mapping)]
     return {name: t for group in (content, *groups) for name, t in group.items() if hasattr(t, "numel")}
 
@@ -236,9 +278,17 @@ def data_lines(state: "Mapping[str, Tensor]") -> Lines:
     yield "data", f"{counted(dtypes)}, {room}"
 
 
-def counted(things: Counter) -> str:
+def counted(things: Counter[Any]) -> str:
     """The things, with their numbers where there are several."""
     return ", ".join(str(thing) if len(things) == 1 else f"{thing} ({n} times)" for thing, n in things.most_common())
+
+
+def beside_weights(flag: str, path: Path) -> str:
+    return f"lacks a transformer: add {flag} {shlex.quote(str(path))} to the command that renders one"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 KINDS: dict[str, Callable[[Path], Lines]] = {

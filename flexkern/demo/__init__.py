@@ -4,6 +4,7 @@ engine = load_engine()
 session = engine.session("a red disc and a blue square on dark green, fast", preset="flex", frames=252)
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from flexkern.demo import world
 from flexkern.engine import Engine
+from flexkern.model.families import Family
 from flexkern.model.schedule import Schedule
 
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
@@ -21,12 +23,21 @@ SCHEDULE = Schedule(steps=(1000, 750, 500, 250), first_steps=(1000, 875, 750, 62
 
 
 class PixelDecoder:
-    """The trivial codec in the VAE's place: latents are pictures already, and only grow to a watchable size."""
+    """The trivial codec instead of a VAE: latents are pictures already, and are only enlarged to a watchable size."""
 
     def __call__(self, latents: Tensor) -> Tensor:
         pictures = F.interpolate(latents.float().flatten(0, 1), scale_factor=ZOOM, mode="bicubic", antialias=False)
         uint8 = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return uint8.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2])
+
+    def state(self) -> dict[str, Tensor]:
+        """Empty: a picture does not depend on those before it."""
+        return {}
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Nothing to restore. Raises ValueError for the state of another decoder."""
+        if state:
+            raise ValueError(f"expected the empty state of a pixel decoder, got {', '.join(sorted(state))}")
 
 
 def encode_pixels(pixels: Tensor) -> Tensor:
@@ -41,8 +52,52 @@ def encode_prompts(prompts: list[str]) -> Tensor:
 
 
 def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
-    """The demo model, ready to render, in float32."""
+    """The demo model, ready to render, in float32.
+
+    Args:
+        weights: Those that come with flexkern, or a safetensors file of the same form.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        device: Where to put it.
+
+    Raises:
+        ValueError: The backend cannot run there.
+    """
     return Engine.from_pretrained(
         weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
+
+
+def family() -> Family:
+    """How the demo is run; its latents are pixels, and every frame is a picture."""
+    return Family(
+        name="demo",
+        schedule=SCHEDULE,
+        size=(world.SIZE, world.SIZE),
+        stride=ZOOM,
+        pictures_per_frame=1,
+        fps=FPS,
+        doc="A small causal transformer trained on a synthetic world.",
+        source="flexkern.demo.train",
+    )
+
+
+def validate_weights(weights: str | Path) -> None:
+    """Raises FileNotFoundError or ValueError where the file's header is not that of a model of the demo's form."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(weights)
+    if not path.exists():
+        raise FileNotFoundError(f"there are no weights at {path}")
+    needed = {"in_dim": 3, "out_dim": 3, "text_len": world.TEXT_LEN, "text_dim": world.TEXT_DIM}
+    form = f"pixels in, pixels out, its text encoder, all said in the metadata entry flexkern_config ({needed})"
+    other = f"{path} is not of the demo's form: {form}"
+    if path.suffix != ".safetensors":
+        raise ValueError(other)
+    try:
+        with safe_open(path, framework="numpy") as file:
+            config = json.loads((file.metadata() or {}).get("flexkern_config", "{}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
+    if any(config.get(name) != value for name, value in needed.items()):
+        raise ValueError(other)

@@ -33,7 +33,7 @@ class Args:
     seed: int = 0
     frames: int = 12 * world.TRAIN_FRAMES
     presets: list[str] = field(default_factory=lambda: ["self-forcing", "flex", "pi"])
-    videos: int = 6  # prompts behind the drift plot, the given one among them
+    videos: int = 6  # prompts that the drift plot averages, the given one among them
     weights: Path = WEIGHTS
     device: str = "cpu"
 
@@ -56,6 +56,7 @@ def render_preset(
         tqdm(total=args.frames, desc=f"{preset:20}", unit="frame") as progress,
     ):
         for chunk in render_chunks(engine, scenes, preset, args.frames, args.seed):
+            assert chunk.pixels is not None, "the demo has a decoder"
             left = args.frames - chunk.frames[0]
             latents.append(chunk.latents[:, :left].cpu())
             pictures.append(chunk.pixels[0, :left].cpu().numpy())

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from flexkern.demo import WEIGHTS, load_engine, world
 from flexkern.demo.measure import FIGURES, Marks, measure, summary
-from flexkern.engine import Chunk, Engine
+from flexkern.engine import Engine
 from flexkern.policies import get_preset
+from flexkern.session import Chunk
 
 WORLD = "world"  # the ceiling's name, where presets have theirs
 
@@ -44,25 +45,30 @@ def render_clips(
     engine: Engine, scenes: Sequence[world.Scene], preset: str, frames: int, seed: int, batch: int = 16
 ) -> Tensor:
     """Latents [B, frames, 3, SIZE, SIZE] of one video per scene; video b has seed + b, however they are batched."""
-    parts = []
+    clips = []
     for i in range(0, len(scenes), batch):
         chunks = render_chunks(engine, scenes[i : i + batch], preset, frames, seed + i)
-        parts.append(torch.cat([chunk.latents.cpu() for chunk in chunks], dim=1)[:, :frames])
-    return torch.cat(parts)
+        clips.append(torch.cat([chunk.latents.cpu() for chunk in chunks], dim=1)[:, :frames])
+    return torch.cat(clips)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """A figure over many videos. interval: half the 95 % confidence interval of the mean. count: videos with one."""
+    """A figure over many videos."""
 
     mean: float
     interval: float
-    low: float  # 10th percentile
-    high: float  # 90th percentile
+    """half the 95 % confidence interval of the mean"""
+    low: float
+    """10th percentile"""
+    high: float
+    """90th percentile"""
     count: int
+    """videos that have the figure"""
 
     @classmethod
     def of(cls, values: Tensor) -> "Spread":
+        """The spread of values [B], of which NaN do not count."""
         values = values[~values.isnan()].double()
         count = len(values)
         if count == 0:

@@ -35,31 +35,29 @@ BATCH = 504  # frames at a time: what fits the cache is faster
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marks:
-    """Figures per frame, NaN where there is nothing to judge; the last axis of [B, T, 2] is the named shapes.
-
-    colour: [B, T, 2] 1 where at least half of the shape's visible area has its colour.
-    shape: [B, T, 2] 1 where the outline fits the named template, by ``OVERLAP`` at least and better than the other two.
-    identity: [B, T, 2] 1 where colour and shape are right.
-    speed: [B, T, 2] pixels moved since the frame before over the prompt's speed, away from walls, where seen unhidden.
-    course: [B, T, 2] 1 where the shape is where straight flight and reflection take it from the two frames before, at
-        half to twice the prompt's speed.
-    bounce: [B, T, 2] ``course``, only in frames in which a wall reflects the shape.
-    ground: [B, T] RGB distance, of 0..1, between the picture's median colour and the prompt's ground.
-    surplus: [B, T] share of the picture that is neither ground nor a named shape: foreign colours, and duplicates.
-    touching: [B, T] 1 where the second shape is seen to touch the first.
-    centre: [B, T, 2, 2] (x, y) in pixels of the picture; of a shape that is partly hidden, of its visible part.
-    """
+    """Figures per frame, NaN where there is nothing to judge; the last axis of [B, T, 2] is the named shapes."""
 
     colour: Tensor
+    """[B, T, 2]: 1 where at least half of the shape's visible area has its colour"""
     shape: Tensor
+    """[B, T, 2]: 1 where the outline fits the named template, by ``OVERLAP`` at least and better than the other two"""
     identity: Tensor
+    """[B, T, 2]: 1 where colour and shape are right"""
     speed: Tensor
+    """[B, T, 2]: pixels moved since the frame before, over the prompt's speed; away from walls, where seen unhidden"""
     course: Tensor
+    """[B, T, 2]: 1 where the shape is where straight flight and reflection take it from the two frames before, at half
+    to twice the prompt's speed"""
     bounce: Tensor
+    """[B, T, 2]: ``course``, only in frames in which a wall reflects the shape"""
     ground: Tensor
+    """[B, T]: RGB distance, of 0..1, between the picture's median colour and the prompt's ground"""
     surplus: Tensor
+    """[B, T]: share of the picture that is neither ground nor a named shape: foreign colours, and duplicates"""
     touching: Tensor
+    """[B, T]: 1 where the second shape is seen to touch the first"""
     centre: Tensor
+    """[B, T, 2, 2]: (x, y) in pixels of the picture; of a shape that is partly hidden, of its visible part"""
 
     def between(self, start: int, stop: int) -> "Marks":
         """The marks of frames start to stop - 1."""
@@ -71,15 +69,23 @@ FIGURES = tuple(field.name for field in fields(Marks) if field.name != "centre")
 
 @torch.no_grad()
 def measure(videos: Tensor, scenes: list[world.Scene]) -> Marks:
-    """Marks of every frame of videos [B, T, 3, SIZE, SIZE] in [-1, 1]. Raises ValueError where the shape is another."""
+    """Marks of every frame of videos.
+
+    Args:
+        videos: [B, T, 3, SIZE, SIZE] in [-1, 1].
+        scenes: What each of them was asked to show.
+
+    Raises:
+        ValueError: videos have another shape.
+    """
     expected = [len(scenes), 3, world.SIZE, world.SIZE]
     if videos.dim() != 5 or [videos.shape[0], *videos.shape[2:]] != expected or videos.shape[1] < 1:
         raise ValueError(f"videos must be [B, T, C, h, w] with B, C, h, w = {expected}, got {list(videos.shape)}")
     frames = videos.shape[1]
     owner = torch.arange(len(scenes)).repeat_interleave(frames)
     flat = videos.cpu().flatten(0, 1)
-    parts = [_look(flat[i : i + BATCH], owner[i : i + BATCH], scenes) for i in range(0, len(flat), BATCH)]
-    seen = {name: torch.cat([part[name] for part in parts]).unflatten(0, (-1, frames)) for name in parts[0]}
+    batches = [_look(flat[i : i + BATCH], owner[i : i + BATCH], scenes) for i in range(0, len(flat), BATCH)]
+    seen = {name: torch.cat([one[name] for one in batches]).unflatten(0, (-1, frames)) for name in batches[0]}
 
     touching = seen["touching"] & (seen["solid"] >= SEEN).all(-1)
     visible = seen["solid"] >= SEEN
@@ -218,7 +224,8 @@ def _outline(cover: Tensor, weight: Tensor, centre: Tensor, search: Tensor) -> t
         whole = world.coverage(shape, grid - place[:, number, None, None])
         seen = whole * through
         result.append((_overlap(near, seen), seen.sum((1, 2)), seen.sum((1, 2)) / whole.sum((1, 2)).clamp_min(1e-6)))
-    return tuple(torch.stack(part, dim=1) for part in zip(*result, strict=True))
+    fit, area, left = (torch.stack(found, dim=1) for found in zip(*result, strict=True))
+    return fit, area, left
 
 
 def _overlap(one: Tensor, other: Tensor) -> Tensor:

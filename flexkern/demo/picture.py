@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -34,19 +35,30 @@ def evenly(frames: int, count: int) -> list[int]:
 
 
 def _strip(pixels: NDArray[np.uint8], shown: Sequence[int], size: int) -> list[NDArray[np.uint8]]:
-    return [np.asarray(Image.fromarray(pixels[frame]).resize((size, size), Image.LANCZOS)) for frame in shown]
+    return [
+        np.asarray(Image.fromarray(pixels[frame]).resize((size, size), Image.Resampling.LANCZOS)) for frame in shown
+    ]
 
 
 def contact_sheet(
     path: Path, videos: dict[str, NDArray[np.uint8]], *, title: str, fps: float, horizon: int, count: int = 21,
-    tracks: dict[str, NDArray] | None = None,
+    tracks: dict[str, NDArray[Any]] | None = None,
 ) -> None:  # fmt: skip
     """Write a PNG: one row per video, by name, and ``count`` of its frames from left to right; the horizon is marked.
 
-    videos: uint8 [frames, height, width, 3] each, equally long. horizon: frames of a training clip.
-    tracks: [frames, shapes, 2 (x, y)] each, in widths of a picture: dots show where the shapes were in the ``TRAIL``
-    frames before, because evenly spaced pictures of something that bounces to and fro can look as if it stood still.
-    Raises ValueError where there is no video or their lengths differ.
+    Args:
+        path: The file to write.
+        videos: uint8 [frames, height, width, 3] each, equally long.
+        title: Stands above the rows.
+        fps: Frames per second.
+        horizon: Frames of a training clip.
+        count: Pictures per row.
+        tracks: [frames, shapes, 2 (x, y)] each, in widths of a picture: dots show where the shapes were in the
+            ``TRAIL`` frames before, because evenly spaced pictures of something that bounces to and fro can look as if
+            it stood still.
+
+    Raises:
+        ValueError: There is no video, or their lengths differ.
     """
     lengths = {len(pixels) for pixels in videos.values()}
     if len(lengths) != 1 or 0 in lengths:
@@ -90,20 +102,31 @@ def contact_sheet(
         figure.savefig(path, dpi=dpi)
 
 
-def _draw_trails(axes, track: NDArray, shown: Sequence[int], left: Sequence[int], top: int, size: int) -> None:
+def _draw_trails(
+    axes: Any, track: NDArray[Any], shown: Sequence[int], left: Sequence[int], top: int, size: int
+) -> None:
     """Dots on a row of pictures for the frames before each."""
     for frame, x in zip(shown, left, strict=True):
-        places = track[max(0, frame - TRAIL) : frame].reshape(-1, 2) * size
-        axes.scatter(x + places[:, 0], top + places[:, 1], s=9, color="white", edgecolors=INK, linewidths=0.5)
+        dots = track[max(0, frame - TRAIL) : frame].reshape(-1, 2) * size
+        axes.scatter(x + dots[:, 0], top + dots[:, 1], s=9, color="white", edgecolors=INK, linewidths=0.5)
 
 
 def drift_plot(
-    path: Path, lines: dict[str, dict[str, NDArray]], *, fps: float, horizon: int, window: int, title: str
+    path: Path, lines: dict[str, dict[str, NDArray[Any]]], *, fps: float, horizon: int, window: int, title: str
 ) -> None:
     """Write a PNG with three panels over time: identity, motion and ground colour, one line for each name.
 
-    lines: name -> figure -> [videos, frames], already smoothed over ``window`` frames; a line is the mean over the
-    videos, its band one standard error to either side.
+    Args:
+        path: The file to write.
+        lines: Name -> figure -> [videos, frames], already smoothed over ``window`` frames; a line is the mean over the
+            videos, its band one standard error to either side.
+        fps: Frames per second.
+        horizon: Frames of a training clip.
+        window: Frames that the lines were smoothed over, for the note.
+        title: Stands above the panels.
+
+    Raises:
+        ValueError: There is no line.
     """
     if not lines:
         raise ValueError("expected at least one line, got none")
@@ -136,7 +159,7 @@ def drift_plot(
         figure.savefig(path)
 
 
-def mean_and_error(values: NDArray) -> tuple[NDArray, NDArray]:
+def mean_and_error(values: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Mean over videos and its standard error, [videos, frames] -> [frames] each; NaN where a video has no figure."""
     known = ~np.isnan(values)
     count = known.sum(0)

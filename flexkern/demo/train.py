@@ -24,6 +24,7 @@ import tyro
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flexkern.backends import Pointwise
 from flexkern.demo import world
 from flexkern.kernels import reference
 from flexkern.model.wan import CausalWan, WanConfig
@@ -51,7 +52,7 @@ class TeacherForcing:
     A clean chunk sees the clean chunks up to itself, a noisy chunk the clean ones before it and itself.
     """
 
-    ops = reference
+    ops: Pointwise = reference
 
     def __init__(self, frames: int, rows: int, columns: int, head_dim: int, device: str = "cpu"):
         time_pairs = band_split(head_dim)[0]
@@ -64,7 +65,11 @@ class TeacherForcing:
         self.turn = turn[:, :, None].to(device)
         self.chunks, self.tokens = frames // CHUNK, CHUNK * len(place)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, norms: tuple[Tensor, Tensor]) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor | None, key: Tensor, value: Tensor, norms: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attention of a clip at once; as ``flexkern.memory.Memory.attend``, always with a query."""
+        assert query is not None, "training has no pass for keys and values alone"
         query_, key = (
             reference.rotate(reference.split_pairs(reference.rms_norm(x.flatten(-2), w).view_as(x)), self.turn)
             for x, w in zip((query, key), norms, strict=True)
@@ -112,7 +117,7 @@ def draw_batch(
     u = torch.rand(batch, frames // CHUNK)
     t = (SHIFT * u / (1 + (SHIFT - 1) * u)).repeat_interleave(CHUNK, dim=1)
     text = torch.stack([world.embed(scene) for scene in chosen])
-    return tuple(x.to(device) for x in (clip, text, torch.randn_like(clip), t))
+    return clip.to(device), text.to(device), torch.randn_like(clip).to(device), t.to(device)
 
 
 class Trainer:
@@ -142,7 +147,9 @@ class Trainer:
         """Follow the gradient of a loss of ``model``."""
         loss.backward()
         for name, p in self.master.items():
-            p.grad, self.working[name].grad = self.working[name].grad.float(), None
+            working = self.working[name]
+            assert working.grad is not None, f"{name} has no gradient"
+            p.grad, working.grad = working.grad.float(), None
         nn.utils.clip_grad_norm_(self.master.values(), 1.0)
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["lr"] = rate
@@ -155,10 +162,10 @@ class Trainer:
 
     def save(self, path: Path) -> None:
         """Write the average in bfloat16 with the model's config, atomically."""
-        part = path.with_suffix(".part")
+        unfinished = path.with_suffix(".part")
         weights = {name: p.detach().bfloat16().contiguous().cpu() for name, p in self.average.items()}
-        save_file(weights, part, {"flexkern_config": json.dumps(self.model.config.to_dict())})
-        part.replace(path)
+        save_file(weights, unfinished, {"flexkern_config": json.dumps(self.model.config.to_dict())})
+        unfinished.replace(path)
 
 
 @dataclass(kw_only=True)

@@ -76,8 +76,9 @@ class Scene:
 
 
 def all_scenes() -> list[Scene]:
+    """Every scene that the grammar allows, with two different colours."""
     pairs = itertools.permutations(COLOURS, 2)
-    choices = itertools.product(pairs, itertools.product(SHAPES, repeat=2), GROUNDS, SPEEDS)
+    choices = itertools.product(pairs, itertools.product(SHAPES, SHAPES), GROUNDS, SPEEDS)
     return [Scene(colours=c, shapes=s, ground=g, speed=v) for c, s, g, v in choices]
 
 
@@ -87,7 +88,7 @@ def held_out(scene: Scene) -> bool:
 
 
 def embed(scene: Scene) -> Tensor:
-    """The demo's text encoder: [TEXT_LEN, TEXT_DIM], zero behind the last word.
+    """The demo's text encoder: [TEXT_LEN, TEXT_DIM], zero after the last word.
 
     Each word is one-hot, beside it the words of its phrase and which phrase that is: what a contextual encoder would
     know, so that cross-attention can tell whose colour a colour is.
@@ -145,7 +146,7 @@ class Motion:
         return cls(position=position, velocity=speed * torch.stack((angle.cos(), angle.sin()), dim=-1))
 
     def at(self, frames: Tensor) -> Tensor:
-        """Centres [B, T, 2 shapes, 2] at the frame numbers [T]."""
+        """Centres [B, T, 2 shapes, 2 (x, y)] at the frame numbers [T]."""
         straight = self.position[:, None] + self.velocity[:, None] * frames[:, None, None]
         return reflect(straight, RIM + RADIUS, SIZE - RIM - RADIUS)
 

@@ -1,1 +1,1 @@
-"""Doors into other people's code: each replaces what it names, can be undone, and refuses what it does not know."""
+"""Patches for Self-Forcing, LongLive and diffusers: reversible, and refused for versions they do not know."""

@@ -1,25 +1,29 @@
 """diffusers' ``WanTransformer3DModel`` with our self-attention: longer clips with a preset, or video without end.
 
-    patch(pipe.transformer, preset="riflex")      # whole clips, as diffusers makes them; .undo() takes it back
+    patch(pipe.transformer, preset="riflex")      # whole clips, as diffusers makes them
+    unpatch(pipe.transformer)
 
     for chunk in causal(pipe.transformer).session(prompt_embeds, preset="flex"):   # chunk by chunk, over a paged cache
         ...
 
-Only self-attention changes hands: weights, LoRAs, text and time stay with the diffusers model. Its ``rope`` is called
-once in each forward, and what it returns reaches every self-attention as ``rotary_emb``; in its place stands a module
+Only self-attention is replaced: weights, LoRAs, text and time stay with the diffusers model. Its ``rope`` is called
+once in each forward, and what it returns reaches every self-attention as ``rotary_emb``; it is replaced by a module
 that returns a ``PagedMemory``. Source: diffusers 0.42.1, models/transformers/transformer_wan.py.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexkern.backends import get_backend
+from flexkern.backends import Pointwise, get_backend
 from flexkern.cache import FrameCache
 from flexkern.engine import Engine
-from flexkern.memory import PagedMemory
-from flexkern.model.wan import CausalWan, WanConfig
+from flexkern.memory import Memory, PagedMemory
+from flexkern.model.protocols import Decoder, Encoder, TextEncoder
+from flexkern.model.schedule import Schedule
+from flexkern.model.wan import TextKV, WanConfig, token_grid
 from flexkern.plan import BASE, ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
 from flexkern.policies import Preset, get_preset
 
@@ -29,17 +33,18 @@ TRIED = "0.42.1"
 class PagedProcessor:
     """An attention processor for a self-attention of Wan: keys and values go through the ``PagedMemory`` it is handed.
 
-    layer: which of the cache's layers is its own.
+    Args:
+        layer: Index of the cache's layer that is its own.
     """
 
     def __init__(self, layer: int):
         self.layer = layer
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None, rotary_emb: PagedMemory | None = None,
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None, rotary_emb: Memory | None = None,
     ) -> Tensor:  # fmt: skip
-        """hidden_states: [N, L, C] with N * L = B * F * S, by video, frame, then place. Returns the same shape."""
+        """hidden_states [N, L, C] with N * L = B * F * S, by video, frame, then place; returns the same shape."""
         if not isinstance(rotary_emb, PagedMemory) or encoder_hidden_states is not None or attention_mask is not None:
             raise TypeError("PagedProcessor serves the self-attention of a patched WanTransformer3DModel, without mask")
         if attn.fused_projections:
@@ -50,37 +55,43 @@ class PagedProcessor:
         shape = cache.shape[1], len(rotary_emb.plan.write_slots), cache.shape[3], attn.heads, -1
         query, key, value = (x.view(shape) for x in projected)
         out = rotary_emb.attend(self.layer, query, key, value, (attn.norm_q.weight, attn.norm_k.weight))
+        assert out is not None, "attention has a query here"
         project, dropout = attn.to_out
         return dropout(project(out.reshape(*hidden_states.shape[:2], -1)))
 
 
 class MemoryRope(nn.Module):
-    """Takes the place of the transformer's ``rope``: gives each forward its memory instead of cosines and sines."""
+    """Replaces the transformer's ``rope``: gives each forward its memory instead of cosines and sines."""
 
-    def __init__(self, own: nn.Module, memory: Callable[[Tensor], PagedMemory]):
+    def __init__(self, own: nn.Module, memory: Callable[[Tensor], Memory], handle: "Patch"):
         super().__init__()
         self.own = own  # moves with the model, for when it is put back
-        self.memory = memory
+        self.memory, self.handle = memory, handle
 
-    def forward(self, latents: Tensor) -> PagedMemory:
+    def forward(self, latents: Tensor) -> Memory:
         return self.memory(latents)
 
 
 class Patch:
     """Our processors in a transformer, until ``undo``; in a ``with`` statement, until its end."""
 
-    def __init__(self, transformer: nn.Module, memory: Callable[[Tensor], PagedMemory], layers: Sequence[int]):
+    def __init__(self, transformer: Any, memory: Callable[[Tensor], Memory], layers: Sequence[int]):
         self.transformer, self.rope = transformer, transformer.rope
         self.attentions = [block.attn1 for block in transformer.blocks]
         self.processors = [attn.processor for attn in self.attentions]
-        transformer.rope = MemoryRope(self.rope, memory)
+        transformer.rope = MemoryRope(self.rope, memory, self)
         for attn, layer in zip(self.attentions, layers, strict=True):
             attn.set_processor(PagedProcessor(layer))
 
-    def undo(self) -> None:
-        """The transformer has its own rope and processors again. A second call does nothing.
+    def __repr__(self) -> str:
+        state = "undone" if self.transformer.rope is self.rope else "in place"
+        return f"Patch({type(self.transformer).__name__} of {len(self.attentions)} layers, {state})"
 
-        Raises RuntimeError where something else has replaced ours since.
+    def undo(self) -> None:
+        """Give the transformer its own rope and processors back. A second call does nothing.
+
+        Raises:
+            RuntimeError: Something else has replaced ours since.
         """
         if self.transformer.rope is self.rope:
             return
@@ -93,7 +104,7 @@ class Patch:
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
 
@@ -105,7 +116,7 @@ class ClipMemory:
 
     def __init__(self, config: WanConfig, preset: Preset, backend: str):
         self.config, self.position, self.backend = config, preset.position, backend
-        self.plans: dict[tuple, ChunkPlan] = {}
+        self.plans: dict[tuple[int, int, int, torch.device], ChunkPlan] = {}
 
     def __call__(self, latents: Tensor) -> PagedMemory:
         if torch.is_grad_enabled():
@@ -113,12 +124,13 @@ class ClipMemory:
         batch, _, frames, height, width = latents.shape
         backend, config = get_backend(self.backend, latents.device), self.config
         _, ph, pw = config.patch_size
+        rows, columns = height // ph, width // pw
         cache = FrameCache(
-            layers=1, batch=batch, pages=frames, tokens=(height // ph) * (width // pw), heads=config.num_heads,
+            layers=1, batch=batch, pages=frames, tokens=rows * columns, heads=config.num_heads,
             head_dim=config.head_dim, dtype=latents.dtype, device=latents.device,
         )  # fmt: skip
-        cache.open(range(frames))
-        key = frames, height // ph, width // pw, latents.device
+        cache.allocate(range(frames))
+        key = frames, rows, columns, latents.device
         if key not in self.plans:
             self.plans[key] = self._plan(*key)
         return PagedMemory(cache, self.plans[key], backend, config.eps)
@@ -132,35 +144,38 @@ class ClipMemory:
 
 
 class CausalTransformer:
-    """What a ``Session`` asks of a model, answered by diffusers' transformer, which is itself again after each call.
+    """A ``VideoModel`` made of diffusers' transformer, which is as it was after each call.
 
     Frames go through it as a batch of single pictures, so that each has its own timestep; only self-attention, in the
     session's memory, joins them.
     """
 
-    grid = CausalWan.grid
-
-    def __init__(self, transformer: nn.Module):
+    def __init__(self, transformer: Any):
         self.transformer, self.config = transformer, _config(transformer)
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the transformer's weights."""
         return self.transformer.patch_embedding.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Of the transformer's weights."""
         return self.transformer.patch_embedding.weight.device
 
-    def text_keys(self, text: Tensor, ops) -> list[tuple[Tensor]]:
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of a latent frame; as ``CausalWan.grid``."""
+        return token_grid(self.config.patch_size, height, width)
+
+    def text_keys(self, text: Tensor, ops: Pointwise) -> TextKV:
         """The prompt [B, L, text_dim] itself: diffusers makes keys and values of it in every forward."""
         if text.dim() != 3 or text.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, {self.config.text_dim}], got {list(text.shape)}")
         return [(text.to(self.dtype),)]
 
     def __call__(
-        self, latents: Tensor, timesteps: Tensor, text: list[tuple[Tensor]], memory: PagedMemory,
-        *, keys_only: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+        self, latents: Tensor, timesteps: Tensor, text: TextKV, memory: Memory, *, keys_only: bool = False
+    ) -> Tensor | None:
         """As ``CausalWan.forward``. keys_only saves nothing here: the forward runs to its end."""
         batch, frames = latents.shape[:2]
         pictures = latents.to(self.dtype).flatten(0, 1).unsqueeze(2)
@@ -171,12 +186,23 @@ class CausalTransformer:
 
 
 def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: str = "sdpa") -> Patch:
-    """Every forward of a ``WanTransformer3DModel`` runs with the preset's temporal positions, until ``undo``.
+    """Run every forward of a ``WanTransformer3DModel`` with the preset's temporal positions, until ``unpatch``.
 
     Whole clips, every frame attending to every other, at any length: the horizon extension of the preset follows the
-    number of latent frames. Of the preset, ``position`` acts; ``"self-forcing"`` is the transformer as it was.
-    Under torch.no_grad() only. Raises TypeError, ValueError or NotImplementedError, before anything is changed, for a
-    transformer that this door does not know.
+    number of latent frames. Under torch.no_grad() only.
+
+    Args:
+        transformer: The ``transformer`` of a Wan pipeline.
+        preset: Only its ``position`` acts; "self-forcing" is the transformer as it was.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+
+    Returns:
+        A handle with ``undo``, which may be used as a context manager.
+
+    Raises:
+        TypeError: The transformer, or one of its self-attentions, is of another class. Nothing has changed.
+        ValueError: It is patched already, or preset or backend are not known. Nothing has changed.
+        NotImplementedError: It takes images, is spread over devices, or turns its heads otherwise. Nothing has changed.
     """
     chosen = get_preset(preset)
     config = _config(transformer)
@@ -184,22 +210,60 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
     return Patch(transformer, ClipMemory(config, chosen, backend), [0] * config.num_layers)
 
 
-def causal(transformer: nn.Module, **options) -> Engine:
-    """An ``Engine`` whose model is the given ``WanTransformer3DModel``; options as the engine's.
+def unpatch(transformer: nn.Module) -> None:
+    """Give the transformer back what ``patch`` replaced.
 
-    Its weights should be those of a causal model. Between two steps the transformer is as it was, so that there is
-    nothing to undo. Raises as ``patch`` does.
+    Args:
+        transformer: The one that ``patch`` was called with.
+
+    Raises:
+        ValueError: It is not patched.
+    """
+    handle = getattr(getattr(transformer, "rope", None), "handle", None)
+    if not isinstance(handle, Patch):
+        hint = "; pass its .transformer" if hasattr(transformer, "transformer") else ""
+        got = f"an unpatched {type(transformer).__name__}{hint}"
+        raise ValueError(f"transformer must be one that patch was called with, got {got}")
+    handle.undo()
+
+
+def causal(
+    transformer: nn.Module, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
+    text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
+    decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
+) -> Engine:  # fmt: skip
+    """An ``Engine`` whose model is the given ``WanTransformer3DModel``.
+
+    Between two steps the transformer is as it was, so that there is nothing to undo.
+
+    Args:
+        transformer: With the weights of a causal model.
+        schedule: As ``Engine``'s; so are the arguments after it.
+        backend: A key of ``flexkern.backends.BACKENDS``.
+        chunk: Latent frames denoised together.
+        text_encoder: Needed for prompts that are text.
+        encoder: Needed for videos that begin with pictures.
+        decoder: Called once per session; what it returns decodes that session's latents.
+        size: Height and width of a latent frame, for sessions that do not name one.
+
+    Raises:
+        TypeError: As ``patch``.
+        ValueError: As ``patch``.
+        NotImplementedError: As ``patch``, or the transformer skips attention or is offloaded.
     """
     model = CausalTransformer(transformer)
     if getattr(transformer, "is_cache_enabled", False):
         raise NotImplementedError("the transformer skips attention (enable_cache): call disable_cache() first")
     if hasattr(transformer, "_hf_hook"):
         raise NotImplementedError("the transformer is offloaded by accelerate: keep it on one device, as the cache is")
-    return Engine(model, **options)
+    return Engine(
+        model, schedule=schedule, backend=backend, chunk=chunk, text_encoder=text_encoder, encoder=encoder,
+        decoder=decoder, size=size,
+    )  # fmt: skip
 
 
-def _config(transformer: nn.Module) -> WanConfig:
-    """The sizes of a transformer that both doors serve. Raises for any other."""
+def _config(transformer: Any) -> WanConfig:
+    """The sizes of a transformer that ``patch`` and ``causal`` can serve. Raises for any other."""
     try:
         from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor, WanTransformer3DModel
     except ImportError as error:
@@ -223,7 +287,7 @@ def _config(transformer: nn.Module) -> WanConfig:
             expected = "expected a WanAttention with a WanAttnProcessor"
             raise TypeError(f"blocks.{index}.attn1: {expected}, got {attn.__name__} with {processor.__name__}")
     dim = config.num_attention_heads * config.attention_head_dim
-    _check_rope(transformer.rope, config.attention_head_dim)
+    _validate_rope(transformer.rope, config.attention_head_dim)
     return WanConfig(
         dim=dim, ffn_dim=config.ffn_dim, num_heads=config.num_attention_heads, num_layers=config.num_layers,
         in_dim=config.in_channels, out_dim=out_dim, patch_size=config.patch_size,
@@ -231,12 +295,12 @@ def _config(transformer: nn.Module) -> WanConfig:
     )  # fmt: skip
 
 
-def _check_rope(rope: nn.Module, head_dim: int) -> None:
-    """Raises unless the transformer turns its heads as Wan does, in every band of time, row and column."""
-    expected = torch.cat([BASE ** (-torch.arange(n, dtype=torch.float64) / n) for n in band_split(head_dim)])
-    table = getattr(rope, "freqs_cos", None)
-    places = min(64, 0 if table is None else len(table))
-    angles = torch.arange(places)[:, None] * expected
+def _validate_rope(rope: nn.Module, head_dim: int) -> None:
+    """Raise unless the transformer turns its heads as Wan does, in every band of time, row and column."""
+    expected = torch.cat([torch.pow(BASE, -torch.arange(n, dtype=torch.float64) / n) for n in band_split(head_dim)])
+    table: Tensor = getattr(rope, "freqs_cos", torch.empty(0, 0))
+    rows = min(64, len(table))
+    angles = torch.arange(rows)[:, None] * expected
     # the table may have been cast to bfloat16 along with the model
-    if not places or table.shape[1] != head_dim or (table[:places, ::2].cpu() - angles.cos()).abs().max() > 0.01:
+    if not rows or table.shape[1] != head_dim or (table[:rows, ::2].cpu() - angles.cos()).abs().max() > 0.01:
         raise NotImplementedError(f"the transformer's rope is not Wan's: {type(rope).__name__}; supported: base {BASE}")

@@ -10,6 +10,7 @@ pipeline/causal_inference.py, pipeline/interactive_causal_inference.py, wan/modu
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +26,28 @@ LONGLIVE = Upstream(
     attention=(*ATTENTION, "sink_recache_after_switch"),
     initialize=(*SELF_FORCING.initialize, "kv_cache_size_override"),
     returns_update=True,
+    horizon=240,
 )
 
 
 def patch(
     pipeline: nn.Module, preset: str | Preset = "flex", *, seed: int | None = None, backend: str = "sdpa"
 ) -> Patch:
-    """As ``flexkern.integrations.self_forcing.patch``, for a pipeline of LongLive; patch it after its LoRA is applied.
+    """Run a pipeline of LongLive with the preset; patch it after its LoRA is applied.
 
-    The preset's ``switch`` decides what a new prompt does to the cache; the pipeline's ``global_sink`` is not asked.
+    The preset's ``switch`` decides what a new prompt does to the cache; the pipeline's ``global_sink`` is not used.
+
+    Args:
+        pipeline: A loaded pipeline, already in its dtype and on its device.
+        preset: The method: a name, or a ``Preset``.
+        seed: As in ``flexkern.integrations.self_forcing.patch``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+
+    Returns:
+        A handle, which may be used as a context manager.
+
+    Raises:
+        ValueError: The pipeline is not one of LongLive v1.0; the message says what was found. Nothing has changed.
     """
     handle = Patch(pipeline, LONGLIVE, preset, seed, backend)
     if hasattr(pipeline, "_recache_after_switch"):
@@ -41,12 +55,12 @@ def patch(
     return handle
 
 
-def _switch(handle: Patch, output: Tensor, current_start_frame: int, new_conditional_dict: dict) -> None:
+def _switch(handle: Patch, output: Tensor, current_start_frame: int, new_conditional_dict: dict[str, Any]) -> None:
     """Instead of ``_recache_after_switch``: the cross-attention starts anew, the cached frames follow the preset."""
     pipeline = handle.pipeline
     for cache in pipeline.crossattn_cache:
         cache["is_init"] = False
-    count = handle.window.switch()
+    count = handle.switch()
     if not count:
         return
     device = handle.window.cache.keys.device

@@ -5,8 +5,8 @@
     self_forcing.unpatch(pipeline)
 
 Replaced are the forward of every self-attention, the allocation of its cache and, where the preset's noise is not
-i.i.d., the noise. Weights, cross-attention, loop, scheduler and decoder stay upstream's; of its table of 1024 positions
-nothing is read. Source: Self-Forcing, pipeline/causal_inference.py and wan/modules/causal_model.py.
+i.i.d., the noise. Weights, cross-attention, loop, scheduler and decoder stay upstream's; its table of 1024 positions is
+not read. Source: Self-Forcing, pipeline/causal_inference.py and wan/modules/causal_model.py.
 """
 
 import inspect
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from flexkern.backends import get_backend
 from flexkern.noise import PolicyNoise
+from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
 from flexkern.window import CacheWindow
 
@@ -30,16 +31,19 @@ ABSENT = object()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Upstream:
-    """What a research repository is recognised by: names of its pipelines, arguments of the methods that are replaced.
-
-    returns_update: whether its self-attention returns a second value, of cache updates that its model would apply.
-    """
+    """What a research repository is recognised by."""
 
     name: str
     pipelines: tuple[str, ...]
+    """class names of its pipelines"""
     attention: tuple[str, ...]
+    """arguments of its self-attention's forward"""
     initialize: tuple[str, ...]
+    """arguments of the pipeline's _initialize_kv_cache"""
+    horizon: int = 21
+    """latent frames that its model was trained on, for presets that do not say"""
     returns_update: bool = False
+    """whether its self-attention also returns updates of the cache, which its model would apply"""
 
 
 ATTENTION = ("x", "seq_lens", "grid_sizes", "freqs", "block_mask", "kv_cache", "current_start", "cache_start")
@@ -54,27 +58,37 @@ SELF_FORCING = Upstream(
 def patch(
     pipeline: nn.Module, preset: str | Preset = "flex", *, seed: int | None = None, backend: str = "sdpa"
 ) -> "Patch":
-    """The pipeline now runs with the preset, for any number of frames, until ``unpatch`` or the handle's ``undo``.
+    """Run the pipeline with the preset, for any number of frames, until ``unpatch`` or the handle's ``undo``.
 
-    pipeline: a ``CausalInferencePipeline`` with its weights loaded, already in its dtype and on its device.
-    seed: of the preset's noise, as ``Session``'s; None draws one for each video from torch's generator, so that the
-        script's own seed decides. Not used by presets whose noise is i.i.d.: they leave upstream's as it is.
-    backend: see ``flexkern.backends``.
-    The handle that is returned may be used as a context manager.
-    Raises ValueError, with nothing changed, for a pipeline that is not the one described above, saying what was found.
+    Args:
+        pipeline: A ``CausalInferencePipeline`` with its weights loaded, already in its dtype and on its device.
+        preset: The method: a name, or a ``Preset``.
+        seed: Of the preset's noise, as a session's; None draws one for each video from torch's generator, so that the
+            script's own seed decides. Presets whose noise is i.i.d. leave upstream's noise as it is.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+
+    Returns:
+        A handle, which may be used as a context manager.
+
+    Raises:
+        ValueError: The pipeline is not the one described above; the message says what was found. Nothing has changed.
     """
     return Patch(pipeline, SELF_FORCING, preset, seed, backend)
 
 
 def unpatch(pipeline: nn.Module) -> None:
-    """The pipeline is upstream's again, with its caches empty. Raises ValueError where it was not patched."""
+    """Give the pipeline back what ``patch`` replaced; its caches are empty afterwards.
+
+    Raises:
+        ValueError: The pipeline was not patched.
+    """
     handle = getattr(pipeline, HANDLE, None)
     if handle is None:
         raise ValueError(f"pipeline must be one that patch was called with, got an unpatched {type(pipeline).__name__}")
     handle.undo()
 
 
-def recognise(pipeline: nn.Module, upstream: Upstream) -> nn.Module:
+def recognise(pipeline: Any, upstream: Upstream) -> Any:
     """The transformer inside the pipeline. Raises ValueError unless everything the patch relies on is as expected."""
 
     def expect(what: str, found: Any, *wanted: Any) -> None:
@@ -109,7 +123,7 @@ def recognise(pipeline: nn.Module, upstream: Upstream) -> nn.Module:
     return model
 
 
-def arguments(method: Callable) -> tuple[str, ...]:
+def arguments(method: Callable[..., Any]) -> tuple[str, ...]:
     """Names of what a method takes, without self."""
     return tuple(inspect.signature(method).parameters)[1:]
 
@@ -117,37 +131,59 @@ def arguments(method: Callable) -> tuple[str, ...]:
 class Patch:
     """What was replaced in a pipeline, and how to undo it. Leaving it as a context manager undoes it."""
 
-    def __init__(self, pipeline: nn.Module, upstream: Upstream, preset: str | Preset, seed: int | None, backend: str):
-        self.pipeline, self.upstream, self.preset, self.seed = pipeline, upstream, get_preset(preset), seed
+    def __init__(self, pipeline: Any, upstream: Upstream, preset: str | Preset, seed: int | None, backend: str):
+        self.pipeline, self.upstream, self.seed = pipeline, upstream, seed
+        self.preset = get_preset(preset).for_horizon(upstream.horizon).resolve()
         if seed is not None and (not isinstance(seed, int) or seed < 0):
             raise ValueError(f"seed must be a whole number >= 0, or None, got {seed!r}")
         model = recognise(pipeline, upstream)
-        self.preset.retention.keep(0, pipeline.num_frame_per_block)  # refuses a window that is too small
         weight, attn = model.patch_embedding.weight, model.blocks[0].self_attn
+        self.preset.retention.keep([], pipeline.num_frame_per_block)  # refuses a window that is too small
+        self.preset.position.multipliers(1.0, band_split(attn.head_dim)[0], attn.num_heads)
         self.made_for = weight.dtype, weight.device
-        self.window = CacheWindow(
-            self.preset, get_backend(backend, weight.device), layers=len(model.blocks), heads=attn.num_heads,
-            head_dim=attn.head_dim, eps=model.eps, dtype=weight.dtype, device=weight.device,
-        )  # fmt: skip
+        self.backend, self.backend_name = get_backend(backend, weight.device), backend
+        self.target: int | None = None  # latent frames of the video that inference was called for
+        self._window: CacheWindow | None = None  # the size of a video shows in its first forward
         self.noise: PolicyNoise | None = None
-        self.renoised: tuple[Any, int] = None, 0  # a chunk, and how often it was given fresh noise
+        self.renoised = range(0), 0  # the frames that were last given fresh noise, and how often
         self._undo = ExitStack()
         self._replace_all(model)
 
+    def __repr__(self) -> str:
+        patched = f"{type(self.pipeline).__name__} of {self.upstream.name}"
+        return f"Patch({patched}: preset {self.preset.name!r}, backend {self.backend_name!r})"
+
+    @property
+    def window(self) -> CacheWindow:
+        """The cached frames of the video. Raises RuntimeError before the first forward."""
+        if self._window is None:
+            raise RuntimeError("the patched pipeline has not computed any frame yet")
+        return self._window
+
+    def begin(self, target: int | None) -> None:
+        """Begin a video of so many latent frames; None where that is not known."""
+        self.target = target
+        if self._window is not None:
+            self._window.begin(target)
+
+    def switch(self) -> int:
+        """Do to the cache what the preset does at a change of prompt; as ``CacheWindow.switch``."""
+        return 0 if self._window is None else self._window.switch()
+
     def undo(self) -> None:
-        """Everything is as it was; upstream's caches are empty. The second call does nothing."""
+        """Put everything back; upstream's caches are empty afterwards. The second call does nothing."""
         self._undo.close()
 
     def __enter__(self) -> "Patch":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.undo()
 
-    def _replace_all(self, model: nn.Module) -> None:
+    def _replace_all(self, model: Any) -> None:
         pipeline, noise = self.pipeline, self.preset.noise
         self.layers = len(model.blocks)
-        hook = model.register_forward_pre_hook(self._open, with_kwargs=True)
+        hook = model.register_forward_pre_hook(self._prepare, with_kwargs=True)
         self._undo.callback(hook.remove)
         for layer, block in enumerate(model.blocks):
             attn = block.self_attn
@@ -162,14 +198,17 @@ class Patch:
         self._undo.callback(setattr, pipeline, "kv_cache1", None)
 
     def replace(self, owner: Any, name: str, value: Any) -> None:
-        """The instance's attribute is ``value`` until ``undo``."""
+        """Set the instance's attribute to ``value`` until ``undo``."""
         own = vars(owner).get(name, ABSENT)
         setattr(owner, name, value)
-        self._undo.callback(*((delattr, owner, name) if own is ABSENT else (setattr, owner, name, own)))
+        if own is ABSENT:
+            self._undo.callback(delattr, owner, name)
+        else:
+            self._undo.callback(setattr, owner, name, own)
 
-    def _initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device, *_, **__) -> None:
+    def _initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> None:
         """Instead of upstream's cache: its dictionaries without room, since pages hold the keys and values."""
-        self.window.begin(self.window.target)
+        self.begin(self.target)
         empty = lambda: torch.empty(batch_size, 0, 1, 1, dtype=dtype, device=device)
         index = lambda: torch.zeros(1, dtype=torch.long, device=device)
         self.pipeline.kv_cache1 = [
@@ -177,8 +216,8 @@ class Patch:
             for _ in range(self.layers)
         ]
 
-    def _open(self, model: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Before the transformer runs: find out which frames these are."""
+    def _prepare(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the transformer runs: find out which frames these are, and prepare the window for them."""
         if kwargs.get("kv_cache") is None:
             return
         if torch.is_grad_enabled() and model.patch_embedding.weight.requires_grad:
@@ -195,40 +234,58 @@ class Patch:
                 f"a latent frame of {height}x{width} has {tokens} tokens, the pipeline's frame_seq_length is "
                 f"{self.pipeline.frame_seq_length} and current_start {at!r}: set frame_seq_length"
             )
-        self.window.open(at // tokens, count, (batch, rows, columns))
+        if self._window is None or self._window.shape != (batch, rows, columns):
+            self._allocate((batch, rows, columns), model, range(at // tokens, at // tokens + count))
+        self.window.prepare(at // tokens, count)
+
+    def _allocate(self, shape: tuple[int, int, int], model: Any, frames: range) -> None:
+        """Give the video a window of its own. Raises ValueError where one of another shape is under way."""
+        attn = model.blocks[0].self_attn
+        if self._window is not None and self._window.frames and (frames.start > 0 or self._window.frames == frames):
+            raise ValueError(f"batch, rows and columns must stay {self._window.shape} within a video, got {shape}")
+        self._window = None  # frees the old pages before the new ones are there
+        (dtype, device), (batch, rows, columns) = self.made_for, shape
+        self._window = CacheWindow(
+            self.preset, self.backend, layers=self.layers, heads=attn.num_heads, head_dim=attn.head_dim,
+            eps=model.eps, dtype=dtype, device=device, batch=batch, rows=rows, columns=columns, target=self.target,
+        )  # fmt: skip
 
     def _attend(
-        self, layer: int, attn: nn.Module, original: Callable, x: Tensor, seq_lens, grid_sizes, freqs, block_mask,
-        kv_cache=None, current_start=0, cache_start=None, *rest,
-    ):  # fmt: skip
+        self, layer: int, attn: Any, original: Callable[..., Any], x: Tensor, seq_lens: Any, grid_sizes: Any,
+        freqs: Any, block_mask: Any, kv_cache: Any = None, current_start: Any = 0, cache_start: Any = None, *rest: Any,
+    ) -> Any:  # fmt: skip
         """Instead of a self-attention's forward: x [B, F * S, C], modulated -> the same, through ``o``."""
         if kv_cache is None:  # a forward without cache has nothing to do with us
             return original(x, seq_lens, grid_sizes, freqs, block_mask, kv_cache, current_start, cache_start, *rest)
         shape = (x.shape[0], len(self.window.frames), -1, attn.num_heads, attn.head_dim)
         query, key, value = (project(x).view(shape) for project in (attn.q, attn.k, attn.v))
         norms = attn.norm_q.weight, attn.norm_k.weight
-        y = attn.o(self.window.memory.attend(layer, query, key, value, norms).reshape(x.shape))
+        attended = self.window.memory.attend(layer, query, key, value, norms)
+        assert attended is not None, "attention has a query here"
+        y = attn.o(attended.reshape(x.shape))
         return (y, None) if self.upstream.returns_update else y
 
-    def _inference(self, original: Callable, *args, **kwargs):
+    def _inference(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A video begins: its length is known now, and its noise becomes the preset's."""
         call = inspect.signature(original).bind(*args, **kwargs)
         noise, given = call.arguments["noise"], call.arguments.get("initial_latent")
         done = 0 if given is None else given.shape[1]
-        self.window.begin(done + noise.shape[1])
-        self.renoised = None, 0
+        self.begin(done + noise.shape[1])
+        self.renoised = range(0), 0
         if self.preset.noise.kind != "iid":
             call.arguments["noise"] = self._initial(noise, done)
         try:
             return original(*call.args, **call.kwargs)
         finally:
-            self.window.target = self.noise = None
+            self.target = self.noise = None
+            if self._window is not None:
+                self._window.target = None
 
     def _initial(self, noise: Tensor, done: int) -> Tensor:
-        """The preset's noise in the place of upstream's [B, F, C, h, w]. done: frames that were given."""
+        """The preset's noise instead of upstream's [B, F, C, h, w]. done: frames that were given."""
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         batch, count, *shape = noise.shape
-        self.noise = PolicyNoise(self.preset.noise, seed, batch, tuple(shape), self.window.target)
+        self.noise = PolicyNoise(self.preset.noise, seed, batch, tuple(shape), self.target)
         out, chunk = torch.empty_like(noise), self.pipeline.num_frame_per_block
         alone = getattr(self.pipeline, "independent_first_frame", False) and not done
         ends = [*range(1 if alone else chunk, count, chunk), count]
@@ -236,12 +293,12 @@ class Patch:
             out[:, first:end] = self.noise.initial(range(done + first, done + end)).to(noise)
         return out
 
-    def _add_noise(self, original: Callable, clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    def _add_noise(self, original: Callable[..., Tensor], clean: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
         """Instead of the scheduler's: clean [B * F, C, h, w] meets the preset's fresh noise."""
         if self.noise is None:  # not a call of inference
             return original(clean, noise, timestep)
-        chunk, step = self.renoised
-        step = step if chunk == self.window.chunk else 0
-        self.renoised = self.window.chunk, step + 1
-        fresh = self.noise.renoise(self.window.frames, step)
+        frames, (last, step) = self.window.frames, self.renoised
+        step = step if frames == last else 0
+        self.renoised = frames, step + 1
+        fresh = self.noise.renoise(frames, step)
         return original(clean, fresh.flatten(0, 1).to(noise), timestep)

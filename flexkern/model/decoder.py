@@ -2,16 +2,26 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class LatentForm(NamedTuple):
+    """What the latents of a VAE look like."""
+
+    channels: int
+    spatial: int
+    """height or width of a picture, divided by that of its latent frame"""
+    temporal: int
+    """pictures that a latent frame decodes to, except the first, which gives one"""
+
+
 class ChunkDecoder(ABC):
     """Decodes one session's latents chunk by chunk; the pictures do not depend on where the chunks end.
 
-    channels, spatial, temporal: of a latent; pictures are ``spatial`` times as high and wide, and the first latent
-    frame gives one, every other ``temporal``.
+    channels, spatial, temporal: those of ``LatentForm``.
     """
 
     def __init__(self, *, channels: int, spatial: int, temporal: int, dtype: torch.dtype, device: torch.device):
@@ -19,12 +29,22 @@ class ChunkDecoder(ABC):
         self.dtype, self.device = dtype, device
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """latents [B, F, C, h, w], as the model makes them -> uint8 [B, pictures, height, width, 3]."""
+        """The pictures of the next latent frames, as a file or a screen takes them.
+
+        Args:
+            latents: [B, F, C, h, w], as the model makes them.
+
+        Returns:
+            uint8 [B, pictures, height, width, 3].
+
+        Raises:
+            ValueError: The latents have another shape than those so far.
+        """
         to_bytes = lambda x: ((x.float() + 1) * 127.5).round().to(torch.uint8)
         return self._run(latents, torch.uint8, to_bytes).movedim(2, -1).contiguous()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, F, C, h, w] -> [B, pictures, 3, height, width] in -1..1."""
+        """The same pictures before rounding: [B, pictures, 3, height, width] in -1..1."""
         return self._run(latents, self.dtype, lambda x: x)
 
     @abstractmethod

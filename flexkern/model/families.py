@@ -1,16 +1,20 @@
 """Families of published checkpoints: what one was trained with, and what nobody can read from its keys.
 
-    family = FAMILIES["longlive"]
-    Engine.from_pretrained(path, schedule=family.schedule, chunk=family.chunk, size=family.size)
+    family = FAMILIES["longlive"].override(size=(30, 52))
+    Engine.from_pretrained(path, family=family)
 
 All are text-to-video Wan 2.1 with few-step sampling, at 480x832 and 16 pictures per second.
 Source: the inference configs of Self-Forcing, LongLive (branch v1.0), CausVid, Rolling Forcing and FastVideo.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from flexkern.checks import check_fields, did_you_mean, require
 from flexkern.model.schedule import SCHEDULES, Schedule
 
+CHANNELS = 16  # of a latent of Wan 2.1
 STRIDE = 8  # pixels of a picture for one of the latent's, in Wan's VAE
 PATCH = 2  # latent pixels for one token's side
 PICTURES_PER_FRAME = 4  # that a latent frame gives, but for the first, which gives one
@@ -18,35 +22,56 @@ PICTURES_PER_FRAME = 4  # that a latent frame gives, but for the first, which gi
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """How the checkpoints of one kind are run.
-
-    schedule: noise levels. chunk: latent frames denoised together. first_chunk: those of the first chunk. preset: the
-    method used where none is named. size: height and width of a latent frame. fps: pictures per second.
-    files: names that its checkpoints were published under, the preferred one first. doc: one sentence.
-    """
+    """How the checkpoints of one kind are run, and what their latents become."""
 
     name: str
     schedule: Schedule
+    """noise levels"""
     chunk: int = 3
+    """latent frames denoised together"""
     first_chunk: int = 3
+    """latent frames of the first chunk"""
     preset: str = "flex"
+    """the method used where none is named"""
     size: tuple[int, int] = (60, 104)
+    """height and width of a latent frame"""
+    stride: int = STRIDE
+    """height or width of a picture, divided by that of its latent frame"""
+    pictures_per_frame: int = PICTURES_PER_FRAME
+    """pictures that a latent frame decodes to, except the first, which gives one"""
     fps: int = 16
+    """pictures per second"""
     files: tuple[str, ...] = ()
+    """names that its checkpoints were published under, the preferred one first"""
     doc: str
+    """one sentence"""
     source: str
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "first_chunk", "fps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        check_fields(self)
+        for name in ("chunk", "first_chunk", "stride", "pictures_per_frame", "fps"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        require(min(self.size) >= 1, f"size must be at least 1x1, got {self.size[0]}x{self.size[1]}")
 
     @property
     def takes_image(self) -> bool:
         """Whether a video can begin with one picture: that is one latent frame, and must be a whole chunk."""
         return self.first_chunk == 1
 
-    def check_image(self) -> None:
+    @property
+    def picture_size(self) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        return self.size[0] * self.stride, self.size[1] * self.stride
+
+    def pictures(self, frames: int) -> int:
+        """How many pictures a video of so many latent frames has."""
+        return 1 + (frames - 1) * self.pictures_per_frame
+
+    def frames(self, pictures: int) -> int:
+        """The fewest latent frames that decode to at least so many pictures."""
+        return 1 + -(-(pictures - 1) // self.pictures_per_frame)
+
+    def validate_image(self) -> None:
         """Raises ValueError where no video of this family can begin with one picture."""
         if not self.takes_image:
             raise ValueError(
@@ -56,17 +81,28 @@ class Family:
             )
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the latent frame of pictures of height x width. Raises ValueError for odd sizes."""
-        step = STRIDE * PATCH
+        """The size of the latent frames that decode to pictures of a size.
+
+        Args:
+            height: Of a picture, in pixels.
+            width: Of a picture, in pixels.
+
+        Returns:
+            Height and width of the latent frame.
+
+        Raises:
+            ValueError: A side is not a multiple of 16 pixels; the message names the nearest size.
+        """
+        step = self.stride * PATCH
         if height < step or width < step or height % step or width % step:
             near = [max(step, round(side / step) * step) for side in (height, width)]
             raise ValueError(
                 f"size must be a multiple of {step} pixels, as {self.name}'s VAE and patches need, "
                 f"got {height}x{width}; the nearest is {near[0]}x{near[1]}"
             )
-        return height // STRIDE, width // STRIDE
+        return height // self.stride, width // self.stride
 
-    def check_frames(self, frames: int) -> None:
+    def validate_frames(self, frames: int) -> None:
         """Raises ValueError where this many latent frames are not whole chunks."""
         rest = frames - self.first_chunk
         if rest < 0 or rest % self.chunk:
@@ -76,13 +112,40 @@ class Family:
                 f"got {frames} in all; the nearest are {below} and {below + self.chunk}"
             )
 
-    def override(self, **changes) -> "Family":
-        """The same with other fields; those of the schedule (steps, shift, ...) are named like the others."""
-        ours = {name: value for name, value in changes.items() if name in type(self).__dataclass_fields__}
-        theirs = {name: value for name, value in changes.items() if name not in ours}
-        if "chunk" in ours and "first_chunk" not in ours:
-            ours["first_chunk"] = ours["chunk"]
+    def override(
+        self,
+        *,
+        chunk: int | None = None,
+        first_chunk: int | None = None,
+        size: tuple[int, int] | None = None,
+        steps: Sequence[float] | None = None,
+        shift: float | None = None,
+        warp: bool | None = None,
+        context_timestep: float | None = None,
+    ) -> "Family":
+        """The same family with other values; None keeps a value.
+
+        Args:
+            chunk: Latent frames denoised together; the first chunk becomes as long, unless ``first_chunk`` is given.
+            first_chunk: Latent frames of the first chunk.
+            size: Height and width of a latent frame.
+            steps: Of the schedule, as are all that follow.
+            shift: See ``Schedule``.
+            warp: See ``Schedule``.
+            context_timestep: See ``Schedule``.
+
+        Raises:
+            ValueError: A value that ``Family`` or ``Schedule`` does not take.
+        """
+        first = chunk if first_chunk is None else first_chunk
+        listed = None if steps is None else tuple(steps)
+        ours = _given(chunk=chunk, first_chunk=first, size=size)
+        theirs = _given(steps=listed, shift=shift, warp=warp, context_timestep=context_timestep)
         return replace(self, schedule=replace(self.schedule, **theirs), **ours)
+
+
+def _given(**values: Any) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is not None}
 
 
 _ALL = (
@@ -125,8 +188,15 @@ _ALL = (
 FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 
+def get_family(name: str) -> Family:
+    """The family of that name. Raises ValueError that lists those there are."""
+    known = f"expected one of {', '.join(FAMILIES)}"
+    require(name in FAMILIES, f"no family {name!r}: {known}{did_you_mean(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
 def guess_family(name: str) -> str | None:
-    """The family that a file of this name was published under, None where the name says nothing."""
+    """The family that a file or folder of this name was published under, None where the name says nothing."""
     plain = name.lower().replace("-", "_")
     words = {"self_forcing": "self-forcing", "longlive": "longlive", "causvid": "causvid"}
     words |= {"rolling_forcing": "rolling-forcing"}

@@ -1,26 +1,34 @@
-"""Weight files of any part of a model: found in a folder, read without running what they hold, fitted into a module."""
+"""Weight files of any part of a model: found in a folder, read without unpickling code, fitted into a module."""
 
 import json
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+Module = TypeVar("Module", bound=nn.Module)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 
 
 def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
     """The weight files of a part of a model: the file itself, or those in its folder that match the first pattern.
 
-    folder: name of the part's folder in the diffusers layout. An index beside shards must find all of them.
+    Args:
+        path: The file or the folder.
+        folder: Name of the part's folder in the diffusers layout.
+        patterns: Names of the part's files, as ``glob`` takes them, the preferred one first.
+
+    Raises:
+        FileNotFoundError: Nothing fits, or a shard that the index beside them names is not there.
     """
     if not path.exists():
         raise FileNotFoundError(f"no weights at {path}")
@@ -38,15 +46,25 @@ def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
     raise FileNotFoundError(f"no weights in {within}: looked for {', '.join(patterns)}; there is {some_of(found)}")
 
 
-def read_files(files: list[Path], *, headers: bool = False) -> tuple[dict, dict[str, str]]:
-    """Everything that the files hold at the top level, and the metadata of the safetensors among them."""
-    content, metadata = {}, {}
+def read_files(files: list[Path], *, headers: bool = False) -> tuple[dict[Any, Any], dict[str, str]]:
+    """Everything that the files hold at the top level, and the metadata of the safetensors among them.
+
+    Args:
+        files: Weight files whose names do not repeat.
+        headers: Read tensors of safetensors without their data, on the device "meta".
+
+    Raises:
+        ValueError: A file cannot be read as tensors alone, or repeats keys of another one.
+        OSError: A file cannot be mapped.
+    """
+    content: dict[Any, Any] = {}
+    metadata: dict[str, str] = {}
     for file in files:
         safe = file.suffix == ".safetensors"
-        part, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file), {})
-        if twice := content.keys() & part.keys():
+        held, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file), {})
+        if twice := content.keys() & held.keys():
             raise ValueError(f"{file} repeats keys of another shard, {some_of(sorted(twice))}")
-        content, metadata = content | part, metadata | notes
+        content, metadata = content | held, metadata | notes
     return content, metadata
 
 
@@ -61,12 +79,12 @@ def _read_safetensors(file: Path, headers: bool) -> tuple[dict[str, Tensor], dic
         raise OSError(f"{file} cannot be mapped: {error}") from error
 
 
-def _hollow(part) -> Tensor:
+def _hollow(slice_: Any) -> Tensor:
     """A tensor of the size and dtype of a slice of a safetensors file; of an unknown dtype as 8-bit integers."""
-    return torch.empty(part.get_shape(), dtype=DTYPES.get(part.get_dtype(), torch.uint8), device="meta")
+    return torch.empty(slice_.get_shape(), dtype=DTYPES.get(slice_.get_dtype(), torch.uint8), device="meta")
 
 
-def _read_pickle(file: Path) -> dict:
+def _read_pickle(file: Path) -> dict[Any, Any]:
     if file.suffix not in PICKLES:
         raise ValueError(f"{file}: expected .safetensors, {', '.join(PICKLES)}, got {file.suffix!r}")
     try:  # only the zip format of torch.save can be mapped
@@ -80,7 +98,7 @@ def _read_pickle(file: Path) -> dict:
     return dict(content)
 
 
-def read_json(file: Path) -> dict:
+def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ``{}`` where there is no file."""
     if not file.is_file():
         return {}
@@ -90,7 +108,9 @@ def read_json(file: Path) -> dict:
         raise ValueError(f"{file} does not hold a JSON object: {error}") from error
 
 
-def select_group(content: dict, groups: Iterable[str], path: Path, *, flat: bool) -> tuple[str, Mapping]:
+def select_group(
+    content: Mapping[Any, Any], groups: Sequence[str], path: Path, *, flat: bool
+) -> tuple[str, Mapping[Any, Any]]:
     """The first of the groups that is there, or, where that is allowed, the top level itself."""
     held = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
     if not held and any(isinstance(value, Tensor) for value in content.values()):
@@ -108,7 +128,7 @@ def some_of(names: Iterable[str]) -> str:
     return f"{len(names)}{': ' if names else ''}{', '.join(names[:8])}{', ...' if len(names) > 8 else ''}"
 
 
-def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
+def validate_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where: str) -> None:
     """Raises ValueError that lists what is missing, unexpected or of another shape."""
     missing = [key for key in expected if key not in state]
     unexpected = [key for key in state if key not in expected]
@@ -119,7 +139,7 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], where
         raise ValueError(f"{where} does not fit the model: {what}")
 
 
-def finished(model: nn.Module, where: str) -> nn.Module:
+def finished(model: Module, where: str) -> Module:
     """The model in eval mode, without gradients. Raises RuntimeError where it still holds tensors without data."""
     hollow = [name for name, t in chain(model.named_parameters(), model.named_buffers()) if t.is_meta]
     if hollow:

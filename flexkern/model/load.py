@@ -3,15 +3,15 @@
 import importlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flexkern.model.files import check_fit, finished, read_files, read_json, select_group
+from flexkern.model.files import Module, finished, read_files, read_json, select_group, validate_fit
 
 
-def need(name: str, purpose: str) -> ModuleType:
+def need(name: str, purpose: str) -> Any:
     """An optional package. Raises ImportError that says what to install, where it is not there."""
     try:
         return importlib.import_module(name)
@@ -21,9 +21,9 @@ def need(name: str, purpose: str) -> ModuleType:
         raise ImportError(f'{purpose} needs {name}: pip install "flexkern[model]"') from error
 
 
-def read_part(files: list[Path]) -> dict[str, Tensor]:
+def read_part(files: list[Path], *, headers: bool = False) -> dict[str, Tensor]:
     """The tensors of the files, mapped where they can be. Raises ValueError for what is no plain state dict."""
-    content, _ = read_files(files)
+    content, _ = read_files(files, headers=headers)
     state = dict(select_group(content, ("state_dict",), files[0], flat=True)[1])
     for key, tensor in state.items():
         if not isinstance(tensor, Tensor):
@@ -33,25 +33,42 @@ def read_part(files: list[Path]) -> dict[str, Tensor]:
     return state
 
 
-def declared(files: list[Path]) -> dict:
+def declared(files: list[Path]) -> dict[str, Any]:
     """What the config.json beside the files says; ``{}`` where there is none."""
     return read_json(files[0].with_name("config.json"))
 
 
-def fill(
-    make: Callable[[], nn.Module], state: dict[str, Tensor], where: str, *, dtype: torch.dtype,
-    device: str | torch.device, ties: Mapping[str, str] | None = None,
-) -> nn.Module:  # fmt: skip
-    """The module with every tensor of the state, in eval mode, without gradients. Empties ``state``.
+def fitting(
+    make: Callable[[], Module], state: Mapping[str, Tensor], where: str, *, ties: Mapping[str, str] | None = None
+) -> Module:
+    """The module without data, on the device "meta", that the state fits.
 
-    ties: names of the module's state dict that hold the same tensor as another name.
-    Bytes: the module alone; what needs no conversion stays mapped to its file, and the system may drop its pages.
-    Raises: ValueError that lists the missing, unexpected and wrongly shaped keys.
+    Args:
+        make: Builds the module.
+        state: Its tensors by name; only their shapes are looked at.
+        where: Names the files in the error.
+        ties: Names of the module's state dict that hold the same tensor as another name.
+
+    Raises:
+        ValueError: Lists the missing, unexpected and wrongly shaped keys.
     """
-    ties = ties or {}
     with torch.device("meta"):
         module = make()
-    check_fit(state, {key: tensor for key, tensor in module.state_dict().items() if key not in ties}, where)
+    expected = {key: tensor for key, tensor in module.state_dict().items() if key not in (ties or {})}
+    validate_fit(state, expected, where)
+    return module
+
+
+def fill(
+    make: Callable[[], Module], state: dict[str, Tensor], where: str, *, dtype: torch.dtype,
+    device: str | torch.device, ties: Mapping[str, str] | None = None,
+) -> Module:  # fmt: skip
+    """The module with every tensor of the state, in eval mode, without gradients. Empties ``state``.
+
+    Bytes: the module alone; what needs no conversion stays mapped to its file, and the system may drop its pages.
+    Args and Raises: as in ``fitting``.
+    """
+    module = fitting(make, state, where, ties=ties)
     placed = {key: state.pop(key).to(device, dtype) for key in list(state)}
-    module.load_state_dict(placed | {name: placed[of] for name, of in ties.items()}, assign=True)
+    module.load_state_dict(placed | {name: placed[of] for name, of in (ties or {}).items()}, assign=True)
     return finished(module, where)

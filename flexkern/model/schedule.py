@@ -5,43 +5,54 @@ x_t = (1 - sigma) * x0 + sigma * noise,   sigma = shift * s / (1 + (shift - 1) *
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from flexkern.checks import check_fields, require
+
+Prediction = Literal["flow", "x0"]
+"""What a model's head outputs: flow (noise - x0), or x0 itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schedule:
     """Denoising timesteps of a distilled model.
 
-    steps: as the research configs list them (``denoising_step_list``), 0 at the end is dropped.
-    warp: steps are places in the shifted schedule, so that 750 means timestep 937.5 at shift 5
-    (``warp_denoising_step``). first_steps: other steps for the first chunk, which has no past to lean on; None for the
-    same. context_timestep: of the clean pass that fills the cache (``context_noise``). Source: Self-Forcing
-    utils/scheduler.py and pipeline/causal_inference.py; CausVid (shift 8, not warped).
+    Source: Self-Forcing utils/scheduler.py and pipeline/causal_inference.py; CausVid (shift 8, not warped).
     """
 
     steps: tuple[float, ...] = (1000, 750, 500, 250)
+    """as the research configs list them (``denoising_step_list``), falling; a 0 at the end is dropped"""
     shift: float = 5.0
+    """how far the noise levels are shifted towards noise"""
     warp: bool = True
+    """whether steps count in the shifted schedule, so that 750 means timestep 937.5 at shift 5
+    (``warp_denoising_step``)"""
     first_steps: tuple[float, ...] | None = None
+    """other steps for the first chunk, which has no past to lean on; None for the same"""
     fresh: bool = True
+    """whether noise between steps is drawn anew; else it is the noise that the last prediction implies"""
     context_timestep: float = 0.0
+    """timestep of the clean pass that fills the cache (``context_noise``)"""
 
-    def __post_init__(self):
-        if self.shift <= 0:
-            raise ValueError(f"shift must be > 0, got {self.shift}")
+    def __post_init__(self) -> None:
         for name in ("steps", "first_steps"):
-            steps = getattr(self, name)
-            if steps is None:
+            if (steps := getattr(self, name)) is not None:
+                object.__setattr__(self, name, tuple(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps))
+        check_fields(self)
+        require(self.shift > 0, f"shift must be > 0, got {self.shift}")
+        for name in ("steps", "first_steps"):
+            if (steps := getattr(self, name)) is None:
                 continue
-            steps = tuple(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps)
-            object.__setattr__(self, name, steps)
             falling = all(a > b for a, b in zip(steps, steps[1:], strict=False))
-            if not steps or not falling or not all(0 < s <= 1000 for s in steps):
-                raise ValueError(f"{name} must fall from at most 1000 to above 0, got {list(steps)}")
-            if self.warp and any(s != int(s) for s in steps):
-                raise ValueError(f"{name} must be whole numbers where warp is on, got {list(steps)}")
+            within = all(0 < step <= 1000 for step in steps)
+            require(
+                bool(steps) and falling and within, f"{name} must fall from at most 1000 to above 0, got {list(steps)}"
+            )
+            whole = not self.warp or all(step == int(step) for step in steps)
+            require(whole, f"{name} must be whole numbers where warp is on, got {list(steps)}")
 
     @cached_property
     def sigmas(self) -> Tensor:
@@ -59,10 +70,10 @@ class Schedule:
 
     def sigma(self, timestep: float) -> float:
         """Noise level of the training timestep nearest to ``timestep``."""
-        return self.sigmas[(self.sigmas * 1000 - timestep).abs().argmin()].item()
+        return float(self.sigmas[(self.sigmas * 1000 - timestep).abs().argmin()])
 
-    def clean(self, noisy: Tensor, prediction: Tensor, timestep: float, kind: str) -> Tensor:
-        """x0 from the model's output at ``timestep``; kind as in ``WanConfig.prediction``. Computed in float64."""
+    def clean(self, noisy: Tensor, prediction: Tensor, timestep: float, kind: Prediction) -> Tensor:
+        """x0 from the model's output of that kind at ``timestep``, computed in float64."""
         if kind == "x0":
             return prediction.to(noisy.dtype)
         return (noisy.double() - self.sigma(timestep) * prediction.double()).to(noisy.dtype)
@@ -84,4 +95,4 @@ SCHEDULES = {
     "causvid": Schedule(steps=(1000, 757, 522), shift=8.0, warp=False),
     "rolling-forcing": Schedule(steps=(1000, 800, 600, 400, 200)),
 }
-"""By family of checkpoints. A Rolling Forcing checkpoint is run chunk by chunk, without its joint window."""
+"""By family of checkpoints; a Rolling Forcing checkpoint is run chunk by chunk, without its joint window."""

@@ -13,6 +13,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flexkern.model.files import find_files, some_of
-from flexkern.model.load import declared, fill, need, read_part
+from flexkern.model.load import declared, fill, fitting, need, read_part
 
 TOKENS = 512  # that every Wan 2.1 was trained with
 FOLDER_FILES = ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin")
@@ -46,22 +47,22 @@ PURPOSE = "the text encoder"
 
 def clean_prompt(prompt: str) -> str:
     """The prompt as Wan's tokenizer sees it: mojibake and HTML entities undone, runs of white space one space."""
-    text = need("ftfy", PURPOSE).fix_text(prompt)
+    text: str = need("ftfy", PURPOSE).fix_text(prompt)
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
 class WanTextEncoder:
     """The embeddings of prompts. An embedding does not depend on the prompts beside it.
 
-    Numerics: rows behind the prompt are not computed; padding is masked, so they change the others by rounding at most.
+    Numerics: rows after the prompt are not computed; padding is masked, so they change the others by rounding at most.
     """
 
-    def __init__(self, module: nn.Module, tokenizer, tokens: int = TOKENS):
+    def __init__(self, module: nn.Module, tokenizer: Any, tokens: int = TOKENS):
         self.module, self.tokenizer, self.tokens = module, tokenizer, tokens
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """[B, tokens, C] in the encoder's dtype, zero behind each prompt. Warns where a prompt is cut off."""
-        _check_prompts(prompts)
+        """[B, tokens, C] in the encoder's dtype, zero after each prompt. Warns where a prompt is cut off."""
+        _validate_prompts(prompts)
         return torch.stack([self._embed(prompt) for prompt in prompts])
 
     @torch.no_grad()
@@ -72,7 +73,7 @@ class WanTextEncoder:
             warnings.warn(f"prompt of {len(ids)} tokens is cut to {self.tokens}: {_short(prompt)}", stacklevel=3)
             ids = self.tokenizer(text, truncation=True, max_length=self.tokens)["input_ids"]
         device = next(self.module.parameters()).device
-        rows = self.module(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
+        rows: Tensor = self.module(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
         padded = rows.new_zeros(self.tokens, rows.shape[-1])
         padded[: len(rows)] = rows
         return padded
@@ -82,28 +83,46 @@ def load_text_encoder(
     path: str | Path, *, tokenizer: str | Path | None = None, device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.bfloat16,
 ) -> WanTextEncoder:  # fmt: skip
-    """The encoder of a checkpoint: callable with a list of prompts, gives [B, 512, 4096], zero behind each prompt.
+    """The encoder of a checkpoint: callable with a list of prompts, gives [B, 512, 4096], zero after each prompt.
 
-    path: models_t5_umt5-xxl-enc-bf16.pth, a transformers weight file, the folder of either, or a diffusers folder.
-    tokenizer: its folder, by default google/umt5-xxl or tokenizer beside the weights.
     Bytes: 11.4 GB in bfloat16; on the CPU, in the file's own dtype, they stay mapped to the file.
-    Raises: FileNotFoundError; ImportError that names the extra; ValueError that lists the keys that do not fit, and
-    for float16, in which T5 overflows.
+
+    Args:
+        path: models_t5_umt5-xxl-enc-bf16.pth, a transformers weight file, the folder of either, or a diffusers folder.
+        tokenizer: Its folder; default: google/umt5-xxl or tokenizer beside the weights.
+        device: Where it runs.
+        dtype: bfloat16 or float32; T5 overflows in float16.
+
+    Raises:
+        FileNotFoundError: No weights or no tokenizer is there.
+        ImportError: Names the extra that has transformers and ftfy.
+        ValueError: Lists the keys that do not fit; or the dtype is another.
     """
     if dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"dtype must be bfloat16 or float32, in which T5 does not overflow, got {dtype}")
-    path = Path(path)
+    make, state, words = _read(Path(path), tokenizer, headers=False)
+    return WanTextEncoder(fill(make, state, str(path), dtype=dtype, device=device, ties=TIES), words)
+
+
+def validate_text_encoder(path: str | Path, *, tokenizer: str | Path | None = None) -> int:
+    """The channels of its embeddings, told from names and shapes. Raises what ``load_text_encoder`` would."""
+    make, state, _ = _read(Path(path), tokenizer, headers=True)
+    width: int = fitting(make, state, str(path), ties=TIES).config.d_model
+    return width
+
+
+def _read(path: Path, tokenizer: str | Path | None, *, headers: bool) -> tuple[Any, dict[str, Tensor], Any]:
+    """What builds the module, its tensors under the names of transformers, and the tokenizer."""
     files = find_files(path, "text_encoder", FOLDER_FILES)
     folder = _find_tokenizer(files[0].parent if tokenizer is None else Path(tokenizer), given=tokenizer is not None)
     transformers = need("transformers", PURPOSE)
     need("ftfy", PURPOSE)
-    state = _transformers_names(read_part(files))
+    state = _transformers_names(read_part(files, headers=headers))
     config = transformers.UMT5Config(**_sizes(state, path), **_unseen(files))
     words = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if len(words) > config.vocab_size:
         raise ValueError(f"the tokenizer in {folder} has {len(words)} tokens, {path} embeds {config.vocab_size}")
-    make = lambda: transformers.UMT5EncoderModel(config)
-    return WanTextEncoder(fill(make, state, str(path), dtype=dtype, device=device, ties=TIES), words)
+    return lambda: transformers.UMT5EncoderModel(config), state, words
 
 
 def _find_tokenizer(base: Path, *, given: bool) -> Path:
@@ -145,7 +164,7 @@ def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _unseen(files: list[Path]) -> dict:
+def _unseen(files: list[Path]) -> dict[str, Any]:
     """What no shape shows, from a config.json of the encoder's own."""
     found = declared(files)
     return {name: found[name] for name in UNSEEN if name in found} if found.get("model_type") == "umt5" else {}
@@ -155,9 +174,14 @@ def save_embeddings(path: str | Path, encoder: Callable[[list[str]], Tensor], pr
     """Write prompts and their embeddings to a safetensors file for ``SavedEmbeddings``; an existing one is replaced.
 
     Bytes: the rows up to each prompt's end, 8 KB each in bfloat16.
+
+    Args:
+        path: The file to write.
+        encoder: Gives [B, tokens, C], zero after each prompt.
+        prompts: Those to write; one that comes twice is written once.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-    _check_prompts(prompts)
+    _validate_prompts(prompts)
     tensors, tokens = {}, 0
     for number, prompt in enumerate(prompts):
         embedding = encoder([prompt])[0]
@@ -187,12 +211,12 @@ class SavedEmbeddings:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """[B, tokens, C] as the encoder gave them. Raises ValueError for a prompt that is not in the file."""
-        _check_prompts(prompts)
+        _validate_prompts(prompts)
         if unknown := [prompt for prompt in prompts if prompt not in self.prompts]:
             raise ValueError(
                 f"{self.path} holds no embedding of {_short(unknown[0])}; it holds {some_of(map(_short, self.prompts))}"
             )
-        padded = []
+        padded: list[Tensor] = []
         with safe_open(self.path, framework="pt") as file:
             for prompt in prompts:
                 rows = file.get_tensor(str(self.prompts.index(prompt)))
@@ -201,7 +225,25 @@ class SavedEmbeddings:
         return torch.stack(padded)
 
 
-def _check_prompts(prompts: Sequence[str]) -> None:
+class KnownPrompts:
+    """A text encoder for prompts that were encoded before, and no others.
+
+    prompts: to the letter. embedded: [B, tokens, C], theirs.
+    """
+
+    def __init__(self, prompts: Sequence[str], embedded: Tensor):
+        self._embedded = dict(zip(prompts, embedded, strict=True))
+
+    def __call__(self, prompts: Sequence[str]) -> Tensor:
+        """[B, tokens, C]. Raises ValueError for a prompt that was not encoded before."""
+        _validate_prompts(prompts)
+        if unknown := [prompt for prompt in prompts if prompt not in self._embedded]:
+            known = some_of(map(_short, self._embedded))
+            raise ValueError(f"{_short(unknown[0])} was not encoded before the model was loaded; known are {known}")
+        return torch.stack([self._embedded[prompt] for prompt in prompts])
+
+
+def _validate_prompts(prompts: Sequence[str]) -> None:
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
 

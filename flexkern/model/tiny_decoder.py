@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexkern.model.decoder import ChunkDecoder
+from flexkern.model.decoder import ChunkDecoder, LatentForm
 from flexkern.model.files import find_files, some_of
-from flexkern.model.load import fill, read_part
+from flexkern.model.load import fill, fitting, read_part
 
 FOLDER_FILES = ("taew2_1.safetensors", "taew2_1.pth")
 STRIDES = (1, 2, 2)  # by which the three levels stretch time; each doubles height and width
-GROW = (7, 13, 19)  # places in the sequence of what stretches time
+GROW = (7, 13, 19)  # indices in the sequence of what stretches time
+SPATIAL, TEMPORAL = 8, 4
 WIDTHS = ("decoder.1.weight", "decoder.8.weight", "decoder.14.weight", "decoder.20.weight")
 LAST = "decoder.22.weight"
 
@@ -39,7 +40,8 @@ class _Memory(nn.Module):
         self.conv = nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), third)
 
     def forward(self, x: Tensor, before: Tensor) -> Tensor:
-        return torch.relu(self.conv(torch.cat((x, before), dim=1)) + x)
+        changed: Tensor = self.conv(torch.cat((x, before), dim=1))
+        return torch.relu(changed + x)
 
 
 class _Grow(nn.Module):
@@ -50,13 +52,14 @@ class _Grow(nn.Module):
         self.conv = nn.Conv2d(width, width * stride, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x).reshape(-1, *x.shape[1:])
+        stretched: Tensor = self.conv(x)
+        return stretched.reshape(-1, *x.shape[1:])
 
 
 class _Net(nn.Module):
     def __init__(self, channels: int, widths: list[int]):
         super().__init__()
-        layers = [_Clamp(), nn.Conv2d(channels, widths[0], 3, padding=1), nn.ReLU()]
+        layers: list[nn.Module] = [_Clamp(), nn.Conv2d(channels, widths[0], 3, padding=1), nn.ReLU()]
         for width, following, stride in zip(widths, widths[1:], STRIDES, strict=False):
             layers += [_Memory(width), _Memory(width), _Memory(width), nn.Upsample(scale_factor=2)]
             layers += [_Grow(width, stride), nn.Conv2d(width, following, 3, padding=1, bias=False)]
@@ -67,8 +70,9 @@ class TinyDecoder(ChunkDecoder):
     """Decodes with the last input of each block; the pictures that a start from nothing spoils are left out."""
 
     def __init__(self, net: _Net):
-        first = net.decoder[1].weight
-        super().__init__(channels=first.shape[1], spatial=8, temporal=4, dtype=first.dtype, device=first.device)
+        first = net.get_parameter("decoder.1.weight")
+        form = LatentForm(first.shape[1], SPATIAL, TEMPORAL)
+        super().__init__(**form._asdict(), dtype=first.dtype, device=first.device)
         self._net = net
         self._held: dict[str, Tensor] = {}
 
@@ -95,27 +99,45 @@ class TinyDecoder(ChunkDecoder):
                 x = layer(x, torch.cat((before.unsqueeze(1), frames[:, :-1]), dim=1).flatten(0, 1))
             else:
                 x = layer(x)
-        pictures = x.unflatten(0, (batch, -1)) * 2 - 1
+        pictures: Tensor = x.unflatten(0, (batch, -1)) * 2 - 1
         return pictures[:, self.temporal - 1 :] if first else pictures
 
 
 def load_tiny_decoder(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[], TinyDecoder]:
-    """A factory of decoders, for ``Engine(decoder=...)``, from taew2_1.pth, taew2_1.safetensors or their folder.
+    """A factory of decoders, for ``Engine(decoder=...)``.
 
-    Raises: FileNotFoundError; NotImplementedError for a tiny decoder of another model; ValueError that lists the keys
-    that do not fit.
+    Args:
+        path: taew2_1.pth, taew2_1.safetensors or their folder.
+        device: Where to decode.
+        dtype: Of the weights and of what is computed.
+
+    Raises:
+        FileNotFoundError: No weights are there.
+        NotImplementedError: A tiny decoder of another model.
+        ValueError: Lists the keys that do not fit.
     """
-    path = Path(path)
-    state = read_part(find_files(path, "", FOLDER_FILES))
+    make, state = _read(Path(path), headers=False)
+    return partial(TinyDecoder, fill(make, state, str(path), dtype=dtype, device=device))
+
+
+def validate_tiny_decoder(path: str | Path) -> LatentForm:
+    """The latents that the decoder takes, told from names and shapes. Raises what ``load_tiny_decoder`` would."""
+    make, state = _read(Path(path), headers=True)
+    net = fitting(make, state, str(path))
+    return LatentForm(net.get_parameter("decoder.1.weight").shape[1], SPATIAL, TEMPORAL)
+
+
+def _read(path: Path, *, headers: bool) -> tuple[Callable[[], _Net], dict[str, Tensor]]:
+    """What builds the network, and its tensors."""
+    state = read_part(find_files(path, "", FOLDER_FILES), headers=headers)
     state = {key: tensor for key, tensor in state.items() if not key.startswith("encoder.")}
     channels, widths = _sizes(state, path)
-    for place, width, stride in zip(GROW, widths, STRIDES, strict=False):
-        if (weight := state.get(f"decoder.{place}.conv.weight")) is not None:
-            state[f"decoder.{place}.conv.weight"] = weight[-width * stride :]
-    net = fill(lambda: _Net(channels, widths), state, str(path), dtype=dtype, device=device)
-    return partial(TinyDecoder, net)
+    for index, width, stride in zip(GROW, widths, STRIDES, strict=False):
+        if (weight := state.get(f"decoder.{index}.conv.weight")) is not None:
+            state[f"decoder.{index}.conv.weight"] = weight[-width * stride :]
+    return partial(_Net, channels, widths), state
 
 
 def _sizes(state: Mapping[str, Tensor], path: Path) -> tuple[int, list[int]]:

@@ -11,18 +11,20 @@ loaders/single_file_utils.py.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexkern.model.decoder import ChunkDecoder
+from flexkern.model.decoder import ChunkDecoder, LatentForm
+from flexkern.model.families import CHANNELS
 from flexkern.model.files import find_files, some_of
-from flexkern.model.load import declared, fill, need, read_part
+from flexkern.model.load import declared, fill, fitting, need, read_part
 from flexkern.model.tiny_decoder import load_tiny_decoder
 
-__all__ = ["StreamingDecoder", "WanVAE", "load_tiny_decoder", "load_vae"]
+__all__ = ["StreamingDecoder", "WanVAE", "load_tiny_decoder", "load_vae", "validate_vae"]
 
 FOLDER_FILES = ("Wan2.1_VAE.pth", "diffusion_pytorch_model*.safetensors")
 QUANT_NAMES = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
@@ -41,19 +43,19 @@ EMPTY, REPEATED, HELD = range(3)  # what a slot of the decoder's past holds: not
 
 
 class WanVAE:
-    """An ``AutoencoderKLWan`` behind the engine's interfaces: latents are normalised, [B, F, C, h, w].
+    """An ``AutoencoderKLWan`` with the engine's interfaces: latents are normalised, [B, F, C, h, w].
 
-    spatial, temporal: pixels per latent in height and width; pictures per latent frame, all but the first.
+    channels, spatial, temporal: those of ``LatentForm``.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: Any):
         config = module.config
-        self.module, self.channels = module, config.z_dim
-        self.spatial, self.temporal = 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temperal_downsample)
+        self.module = module
+        self.channels, self.spatial, self.temporal = _latent_form(config)
         weight = module.post_quant_conv.weight
         self.dtype, self.device = weight.dtype, weight.device
-        column = lambda values: torch.tensor(values, device=self.device).view(-1, 1, 1, 1)
-        self.mean, self.std = column(config.latents_mean), column(config.latents_std)
+        statistics = (config.latents_mean, config.latents_std)
+        self.mean, self.std = (torch.tensor(each, device=self.device).view(-1, 1, 1, 1) for each in statistics)
 
     def decoder(self) -> "StreamingDecoder":
         """A decoder for one session."""
@@ -61,10 +63,18 @@ class WanVAE:
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
-        """Pictures, uint8 [B, pictures, height, width, 3] -> clean latents, float32 [B, F, C, h, w].
+        """The clean latents of pictures: the means, of which nothing is sampled.
 
-        The first picture becomes a latent frame, then every ``temporal`` pictures one; latents are the means.
-        Raises ValueError for another number of pictures, or sizes that ``spatial`` does not divide.
+        The first picture becomes a latent frame, then every ``temporal`` pictures one.
+
+        Args:
+            pixels: uint8 [B, pictures, height, width, 3].
+
+        Returns:
+            float32 [B, F, C, h, w], normalised.
+
+        Raises:
+            ValueError: Another number of pictures, or sizes that ``spatial`` does not divide.
         """
         if pixels.dim() != 5 or pixels.shape[-1] != 3 or pixels.dtype != torch.uint8 or 0 in pixels.shape:
             got = f"{pixels.dtype} {list(pixels.shape)}"
@@ -79,10 +89,10 @@ class WanVAE:
         frames = 1 + (pictures - 1) // self.temporal
         shape = batch, frames, self.channels, height // self.spatial, width // self.spatial
         latents = torch.empty(shape, device=self.device)
-        past = [None] * _count_slots(self.module.encoder)
+        past: list[Tensor | str | None] = [None] * _count_slots(self.module.encoder)
         for i in range(frames):
-            part = pixels[:, max(0, 1 + self.temporal * (i - 1)) : 1 + self.temporal * i].to(self.device)
-            x = (part.movedim(-1, 1).float() / 127.5 - 1).to(self.dtype)
+            group = pixels[:, max(0, 1 + self.temporal * (i - 1)) : 1 + self.temporal * i].to(self.device)
+            x = (group.movedim(-1, 1).float() / 127.5 - 1).to(self.dtype)
             hidden = self.module.quant_conv(self.module.encoder(x, feat_cache=past, feat_idx=[0]))
             mean = hidden[:, : self.channels].float()  # the other half is the variance
             latents[:, i] = ((mean - self.mean) / self.std).squeeze(2)
@@ -109,14 +119,14 @@ class StreamingDecoder(ChunkDecoder):
         held = {f"slot.{i}" for i, kind in enumerate(kinds) if kind == HELD}
         if len(kinds) != len(self._slots) or held != state.keys() - {"kinds"}:
             raise ValueError(f"expected the state of a decoder with {len(self._slots)} slots, got {some_of(state)}")
-        place = lambda i: state[f"slot.{i}"].to(self.device, self.dtype).contiguous()
-        self._slots = [
-            place(i) if kind == HELD else {EMPTY: None, REPEATED: "Rep"}[kind] for i, kind in enumerate(kinds)
-        ]
+        self._slots = [{EMPTY: None, REPEATED: "Rep"}.get(kind) for kind in kinds]
+        for name in held:
+            tensor = state[name].to(self.device, self.dtype).contiguous()
+            self._slots[int(name.removeprefix("slot."))] = tensor
 
     def _past(self) -> tuple[int, int, int] | None:
         first = self._slots[0]  # the input of the first convolution, [B, C, 1 or 2, h, w]
-        return None if first is None else (first.shape[0], *first.shape[-2:])
+        return (first.shape[0], first.shape[-2], first.shape[-1]) if isinstance(first, Tensor) else None
 
     def _step(self, frame: Tensor, first: bool) -> Tensor:
         module = self.vae.module
@@ -124,34 +134,61 @@ class StreamingDecoder(ChunkDecoder):
         pictures = module.decoder(z, feat_cache=self._slots, feat_idx=[0], first_chunk=first)
         # one memory format for all, so that a restored past takes the same path through the convolutions
         self._slots = [slot.contiguous() if isinstance(slot, Tensor) else slot for slot in self._slots]
-        return pictures.transpose(1, 2)
+        by_picture: Tensor = pictures.transpose(1, 2)
+        return by_picture
 
 
 def _count_slots(module: nn.Module) -> int:
     """At least as many as the causal convolutions of an encoder or decoder use; those of shortcuts keep nothing."""
-    return sum(isinstance(part, nn.Conv3d) for part in module.modules())
+    return sum(isinstance(layer, nn.Conv3d) for layer in module.modules())
+
+
+def _latent_form(config: Any) -> LatentForm:
+    """Of an ``AutoencoderKLWan`` of this configuration."""
+    return LatentForm(config.z_dim, 2 ** (len(config.dim_mult) - 1), 2 ** sum(config.temperal_downsample))
 
 
 def load_vae(path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32) -> WanVAE:
-    """The VAE of a checkpoint: Wan2.1_VAE.pth, another file with its keys or diffusers', or the folder of either.
+    """The VAE of a checkpoint, ready to encode and decode.
 
-    Bytes: 508 MB in float32. Raises: FileNotFoundError; ImportError that names the extra; NotImplementedError for the
-    VAE of Wan 2.2; ValueError that lists the keys that do not fit.
+    Bytes: 508 MB in float32.
+
+    Args:
+        path: Wan2.1_VAE.pth, another file with its keys or diffusers', or the folder of either.
+        device: Where it runs.
+        dtype: Of the weights and of what is computed.
+
+    Raises:
+        FileNotFoundError: No weights are there.
+        ImportError: Names the extra that has diffusers.
+        NotImplementedError: The VAE of Wan 2.2.
+        ValueError: Lists the keys that do not fit.
     """
-    path = Path(path)
+    make, state = _read(Path(path), headers=False)
+    return WanVAE(fill(make, state, str(path), dtype=dtype, device=device))
+
+
+def validate_vae(path: str | Path) -> LatentForm:
+    """The latents that the VAE makes, told from names and shapes. Raises what ``load_vae`` would."""
+    make, state = _read(Path(path), headers=True)
+    module: Any = fitting(make, state, str(path))
+    return _latent_form(module.config)
+
+
+def _read(path: Path, *, headers: bool) -> tuple[Callable[[], nn.Module], dict[str, Tensor]]:
+    """What builds the module, and its tensors under the names of diffusers."""
     files = find_files(path, "vae", FOLDER_FILES)
     diffusers = need("diffusers", "the VAE")
     found = declared(files)
     found = found if found.get("_class_name") == "AutoencoderKLWan" else {}  # beside Wan's own file, the transformer's
-    state = _diffusers_names(read_part(files), path)
+    state = _diffusers_names(read_part(files, headers=headers), path)
     if found.get("is_residual") or found.get("patch_size") not in (None, 1):
         raise NotImplementedError(f"{path} is the VAE of Wan 2.2; supported: that of Wan 2.1")
     sizes = _sizes(state, path)
     statistics = {name: found[name] for name in ("latents_mean", "latents_std") if name in found}
-    if len(statistics) < 2 and sizes["z_dim"] != 16:
+    if len(statistics) < 2 and sizes["z_dim"] != CHANNELS:
         raise ValueError(f"{path} has {sizes['z_dim']} channels and no config.json with latents_mean and latents_std")
-    make = lambda: diffusers.AutoencoderKLWan(**sizes, **statistics)
-    return WanVAE(fill(make, state, str(path), dtype=dtype, device=device))
+    return lambda: diffusers.AutoencoderKLWan(**sizes, **statistics), state
 
 
 def _diffusers_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -166,28 +203,29 @@ def _diffusers_names(state: Mapping[str, Tensor], path: Path) -> dict[str, Tenso
 
 def _diffusers_name(key: str, run: int) -> str:
     """run: how many residual blocks follow on each other in the decoder before it upsamples."""
-    part, dot, rest = key.partition(".")
-    if part in QUANT_NAMES:
-        return f"{QUANT_NAMES[part]}.{rest}"
+    half, dot, rest = key.partition(".")
+    if half in QUANT_NAMES:
+        return f"{QUANT_NAMES[half]}.{rest}"
     for theirs, ours in WAN_NAMES.items():
         if rest.startswith(theirs):
             rest = ours + rest.removeprefix(theirs)
             break
     if match := re.match(r"upsamples\.(\d+)\.", rest):
-        level, place = divmod(int(match[1]), run + 1)
-        within = "upsamplers.0" if place == run else f"resnets.{place}"
+        level, index = divmod(int(match[1]), run + 1)
+        within = "upsamplers.0" if index == run else f"resnets.{index}"
         rest = f"up_blocks.{level}.{within}.{rest[match.end() :]}"
     for theirs, ours in RESIDUAL_NAMES.items():
         rest = rest.replace(f".{theirs}.", f".{ours}.")
-    return part + dot + rest
+    return half + dot + rest
 
 
-def _sizes(state: Mapping[str, Tensor], path: Path) -> dict:
+def _sizes(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     """The sizes that the shapes show, as arguments of ``AutoencoderKLWan``."""
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
     try:
         base, colours = shapes["encoder.conv_in.weight"][:2]
-        levels, temporal = [[]], []
+        levels: list[list[int]] = [[]]
+        temporal: list[bool] = []
         for i in range(1 + max(int(key.split(".")[2]) for key in shapes if key.startswith("encoder.down_blocks."))):
             block = f"encoder.down_blocks.{i}"
             if f"{block}.resample.1.weight" in shapes:

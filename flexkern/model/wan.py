@@ -1,76 +1,89 @@
 """The causal Wan 2.1 transformer: few-step autoregressive video (Self-Forcing, LongLive, CausVid, ...).
 
 The module tree carries the published checkpoints' key names, so a cleaned state dict loads with ``strict=True``.
-Attention over time is not in here: every block hands query, key and value to ``memory.attend`` and does not know
-whether they meet a paged cache (``flexkern.memory.PagedMemory``) or a training mask (``flexkern.demo.train``).
+Attention over time is not in here: every block hands query, key and value to ``memory.attend``, and does not know
+whether that is a paged cache (``flexkern.memory.PagedMemory``) or a training mask (``flexkern.demo.train``).
 
     x += gate_1 * SelfAttention(LN(x) * (1 + scale_1) + shift_1)
     x += CrossAttention(LN_affine(x))
     x += gate_2 * FeedForward(LN(x) * (1 + scale_2) + shift_2)
 
-Shapes: B batch, F frames, S tokens of a frame, C = dim, H heads, D = C / H, L text tokens.
+Letters: see the glossary (flexkern/docs/architecture.md).
 Source: Wan-Video/Wan2.1 wan/modules/model.py; Self-Forcing wan/modules/causal_model.py.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Protocol
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flexkern.backends import Pointwise
+from flexkern.checks import check_fields, require
+from flexkern.memory import Memory
+from flexkern.model.schedule import Prediction
+
+COUNTS = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_len", "text_dim", "freq_dim")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WanConfig:
-    """Sizes of a causal Wan transformer. ``prediction`` is what the head outputs: flow (noise - x0) or x0 itself."""
+    """Sizes of a causal Wan transformer."""
 
     dim: int
+    """channels C of a token"""
     ffn_dim: int
+    """channels inside a feed-forward"""
     num_heads: int
+    """heads H of an attention"""
     num_layers: int
+    """layers L"""
     in_dim: int = 16
+    """channels of a latent"""
     out_dim: int = 16
+    """channels of a prediction"""
     patch_size: tuple[int, int, int] = (1, 2, 2)
+    """frames, rows and columns of latents in a token"""
     text_len: int = 512
+    """rows of a prompt's embedding, padding included"""
     text_dim: int = 4096
+    """channels of a prompt's embedding"""
     freq_dim: int = 256
+    """channels of a timestep's sinusoidal embedding"""
     eps: float = 1e-6
+    """of every norm"""
     qk_norm: bool = True
+    """whether queries and keys are normalised; always, in Wan 2.1"""
     cross_attn_norm: bool = True
-    prediction: str = "flow"
+    """whether the input of cross-attention is normalised; always, in Wan 2.1"""
+    prediction: Prediction = "flow"
+    """what the head outputs: flow (noise - x0), or x0 itself"""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
-        for name in (
-            "dim",
-            "ffn_dim",
-            "num_heads",
-            "num_layers",
-            "in_dim",
-            "out_dim",
-            "text_len",
-            "text_dim",
-            "freq_dim",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.dim % self.num_heads or self.head_dim % 2:
-            raise ValueError(f"dim must be num_heads even head dims, got dim={self.dim}, num_heads={self.num_heads}")
-        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
-            raise ValueError(f"patch_size must be (1, height, width), got {self.patch_size}")
+        check_fields(self)
+        for name in COUNTS:
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        sizes = f"dim={self.dim}, num_heads={self.num_heads}"
+        even = self.dim % self.num_heads == 0 and self.head_dim % 2 == 0
+        require(even, f"dim must be num_heads even head dims, got {sizes}")
+        planar = len(self.patch_size) == 3 and self.patch_size[0] == 1
+        require(planar, f"patch_size must be (1, height, width), got {self.patch_size}")
         if not (self.qk_norm and self.cross_attn_norm):
             raise NotImplementedError(
                 "only qk_norm=True and cross_attn_norm=True, as in every published Wan 2.1, are supported"
             )
-        if self.prediction not in ("flow", "x0"):
-            raise ValueError(f"prediction must be 'flow' or 'x0', got {self.prediction!r}")
 
     @property
     def head_dim(self) -> int:
+        """Channels D of a head."""
         return self.dim // self.num_heads
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
+        """Its fields, as arguments of ``WanConfig``."""
         return asdict(self)
 
 
@@ -81,24 +94,8 @@ CONFIGS = {
 }
 
 
-class Memory(Protocol):
-    """Where self-attention finds its keys and values."""
-
-    def attend(
-        self, layer: int, query: Tensor | None, key: Tensor, value: Tensor, norms: tuple[Tensor, Tensor]
-    ) -> Tensor:
-        """Attention output [B, F, S, H, D] of layer ``layer``.
-
-        query, key, value: [B, F, S, H, D] before normalisation and rotation. norms: RMSNorm weights [C] of query and
-        key. A query of None means that only keys and values are wanted; the result is then ignored.
-        """
-
-    @property
-    def ops(self):
-        """The backend's pointwise operations: rms_norm, modulate, gate_residual (``flexkern.kernels.reference``)."""
-
-
-TextKV = list[tuple[Tensor, Tensor]]  # per layer: key, value [B, L, H, D]
+TextKV = Sequence[tuple[Tensor, ...]]
+"""What a prompt became: key and value [B, L, H, D] of every layer (of other models, whatever their forward reads)."""
 
 
 class RMSNorm(nn.Module):
@@ -119,6 +116,8 @@ class Projections(nn.Module):
 
 
 class Block(nn.Module):
+    """One layer: self-attention through a memory, cross-attention to the prompt, feed-forward."""
+
     def __init__(self, config: WanConfig, index: int):
         super().__init__()
         dim = config.dim
@@ -130,23 +129,28 @@ class Block(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
 
     def split_heads(self, x: Tensor) -> Tensor:
+        """[..., C] -> [..., H, D]."""
         return x.unflatten(-1, (self.heads, -1))
 
-    def text_keys(self, text: Tensor, ops) -> tuple[Tensor, Tensor]:
+    def text_keys(self, text: Tensor, ops: Pointwise) -> tuple[Tensor, Tensor]:
         """Key and value [B, L, H, D] of the embedded text [B, L, C]."""
         attn = self.cross_attn
         key = ops.rms_norm(attn.k(text), attn.norm_k.weight, self.eps)
         return self.split_heads(key), self.split_heads(attn.v(text))
 
-    def attend_text(self, x: Tensor, text: tuple[Tensor, Tensor], ops) -> Tensor:
+    def attend_text(self, x: Tensor, text: tuple[Tensor, ...], ops: Pointwise) -> Tensor:
         attn = self.cross_attn
         query = self.split_heads(ops.rms_norm(attn.q(x), attn.norm_q.weight, self.eps)).flatten(1, 2)
-        heads_first = (t.transpose(1, 2) for t in (query, *text))
-        out = F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (query, *text))
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
         return attn.o(out.flatten(2).view_as(x))
 
-    def forward(self, x: Tensor, time: Tensor, text, memory: Memory, *, keys_only: bool) -> Tensor | None:
-        """x: [B, F, S, C]; time: [B, F, 6, C]; text: (key, value). With keys_only it stops after writing them."""
+    def forward(
+        self, x: Tensor, time: Tensor, text: tuple[Tensor, ...], memory: Memory, *, keys_only: bool
+    ) -> Tensor | None:
+        """x [B, F, S, C] after the block; time: [B, F, 6, C]; text: key and value. With keys_only, it only writes keys
+        and values to memory.
+        """
         ops = memory.ops
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.unsqueeze(1) + time).unbind(2)
         attn = self.self_attn
@@ -155,7 +159,7 @@ class Block(nn.Module):
         key, value = self.split_heads(attn.k(h)), self.split_heads(attn.v(h))
         norms = attn.norm_q.weight, attn.norm_k.weight
         attended = memory.attend(self.index, query, key, value, norms)
-        if keys_only:
+        if keys_only or attended is None:
             return None
         x = ops.gate_residual(x, attn.o(attended.flatten(-2)), gate)
         x = x + self.attend_text(self.norm3(x), text, ops)
@@ -163,13 +167,16 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
+    """The last modulation and projection, from tokens to predictions."""
+
     def __init__(self, config: WanConfig):
         super().__init__()
         self.eps = config.eps
         self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, ops) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, ops: Pointwise) -> Tensor:
+        """x [B, F, S, C], time [B, F, C] -> [B, F, S, patch * out_dim]."""
         shift, scale = (self.modulation.unsqueeze(1) + time.unsqueeze(2)).unbind(2)
         return self.head(ops.modulate(x, scale, shift, self.eps))
 
@@ -190,29 +197,33 @@ class CausalWan(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of its weights."""
         return self.head.head.weight.dtype
 
     @property
     def device(self) -> torch.device:
+        """Of its weights."""
         return self.head.head.weight.device
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token rows and columns of a latent frame of height x width."""
-        _, ph, pw = self.config.patch_size
-        if height % ph or width % pw:
-            raise ValueError(f"latent frame must be a multiple of {ph}x{pw}, got {height}x{width}")
-        return height // ph, width // pw
+        """Token rows and columns of a latent frame. Raises ValueError for a size that patches do not tile."""
+        return token_grid(self.config.patch_size, height, width)
 
-    def text_keys(self, text: Tensor, ops) -> TextKV:
+    def text_keys(self, text: Tensor, ops: Pointwise) -> list[tuple[Tensor, Tensor]]:
         """Cross-attention keys and values of a prompt, for every layer.
 
-        text: [B, L, text_dim], the text encoder's output, zero behind the prompt and as long as the model was trained
-        with (padding is attended: Wan has no text mask).
+        Args:
+            text: The text encoder's output [B, L, text_dim], zero after the prompt, with L as the model was trained
+                (padding is attended: Wan has no text mask).
+            ops: Pointwise operations of a backend.
+
+        Raises:
+            ValueError: text is not [B, L, text_dim].
         """
         if text.dim() != 3 or text.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, {self.config.text_dim}], got {list(text.shape)}")
         embedded = self.text_embedding(text.to(self.dtype))
-        return [block.text_keys(embedded, ops) for block in self.blocks]
+        return [cast(Block, block).text_keys(embedded, ops) for block in self.blocks]
 
     def patchify(self, latents: Tensor) -> Tensor:
         """[B, F, in_dim, h, w] -> tokens [B, F, S, C], by row, then column."""
@@ -240,11 +251,17 @@ class CausalWan(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor, text: TextKV, memory: Memory, *, keys_only: bool = False
     ) -> Tensor | None:
-        """Denoise one chunk; its keys and values end up in ``memory``.
+        """Denoise one chunk; afterwards ``memory`` holds its keys and values.
 
-        latents: [B, F, in_dim, h, w]. timesteps: [B, F], 0 (clean) to 1000 (noise). text: from ``text_keys``.
-        keys_only: run for the keys and values alone; what the last layer does behind them, and the head, are skipped.
-        Returns the prediction [B, F, out_dim, h, w], or None with keys_only.
+        Args:
+            latents: [B, F, in_dim, h, w].
+            timesteps: [B, F], 0 (clean) to 1000 (noise).
+            text: From ``text_keys``.
+            memory: What self-attention goes through.
+            keys_only: Run for keys and values alone: all that comes after them in the last layer is skipped.
+
+        Returns:
+            The prediction [B, F, out_dim, h, w], or None with keys_only.
         """
         height, width = latents.shape[-2:]
         x = self.patchify(latents.to(self.dtype))
@@ -253,3 +270,11 @@ class CausalWan(nn.Module):
         for block, text_kv in zip(self.blocks, text, strict=True):
             x = block(x, projected, text_kv, memory, keys_only=keys_only and block.index == last)
         return None if keys_only else self.unpatchify(self.head(x, time, memory.ops), height, width)
+
+
+def token_grid(patch_size: tuple[int, int, int], height: int, width: int) -> tuple[int, int]:
+    """Token rows and columns of a latent frame. Raises ValueError for a size that patches do not tile."""
+    _, ph, pw = patch_size
+    if height % ph or width % pw:
+        raise ValueError(f"latent frame must be a multiple of {ph}x{pw}, got {height}x{width}")
+    return height // ph, width // pw

@@ -11,11 +11,12 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexkern.model.files import check_fit, find_files, finished, read_files, read_json, select_group, some_of
+from flexkern.model.files import find_files, finished, read_files, read_json, select_group, some_of, validate_fit
 from flexkern.model.wan import CausalWan, WanConfig
 
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # removed anywhere in a key
@@ -54,26 +55,32 @@ LowRank = tuple[Tensor, Tensor, float]  # up [out, rank], down [rank, in], scale
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """What a checkpoint holds. container says in words how; config is None where neither file nor shapes tell it.
+class StateDict:
+    """The tensors of a transformer under bare Wan keys, and how its files hold them."""
 
-    groups: those at the top level of the file, the chosen one first. wrappers: what was removed from the names.
-    """
-
-    state: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     container: str
+    """in words: file type, group and naming of the keys"""
     config: WanConfig | None
+    """None where neither file nor shapes tell it"""
     groups: tuple[str, ...] = ()
+    """those at the top level of the file, the chosen one first"""
     wrappers: tuple[str, ...] = ()
+    """what was removed from the names"""
 
 
-def read_checkpoint(path: str | Path, *, ema: bool | None = None, headers: bool = False) -> Checkpoint:
-    """The tensors of a checkpoint under bare Wan keys, as stored (their dtype; mapped files stay mapped).
+def read_state_dict(path: str | Path, *, ema: bool | None = None, headers: bool = False) -> StateDict:
+    """The tensors of a transformer as stored: in their dtype, mapped to the files where that can be.
 
-    path: a weight file, an original Wan folder, or a diffusers folder (its root or ``transformer``).
-    ema: None takes the EMA where there is one, True insists on it, False takes the raw generator.
-    headers: tensors of safetensors without their data, on the device "meta".
-    Raises: FileNotFoundError; ValueError for what cannot be read; NotImplementedError for image-to-video checkpoints.
+    Args:
+        path: A weight file, an original Wan folder, or a diffusers folder (its root or ``transformer``).
+        ema: None takes the EMA where there is one, True insists on it, False takes the raw generator.
+        headers: Read tensors of safetensors without their data, on the device "meta".
+
+    Raises:
+        FileNotFoundError: No weights are there.
+        ValueError: They cannot be read, or are no plain floating-point tensors.
+        NotImplementedError: The checkpoint takes images.
     """
     path = Path(path)
     files = _find_files(path, FOLDER_FILES)
@@ -89,15 +96,20 @@ def read_checkpoint(path: str | Path, *, ema: bool | None = None, headers: bool 
     container = f"{files[0].suffix[1:]}, {group}, {'diffusers' if diffusers else 'Wan'} keys"
     others = (name for name, value in content.items() if isinstance(value, Mapping) and name != group)
     config = _config(state, declared, path)
-    held = {"groups": (group, *others), "wrappers": tuple(wrappers)}
-    return Checkpoint(state=state, container=container, config=config, **held)
+    return StateDict(
+        tensors=state, container=container, config=config, groups=(group, *others), wrappers=tuple(wrappers)
+    )
 
 
-def check_transformer(
+def validate_transformer(
     path: str | Path, *, config: WanConfig | None = None, ema: bool | None = None, lora: str | Path | None = None
-) -> Checkpoint:
-    """What ``load_transformer`` would load. Raises what it would, by names and shapes, before data is read."""
-    return _prepare(path, config, ema, lora, 1.0, headers=True)[0]
+) -> tuple[StateDict, CausalWan]:
+    """What ``load_transformer`` would load, and the model that it fits, both without data.
+
+    Args and Raises: those of ``load_transformer``; names and shapes are compared before any data is read.
+    """
+    read, model, _ = _prepare(path, config, ema, lora, 1.0, headers=True)
+    return read, model
 
 
 def load_transformer(
@@ -112,37 +124,47 @@ def load_transformer(
 ) -> CausalWan:
     """A CausalWan with every weight of the checkpoint, in eval mode, without gradients.
 
-    config: overrides what the checkpoint says. ema: as in ``read_checkpoint``.
-    lora: PEFT, LongLive or kohya file, or PEFT folder; adds lora_scale * alpha / rank * B @ A, alpha = rank if absent.
     Numerics: the LoRA is merged in float32; each weight is rounded once, to dtype.
     Bytes: the model plus one tensor, where the file can be mapped.
-    Raises: ValueError that lists the missing, unexpected and wrongly shaped keys; as ``read_checkpoint``.
+
+    Args:
+        path: As in ``read_state_dict``.
+        config: Overrides what the checkpoint says.
+        ema: As in ``read_state_dict``.
+        lora: A PEFT, LongLive or kohya file, or a PEFT folder; adds lora_scale * alpha / rank * B @ A, where
+            alpha = rank if the files do not say it.
+        lora_scale: Times alpha / rank.
+        dtype: Of the weights.
+        device: Where they go.
+
+    Raises:
+        ValueError: Lists the missing, unexpected and wrongly shaped keys; and what ``read_state_dict`` raises.
     """
-    checkpoint, model, updates = _prepare(path, config, ema, lora, lora_scale)
-    state = checkpoint.state
+    read, model, updates = _prepare(path, config, ema, lora, lora_scale)
+    state = read.tensors
     # popped one by one: what was read can go as soon as it is converted
     placed = {key: _convert(state.pop(key), updates.get(key), dtype, device) for key in list(state)}
     model.load_state_dict(placed, assign=True)
-    return finished(model, f"{path} ({checkpoint.container})")
+    return finished(model, f"{path} ({read.container})")
 
 
 def _prepare(
     path: str | Path, config: WanConfig | None, ema: bool | None, lora: str | Path | None, lora_scale: float,
     headers: bool = False,
-) -> tuple[Checkpoint, CausalWan, dict[str, LowRank]]:  # fmt: skip
-    """The checkpoint, a model without data that it fits, and the updates of the LoRA, which fit as well."""
-    checkpoint = read_checkpoint(path, ema=ema, headers=headers)
-    where, state = f"{path} ({checkpoint.container})", checkpoint.state
-    config = config or checkpoint.config
+) -> tuple[StateDict, CausalWan, dict[str, LowRank]]:  # fmt: skip
+    """The state dict, a model without data that it fits, and the updates of the LoRA, which fit as well."""
+    read = read_state_dict(path, ema=ema, headers=headers)
+    where, state = f"{path} ({read.container})", read.tensors
+    config = config or read.config
     if config is None:
         unknown = "does not show dim, ffn_dim, num_heads and num_layers of a Wan transformer, and no config was given"
         raise ValueError(f"{where} {unknown}; it holds {some_of(state)}")
     with torch.device("meta"):
         model = CausalWan(config)
-    check_fit(state, model.state_dict(), where)
+    validate_fit(state, model.state_dict(), where)
     updates = {} if lora is None else read_lora(lora, lora_scale)
-    _check_lora(updates, state, f"{lora} does not fit {where}")
-    return checkpoint, model, updates
+    _validate_lora(updates, state, f"{lora} does not fit {where}")
+    return read, model, updates
 
 
 def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
@@ -187,10 +209,10 @@ def _rename(state: Mapping[str, Tensor], path: Path, diffusers: bool) -> dict[st
     return renamed
 
 
-def _declared_config(file: Path, metadata: Mapping[str, str], *, beside: bool) -> dict:
+def _declared_config(file: Path, metadata: Mapping[str, str], *, beside: bool) -> dict[str, Any]:
     """What the file's own metadata, else the config.json beside it, says; ``{}`` where neither is there."""
     if "flexkern_config" in metadata:
-        declared = json.loads(metadata["flexkern_config"])
+        declared: dict[str, Any] = json.loads(metadata["flexkern_config"])
         if unknown := sorted(declared.keys() - CONFIG_FIELDS):
             raise ValueError(f"{file}: flexkern_config has unknown fields {unknown}")
         return declared
@@ -199,7 +221,7 @@ def _declared_config(file: Path, metadata: Mapping[str, str], *, beside: bool) -
     return declared | {"qk_norm": declared.get("qk_norm", True) in (True, "rms_norm_across_heads")}
 
 
-def _refuse_image_models(state: Mapping[str, Tensor], declared: Mapping, path: Path):
+def _refuse_image_models(state: Mapping[str, Tensor], declared: Mapping[str, Any], path: Path) -> None:
     signs = [key for key in state if re.search(r"k_img\.|img_emb\.|\.add_k_proj\.|image_embedder\.", key)][:1]
     if declared.get("model_type", "t2v") != "t2v":
         signs.append(f"model_type {declared['model_type']}")
@@ -209,10 +231,12 @@ def _refuse_image_models(state: Mapping[str, Tensor], declared: Mapping, path: P
         raise NotImplementedError(f"{path} takes images ({', '.join(signs)}); supported: text-to-video Wan 2.1")
 
 
-def _config(state: Mapping[str, Tensor], declared: Mapping, path: Path) -> WanConfig | None:
+def _config(state: Mapping[str, Tensor], declared: Mapping[str, Any], path: Path) -> WanConfig | None:
     """The configuration: what is declared wins over what the shapes show."""
     shapes = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    shown = {name: shapes[key][axis] for name, (key, axis) in SIZES.items() if len(shapes.get(key, ())) > axis}
+    shown: dict[str, Any] = {
+        name: shapes[key][axis] for name, (key, axis) in SIZES.items() if len(shapes.get(key, ())) > axis
+    }
     if blocks := [int(match[1]) for key in state if (match := re.match(r"blocks\.(\d+)\.", key))]:
         shown["num_layers"] = max(blocks) + 1
     if shown.get("dim", 1) % HEAD_DIM == 0:
@@ -231,7 +255,20 @@ def _config(state: Mapping[str, Tensor], declared: Mapping, path: Path) -> WanCo
 
 
 def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
-    """The updates of a LoRA by the key of the weight that they change, with the scale lora_scale * alpha / rank."""
+    """The updates of a LoRA by the key of the weight that they change.
+
+    Args:
+        path: As ``lora`` in ``load_transformer``.
+        lora_scale: Times alpha / rank.
+
+    Returns:
+        For each key up [out, rank], down [rank, in] and the scale lora_scale * alpha / rank.
+
+    Raises:
+        FileNotFoundError: No LoRA is there.
+        ValueError: It is not a plain LoRA.
+        NotImplementedError: It is a variant (rsLoRA, DoRA, several alphas).
+    """
     path = Path(path)
     files = _find_files(path, LORA_FILES)
     content, metadata = read_files(files)
@@ -239,7 +276,9 @@ def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
     adapter = _adapter_config(files[0], content, metadata)
     if special := [name for name in ("use_rslora", "use_dora", "alpha_pattern") if adapter.get(name)]:
         raise NotImplementedError(f"{path} sets {', '.join(special)}; supported: plain LoRA with one alpha")
-    diffusers, parts, strange = _is_diffusers(state), {}, []
+    diffusers = _is_diffusers(state)
+    halves: dict[str, dict[str, Tensor]] = {}
+    strange: list[str] = []
     for key, value in state.items():
         name = clean_name(clean_name(key, LORA_PREFIXES), PREFIXES)
         match = re.fullmatch(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha))", name)
@@ -248,21 +287,21 @@ def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
             continue
         target = _original_name(f"{match[1]}.weight") if diffusers else f"{match[1]}.weight"
         role = match[3] or {"A": "down", "B": "up"}.get(match[2], match[2])
-        if role in parts.setdefault(target, {}):
+        if role in halves.setdefault(target, {}):
             raise ValueError(f"{path} holds {role} of {target} twice, the second time as {key}")
-        parts[target][role] = value
-    strange += [f"half of {target}" for target, part in parts.items() if not part.keys() >= {"down", "up"}]
-    if strange or not parts:
-        raise ValueError(f"{path} is not a plain LoRA; beside its {len(parts)} targets it holds {some_of(strange)}")
-    updates = {}
-    for target, part in parts.items():
-        rank = part["down"].shape[0]
-        alpha = float(part.get("alpha", adapter.get("lora_alpha", rank)))
-        updates[target] = part["up"], part["down"], lora_scale * alpha / rank
+        halves[target][role] = value
+    strange += [f"half of {target}" for target, pair in halves.items() if not pair.keys() >= {"down", "up"}]
+    if strange or not halves:
+        raise ValueError(f"{path} is not a plain LoRA; beside its {len(halves)} targets it holds {some_of(strange)}")
+    updates: dict[str, LowRank] = {}
+    for target, pair in halves.items():
+        rank = pair["down"].shape[0]
+        alpha = float(pair.get("alpha", adapter.get("lora_alpha", rank)))
+        updates[target] = pair["up"], pair["down"], lora_scale * alpha / rank
     return updates
 
 
-def _adapter_config(file: Path, content: Mapping, metadata: Mapping[str, str]) -> dict:
+def _adapter_config(file: Path, content: Mapping[Any, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
     """What PEFT (a file beside), diffusers (metadata) or a training script (a top level number) says of the LoRA."""
     adapter = {"lora_alpha": content["alpha"]} if "alpha" in content else {}
     said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
@@ -270,7 +309,7 @@ def _adapter_config(file: Path, content: Mapping, metadata: Mapping[str, str]) -
     return adapter | (read_json(file.with_name("adapter_config.json")) if file.stem == "adapter_model" else {})
 
 
-def _check_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], what: str):
+def _validate_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], what: str) -> None:
     unknown = [target for target in updates if target not in state]
     wrong = []
     for target in sorted(updates.keys() & state.keys()):
@@ -284,6 +323,6 @@ def _check_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], wha
 def _convert(tensor: Tensor, update: LowRank | None, dtype: torch.dtype, device: str | torch.device) -> Tensor:
     """A contiguous copy in dtype on the device, which never aliases the file, with the update merged in float32."""
     if update is not None:
-        tensor, up, down = (part.to(device, torch.float32) for part in (tensor, *update[:2]))
+        tensor, up, down = (given.to(device, torch.float32) for given in (tensor, *update[:2]))
         tensor = torch.addmm(tensor, up, down, alpha=update[2])
     return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

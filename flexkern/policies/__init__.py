@@ -2,16 +2,20 @@
 
 from .noise import NoisePolicy, NoiseSource
 from .position import Phases, PositionPolicy
-from .presets import PRESETS, Preset, SwitchPolicy, get_preset
-from .retention import SinkWindow
+from .presets import PRESETS, LoopPolicy, Preset, SwitchPolicy, get_preset
+from .retention import Blend, Kept, RetentionPolicy, SinkWindow
 
 __all__ = [
     "PRESETS",
+    "Blend",
+    "Kept",
+    "LoopPolicy",
     "NoisePolicy",
     "NoiseSource",
     "Phases",
     "PositionPolicy",
     "Preset",
+    "RetentionPolicy",
     "SinkWindow",
     "SwitchPolicy",
     "get_preset",

@@ -8,12 +8,13 @@ Source: a reconstruction of FLEX (arXiv 2602.14027); PYoCo (2305.10474), FreeNoi
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
-from .checks import check_fields, is_index, require
+from ..checks import check_fields, is_index, require
+from .position import HORIZON
 
 INITIAL, RENOISE, SHARED = range(3)  # streams
 RECURSIVE = ("ar1", "pyoco_progressive")
@@ -22,53 +23,74 @@ DEFAULT_WEIGHT = {"alternating": 0.7, "high_pass": 1.0, "pyoco_mixed": 1.0, "pyo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoisePolicy:
-    """Answers which noise a frame gets. The defaults of antiphase noise are open choices of the reconstruction.
-
-    kind: ar1 (antiphase noise for rho < 0): z_0 = eps_0, z_t = rho z_{t-1} + sqrt(1 - rho^2) eps_t
-        | iid: eps_t
-        | alternating: (-1)^t w eta + sqrt(1 - w^2) eps_t
-        | zero_sum: (eps_t - mean over the chunk) * sqrt(F / (F - 1)); a chunk of one frame is an error
-        | high_pass: (eps_t - a eps_{t-1}) / sqrt(1 + a^2), the first frame eps_0
-        | pyoco_mixed: (a eta + eps_t) / sqrt(1 + a^2)
-        | pyoco_progressive: ar1 with rho = a / sqrt(1 + a^2), so that a < 0 is antiphase noise
-        | freenoise: eps_t for t < window; each later run of ``stride`` frames shuffles that ``window`` frames earlier
-    rho: lag-1 correlation of ar1, -1 < rho < 1.
-    scope: sequence (recursion, differences and eta span the video), or chunk (they restart with each call); nothing
-        to iid, zero_sum and freenoise.
-    rho_schedule: const, or linear_decay: rho_t = rho (1 - t / (target - 1)), 0 beyond; for the recursive kinds.
-    apply: initial (noise between denoising steps is i.i.d.), or initial+renoise (each step has a sequence of its own).
-    weight: w in [-1, 1] or a. None: 0.7 for alternating, else 1.
-    window, stride: of freenoise, latent frames; stride divides window.
-    """
+    """Which noise a frame starts from. The defaults of antiphase noise are open choices of this reconstruction."""
 
     kind: Literal[
         "ar1", "iid", "alternating", "zero_sum", "high_pass", "pyoco_mixed", "pyoco_progressive", "freenoise"
     ] = "ar1"
+    """ar1 (antiphase noise for rho < 0): z_0 = eps_0, z_t = rho z_{t-1} + sqrt(1 - rho^2) eps_t; iid: eps_t;
+    alternating: (-1)^t w eta + sqrt(1 - w^2) eps_t; zero_sum: (eps_t - mean over the chunk) * sqrt(F / (F - 1)), an
+    error for a chunk of one frame; high_pass: (eps_t - a eps_{t-1}) / sqrt(1 + a^2), the first frame eps_0;
+    pyoco_mixed: (a eta + eps_t) / sqrt(1 + a^2); pyoco_progressive: ar1 with rho = a / sqrt(1 + a^2), so that a < 0
+    is antiphase noise; freenoise: eps_t for t < window, after that each run of ``stride`` frames shuffles the run that
+    lies ``window`` frames before it"""
     rho: float = -0.7
+    """correlation of neighbouring frames in kind ar1, -1 < rho < 1"""
     scope: Literal["sequence", "chunk"] = "sequence"
+    """sequence: recursion, differences and eta span the video; chunk: they restart with each chunk. Kinds iid, zero_sum
+    and freenoise do not use it"""
     rho_schedule: Literal["const", "linear_decay"] = "const"
+    """const, or linear_decay: rho_t = rho (1 - t / (target - 1)), 0 past the target; for ar1 and pyoco_progressive"""
     apply: Literal["initial", "initial+renoise"] = "initial"
+    """initial: noise between denoising steps is i.i.d.; initial+renoise: each step has a sequence of its own"""
     weight: float | None = None
-    window: int = 16
-    stride: int = 4
+    """w in [-1, 1] or a in the formulas of kind; None: 0.7 for alternating, else 1"""
+    window: int | None = None
+    """of freenoise: latent frames with noise of their own. None: as many as the model was trained on
+    (position.train_len), in whole strides"""
+    stride: int | None = None
+    """of freenoise: latent frames that are shuffled together; divides window. None: the largest divisor up to 4"""
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(abs(self.rho) < 1, f"rho must be between -1 and 1, both excluded, got {self.rho}")
         bounded = self.kind != "alternating" or abs(self.strength) <= 1
         require(bounded, f"weight of kind 'alternating' must be in [-1, 1], got {self.weight}")
-        divides = self.stride >= 1 and self.window >= self.stride and self.window % self.stride == 0
-        require(divides, f"stride must divide window, both >= 1, got stride {self.stride} and window {self.window}")
+        for name in ("window", "stride"):
+            given = getattr(self, name)
+            require(given is None or given >= 1, f"{name} must be at least 1 frame, got {given}")
+        window, stride = self.runs()
+        require(window % stride == 0, f"stride must divide window, got stride {stride} and window {window}")
 
     @property
     def strength(self) -> float:
         """weight in use: the given one, or the kind's own."""
         return DEFAULT_WEIGHT.get(self.kind, 1.0) if self.weight is None else self.weight
 
-    def source(self, seed: int, *, shape: tuple[int, ...], target: int | None = None) -> "NoiseSource":
-        """The noise of one video. seed: below 2^64. shape: of one frame, (16, 60, 104). target: latent frames in all.
+    def runs(self, horizon: int = HORIZON) -> tuple[int, int]:
+        """window and stride in use: the given ones, or those that suit a model trained on so many latent frames."""
+        if self.window is None and self.stride is not None:
+            return max(1, horizon // self.stride) * self.stride, self.stride
+        window = horizon if self.window is None else self.window
+        return window, self.stride or max(n for n in range(1, 5) if window % n == 0)
 
-        Raises ValueError for a bad seed or shape, and where linear_decay has no target.
+    def resolve(self, horizon: int) -> "NoisePolicy":
+        """The same with every None replaced by the value in use; what the kind does not use stays None."""
+        found: dict[str, Any] = {"weight": self.strength} if self.kind in DEFAULT_WEIGHT else {}
+        if self.kind == "freenoise":
+            found |= dict(zip(("window", "stride"), self.runs(horizon), strict=True))
+        return replace(self, **found)
+
+    def source(self, seed: int, *, shape: tuple[int, ...], target: int | None = None) -> "NoiseSource":
+        """The noise of one video.
+
+        Args:
+            seed: An int in [0, 2^64).
+            shape: Of one frame, for instance (16, 60, 104).
+            target: Latent frames of the video, where known.
+
+        Raises:
+            ValueError: The seed or the shape is bad, or linear_decay has no target.
         """
         require(is_index(seed) and seed < 2**64, f"seed must be an int in [0, 2^64), got {seed!r}")
         sized = isinstance(shape, tuple) and all(is_index(n, 1) for n in shape)
@@ -92,9 +114,13 @@ class NoiseSource:
         self._last: dict[str, tuple[int, np.ndarray]] = {}  # sequence -> its last frame's index and z
 
     def initial(self, frames: Sequence[int]) -> np.ndarray:
-        """What denoising starts from, float32 [F, *shape]. frames: absolute indices of a chunk, consecutive.
+        """What denoising starts from, float32 [F, *shape].
 
-        Raises ValueError for frames that are not, or that do not follow the last ones where the kind is recursive.
+        Args:
+            frames: Absolute indices of a chunk, consecutive.
+
+        Raises:
+            ValueError: The frames are not consecutive, or do not follow the last ones where the kind is recursive.
         """
         return self._draw(frames, INITIAL, 0, self.policy.kind)
 
@@ -111,8 +137,12 @@ class NoiseSource:
             state |= {f"{name}.index": index, f"{name}.z": z.copy()}
         return state
 
-    def load_state(self, state: Mapping[str, np.ndarray | int]) -> None:
-        """Continue from what ``state`` returned. Raises ValueError where it belongs to another seed or frame shape."""
+    def restore(self, state: Mapping[str, np.ndarray | int]) -> None:
+        """Continue from a ``state``, bit for bit.
+
+        Raises:
+            ValueError: The state belongs to another seed or frame shape.
+        """
         require(state.get("seed") == self.seed, f"state must be of seed {self.seed}, got {state.get('seed')}")
         last = {}
         for name in (key.removesuffix(".z") for key in state if key.endswith(".z")):
@@ -123,7 +153,7 @@ class NoiseSource:
         self._last = last
 
     def _draw(self, frames: Sequence[int], stream: int, step: int, kind: str) -> np.ndarray:
-        first = frames[0] if len(frames) else None
+        first = frames[0] if len(frames) else -1
         listed = is_index(first) and all(f == first + i for i, f in enumerate(frames))
         require(listed, f"frames must be consecutive indices >= 0, at least one, got {list(frames)}")
         a, level = self.policy.strength, (stream, step)
@@ -148,8 +178,8 @@ class NoiseSource:
     def _recursion(self, frames: Sequence[int], eps: np.ndarray, level: tuple[int, int]) -> np.ndarray:
         name = "initial" if level[0] == INITIAL else f"renoise{level[1]}"
         whole = self.policy.scope == "sequence"
-        index, z = self._last.get(name, (None, None)) if whole else (None, None)
-        expected = frames[0] if index is None else index + 1
+        last = self._last.get(name) if whole else None
+        z, expected = (None, frames[0]) if last is None else (last[1], last[0] + 1)
         require(frames[0] == expected, f"{name} noise is drawn in order: expected frame {expected}, got {frames[0]}")
         out = np.empty_like(eps)
         for i, frame in enumerate(frames):
@@ -157,13 +187,13 @@ class NoiseSource:
             z = eps[i] if z is None else rho * z + math.sqrt(1 - rho * rho) * eps[i]
             out[i] = z
         if whole:
-            self._last[name] = int(frames[-1]), z.copy()
+            self._last[name] = int(frames[-1]), out[-1].copy()
         return out
 
     def _rho(self, frame: int) -> float:
         a = self.policy.strength
         rho = self.policy.rho if self.policy.kind == "ar1" else a / math.sqrt(1 + a * a)
-        if self.policy.rho_schedule == "const":
+        if self.policy.rho_schedule == "const" or self.target is None:  # source refuses a decay without a target
             return rho
         return rho * max(0.0, 1 - frame / max(1, self.target - 1))
 
@@ -180,12 +210,12 @@ class NoiseSource:
         A uniform shuffle of shuffled frames is a fresh uniform shuffle of the first ones. So each run draws its own
         from the base window: the same distribution, without walking back to it.
         """
-        window, stride = self.policy.window, self.policy.stride
-        run, place = divmod(frame, stride)
+        window, stride = self.policy.runs()
+        run, offset = divmod(frame, stride)
         if frame < window:
             return frame
         order = self._generator(SHARED, _sequence(level), run, word=1).permutation(stride)
-        return run * stride % window + int(order[place])
+        return run * stride % window + int(order[offset])
 
     def _shared(self, first: int, level: tuple[int, int]) -> np.ndarray:
         return self._white(SHARED, _sequence(level), first if self.policy.scope == "chunk" else 0)

@@ -1,64 +1,125 @@
-"""Presets: the answers of every supported method to positions, retention, noise and prompt switches, under one name."""
+"""Presets: every supported method's positions, retention, noise and prompt switches, under one name."""
 
 import dataclasses
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Literal
 
-from .checks import check_fields, did_you_mean, require
+from ..checks import check_fields, did_you_mean, require
 from .noise import NoisePolicy
 from .position import PositionPolicy
-from .retention import SinkWindow
+from .retention import RetentionPolicy, SinkWindow
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SwitchPolicy:
-    """What a change of prompt does to the cached frames.
-
-    kind: keep (nothing) | recache (run the last frames through the model again, with the new prompt) | flush (drop all
-        but the sink and the last frames).
-    recent: frames that recache runs again, or that flush keeps.
-    keep_sink: whether a recache leaves the sink of the old prompt in place (LongLive's global_sink).
-    """
+    """What a change of prompt does to the cached frames."""
 
     kind: Literal["keep", "recache", "flush"] = "keep"
-    recent: int = 12
+    """keep: nothing; recache: run the last frames through the model again, with the new prompt; flush: drop all but the
+    sink and the last frames"""
+    recent: int | None = None
+    """how many of the last frames recache runs again, or flush keeps. None: recache runs as many as the window holds,
+    as LongLive does; flush keeps 2, as Infinity-RoPE does"""
     keep_sink: bool = True
+    """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink)"""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
+        require(self.recent is None or self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
+
+    def resolve(self, window: int) -> "SwitchPolicy":
+        """The same with ``recent`` as it is in use beside a window of so many frames; None where nothing uses it."""
+        in_use = {"keep": None, "recache": window, "flush": min(FLUSHED, window)}[self.kind]
+        return self if in_use is None or self.recent else dataclasses.replace(self, recent=in_use)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LoopPolicy:
+    """In which order frames and denoising steps are run."""
+
+    kind: Literal["chunk"] = "chunk"
+    """chunk: all steps of a chunk, then its clean pass, then the next chunk (``Session.step``)"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """A method: four policies under a name, with one sentence on it and its source."""
+    """A method: its policies under a name, with one sentence on it and its source."""
 
     name: str
     position: PositionPolicy
-    retention: SinkWindow
+    """where in time every frame sits"""
+    retention: RetentionPolicy
+    """which cached frames stay visible"""
     noise: NoisePolicy
+    """what a frame is denoised from"""
     switch: SwitchPolicy
+    """what a change of prompt does to the cache"""
+    loop: LoopPolicy = LoopPolicy()
+    """the order of frames and steps; no option of the command line while it has one value"""
     doc: str
     source: str
 
     def __post_init__(self) -> None:
         check_fields(self)
+        recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
+        held = recent is None or recent <= window or kind == "keep"
+        require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
 
-    def check(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
-        """Raises ValueError for a window too small for the chunk, or positions that fit not the model or the length.
+    def for_horizon(self, frames: int) -> "Preset":
+        """The same for a model that was trained on so many latent frames, where ``position.train_len`` is None."""
+        if self.position.train_len is not None:
+            return self
+        return dataclasses.replace(self, position=dataclasses.replace(self.position, train_len=frames))
 
-        chunk: the most frames computed together. target: latent frames of the video, None for no end.
+    def resolve(self) -> "Preset":
+        """The same with every field that follows another one, or its mode, set to the value in use.
+
+        ``None`` in such a field means "follow": a preset stays as it was written, so that later overrides are followed
+        too, and whatever runs it asks for the values here. What nothing uses stays None.
         """
-        self.retention.keep(0, chunk)
+        window = self.retention.capacity
+        return dataclasses.replace(
+            self, position=self.position.resolve(window), noise=self.noise.resolve(self.position.horizon),
+            switch=self.switch.resolve(window),
+        )  # fmt: skip
+
+    def validate(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
+        """Raise unless the preset can run with a model and a length of video.
+
+        Args:
+            chunk: The most frames computed together.
+            bands: Temporal frequency pairs of a head.
+            heads: Heads of the model.
+            target: Latent frames of the video, None for no end.
+
+        Raises:
+            ValueError: The window is too small for the chunk, or positions fit neither the model nor the length.
+        """
+        self.retention.keep([], chunk)
         self.position.phases(query=[0], visible=[0], bands=bands, heads=heads, target=target)
 
+    def describe(self) -> dict[str, object]:
+        """Every field that decides a video, by the dotted names of ``get_preset``; lists for tuples, as JSON has.
 
-POLICIES = ("position", "retention", "noise", "switch")
+        Fields that follow others have the value in use (``resolve``).
+        """
+        found: dict[str, object] = {"name": self.name}
+        for policy in (*POLICIES, "loop"):
+            for name, value in dataclasses.asdict(getattr(self.resolve(), policy)).items():
+                found[f"{policy}.{name}"] = list(value) if isinstance(value, tuple) else value
+        return found
+
+
+FLUSHED = 2  # frames that Infinity-RoPE keeps beside its sink, whatever its window
+POLICIES = ("position", "retention", "noise", "switch")  # whose fields can be overridden
 
 IID = NoisePolicy(kind="iid")
 KEEP = SwitchPolicy(kind="keep")
-RECACHE = SwitchPolicy(kind="recache", recent=12, keep_sink=True)
+RECACHE = SwitchPolicy(kind="recache", keep_sink=True)
 FIFO = SinkWindow(sink=0, window=21)
 PINNED = SinkWindow(sink=3, window=21)
 LONGLIVE = SinkWindow(sink=3, window=12)
@@ -66,7 +127,7 @@ LONGLIVE = SinkWindow(sink=3, window=12)
 _ALL = (
     Preset(
         name="self-forcing",
-        position=PositionPolicy(mode="none", train_len=21),
+        position=PositionPolicy(mode="none"),
         retention=FIFO,
         noise=IID,
         switch=KEEP,
@@ -93,10 +154,10 @@ _ALL = (
     ),
     Preset(
         name="infinity-rope",
-        position=PositionPolicy(mode="none", train_len=21, index="slot", cut_position=45),
+        position=PositionPolicy(mode="none", index="slot"),
         retention=SinkWindow(sink=1, window=6),
         noise=IID,
-        switch=SwitchPolicy(kind="flush", recent=2),
+        switch=SwitchPolicy(kind="flush"),
         doc="Positions 0..5 inside a short window; a new prompt flushes the cache, a scene cut jumps to position 45.",
         source="Infinity-RoPE, arXiv 2511.20649, official code",
     ),
@@ -111,7 +172,7 @@ _ALL = (
     ),
     Preset(
         name="riflex",
-        position=PositionPolicy(mode="riflex", train_len=21),
+        position=PositionPolicy(mode="riflex"),
         retention=FIFO,
         noise=IID,
         switch=KEEP,
@@ -120,7 +181,7 @@ _ALL = (
     ),
     Preset(
         name="pi",
-        position=PositionPolicy(mode="pi", train_len=21),
+        position=PositionPolicy(mode="pi"),
         retention=PINNED,
         noise=IID,
         switch=KEEP,
@@ -129,7 +190,7 @@ _ALL = (
     ),
     Preset(
         name="ntk",
-        position=PositionPolicy(mode="ntk", train_len=21),
+        position=PositionPolicy(mode="ntk"),
         retention=PINNED,
         noise=IID,
         switch=KEEP,
@@ -138,7 +199,7 @@ _ALL = (
     ),
     Preset(
         name="yarn",
-        position=PositionPolicy(mode="yarn", train_len=21),
+        position=PositionPolicy(mode="yarn"),
         retention=PINNED,
         noise=IID,
         switch=KEEP,
@@ -147,7 +208,7 @@ _ALL = (
     ),
     Preset(
         name="flex",
-        position=PositionPolicy(mode="by_parts", train_len=21, scale="auto"),
+        position=PositionPolicy(mode="by_parts", scale="auto"),
         retention=PINNED,
         noise=NoisePolicy(kind="ar1", rho=-0.7),
         switch=KEEP,
@@ -161,23 +222,31 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
     """The preset of that name, or the given one, with single fields of its policies replaced.
 
-    overrides: dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
-    Raises ValueError for an unknown preset or field, naming those that exist, and for a value its field does not take.
+    Args:
+        name: A key of ``PRESETS``, or a preset.
+        overrides: Dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
+
+    Returns:
+        A new preset where there are overrides.
+
+    Raises:
+        ValueError: The preset or a field is unknown (the message names those that exist), or a field does not take its
+            value.
     """
     if not isinstance(name, Preset):
         known = f"expected one of {', '.join(PRESETS)}"
         require(isinstance(name, str) and name in PRESETS, f"no preset {name!r}: {known}{did_you_mean(name, PRESETS)}")
     base = name if isinstance(name, Preset) else PRESETS[name]
-    existing = [f"{part}.{field.name}" for part in POLICIES for field in dataclasses.fields(getattr(base, part))]
+    existing = [f"{policy}.{field.name}" for policy in POLICIES for field in dataclasses.fields(getattr(base, policy))]
     changes: dict[str, dict[str, object]] = defaultdict(dict)
     for dotted, value in (overrides or {}).items():
         known = f"expected one of {', '.join(existing)}"
         require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
-        part, _, field = dotted.partition(".")
-        changes[part][field] = tuple(value) if isinstance(value, list) else value
+        policy, _, field = dotted.partition(".")
+        changes[policy][field] = tuple(value) if isinstance(value, list) else value
     try:
         return dataclasses.replace(
-            base, **{part: dataclasses.replace(getattr(base, part), **new) for part, new in changes.items()}
+            base, **{policy: dataclasses.replace(getattr(base, policy), **new) for policy, new in changes.items()}
         )
     except TypeError as error:
         raise ValueError(str(error)) from None

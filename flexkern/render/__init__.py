@@ -1,17 +1,32 @@
-"""From a session to a video file: the writer, the loop that feeds it, and prompts that change with time."""
+"""From an order to a video file: what is ordered, the job that makes it, and the writers that it fills."""
 
-from flexkern.render.job import PromptSwitch, check_cuts, check_switches, read_schedule, render
-from flexkern.render.latents import LatentsFile, check_latents_target
-from flexkern.render.writer import VideoWriter, check_target
+from flexkern.render.job import Job, prepare, render, run
+from flexkern.render.latents import LatentsFile, validate_latents_target
+from flexkern.render.order import Order
+from flexkern.render.script import (
+    PromptSwitch,
+    parse_script,
+    read_script,
+    validate_cuts,
+    validate_script,
+    validate_switches,
+)
+from flexkern.render.writer import VideoWriter, validate_target
 
 __all__ = [
+    "Job",
     "LatentsFile",
+    "Order",
     "PromptSwitch",
     "VideoWriter",
-    "check_cuts",
-    "check_latents_target",
-    "check_switches",
-    "check_target",
-    "read_schedule",
+    "parse_script",
+    "prepare",
+    "read_script",
     "render",
+    "run",
+    "validate_cuts",
+    "validate_latents_target",
+    "validate_script",
+    "validate_switches",
+    "validate_target",
 ]

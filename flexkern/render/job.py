@@ -1,122 +1,136 @@
-"""The loop from a session to a file, and prompts that change with time.
+"""A job: an order that an engine has begun, and the loop that carries it to its file."""
 
-    - {at: 0, prompt: "a red disc and a blue square on dark green, fast"}
-    - {at: 7.5, prompt: "a yellow disc and a cyan square on black, slow", cut: true}
-
-or, shorter, a mapping ``seconds: prompt``.
-"""
-
-import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NoReturn
 
-import yaml
 from tqdm import tqdm
 
-from flexkern.policies import Preset
+from flexkern.checks import require
 from flexkern.render.latents import LatentsFile
+from flexkern.render.order import Order
+from flexkern.render.script import PromptSwitch, validate_switches
 from flexkern.render.writer import VideoWriter
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
-    from flexkern.engine import Chunk, Session
+    from flexkern.engine import Engine
+    from flexkern.model.families import Family
+    from flexkern.session import Chunk, Session
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-SHAPE = "a list of {at: seconds, prompt: text}, or a mapping of seconds to prompts"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PromptSwitch:
-    """From the first chunk that begins ``at`` seconds or later, the video follows ``prompt``; cut: to a new scene."""
+class Job:
+    """An order with everything at hand: the session that makes it, and the file that waits for it."""
 
-    at: float
-    prompt: str
-    cut: bool = False
+    order: Order
+    session: "Session"
+    writer: VideoWriter | LatentsFile
+    start: "Chunk | None"
+    """what the session was begun with, where there is an image"""
 
-    def __post_init__(self) -> None:
-        number = isinstance(self.at, int | float) and not isinstance(self.at, bool)
-        if not number or not math.isfinite(self.at) or self.at < 0:
-            raise ValueError(f"at must be a number of seconds >= 0, got {self.at!r}")
-        if not isinstance(self.prompt, str) or not self.prompt.strip():
-            raise ValueError(f"prompt must be a text, got {self.prompt!r}")
-        if not isinstance(self.cut, bool):
-            raise ValueError(f"cut must be true or false, got {self.cut!r}")
+    def run(self, *, progress: bool = True) -> bool:
+        """Write the video and close its file, however that ends.
+
+        Args:
+            progress: Show a bar on stderr.
+
+        Returns:
+            True, or False where Ctrl-C came first; the file then holds what was made.
+
+        Raises:
+            OSError: The file cannot be written to its end.
+        """
+        with self.writer:
+            return render(
+                self.session,
+                self.writer,
+                pictures=self.order.pictures,
+                script=self.order.script[1:],
+                progress=progress,
+                start=self.start,
+            )
 
 
-def read_schedule(path: str | Path) -> tuple[PromptSwitch, ...]:
-    """The prompts of a YAML file, in order; the first holds from second 0.
+def prepare(order: Order, engine: "Engine", family: "Family") -> Job:
+    """The job of an order: pages are allocated, prompts encoded, and the file can be written; no picture is made.
 
-    Raises FileNotFoundError, or ValueError that names the file and what is wrong in it.
+    Args:
+        order: What to make.
+        engine: What makes it.
+        family: How the engine's latents become pictures: their size, number and rate.
+
+    Raises:
+        ValueError: Model, preset, prompts, length, image and file do not fit each other.
+        OSError: A file cannot be read or written.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no prompt file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is not YAML: {getattr(error, 'problem', None) or error}{where}") from None
-    try:
-        return _schedule(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    from flexkern.model.image import read_image
+
+    decodes = order.writes == "latents" or engine.decoder is not None
+    require(decodes, "this engine has no decoder: an order for it must write latents")
+    first, *later = order.script
+    frames = family.frames(order.pictures)
+    session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
+    validate_switches(session, later)
+    start = None if order.image is None else session.prefill(read_image(order.image, *family.picture_size))
+    return Job(order=order, session=session, writer=_writer(order, family), start=start)
 
 
-def _schedule(content: Any) -> tuple[PromptSwitch, ...]:
-    if isinstance(content, dict):
-        content = [{"at": at, "prompt": prompt} for at, prompt in content.items()]
-    if not isinstance(content, list) or not content:
-        raise ValueError(f"expected {SHAPE}, got {type(content).__name__ if content else 'nothing'}")
-    switches = []
-    for number, entry in enumerate(content, start=1):
-        fields = set(entry) if isinstance(entry, dict) else set()
-        if not {"at", "prompt"} <= fields <= {"at", "prompt", "cut"}:
-            raise ValueError(f"entry {number}: expected {{at: seconds, prompt: text}}, optionally cut, got {entry!r}")
-        try:
-            switches.append(PromptSwitch(**entry))
-        except ValueError as error:
-            raise ValueError(f"entry {number}: {error}") from None
-    times = [switch.at for switch in switches]
-    if times[0] != 0:
-        raise ValueError(f"the first prompt must be at 0 seconds, got {times[0]}")
-    if switches[0].cut:
-        raise ValueError("the first prompt cannot cut: there is nothing before it")
-    for earlier, later in zip(times, times[1:], strict=False):
-        if later <= earlier:
-            raise ValueError(f"times must ascend, got {later} behind {earlier}")
-    return tuple(switches)
+def run(order: Order, engine: "Engine", family: "Family", *, progress: bool = True) -> bool:
+    """Make the video of an order; ``prepare`` and ``Job.run`` in one.
+
+    Args:
+        order: What to make.
+        engine: What makes it.
+        family: How the engine's latents become pictures.
+        progress: Show a bar on stderr.
+
+    Returns:
+        True, or False where Ctrl-C came first.
+    """
+    return prepare(order, engine, family).run(progress=progress)
 
 
-def check_switches(session: "Session", switches: Sequence[PromptSwitch]) -> None:
-    """Raises ValueError, before any work, for a prompt that the model or a cut that the preset cannot follow."""
-    for switch in switches:
-        session.engine.encode(switch.prompt)
-    check_cuts(session.preset, switches)
-
-
-def check_cuts(preset: Preset, switches: Sequence[PromptSwitch]) -> None:
-    """Raises ValueError for a cut that the preset cannot follow."""
-    index = preset.position.index
-    if index != "slot" and (cuts := [switch.at for switch in switches if switch.cut]):
-        raise ValueError(f"the cut at {cuts[0]} seconds needs position.index 'slot', the preset has {index!r}")
+def _writer(order: Order, family: "Family") -> VideoWriter | LatentsFile:
+    if order.writes == "video":
+        height, width = family.picture_size
+        return VideoWriter(order.target, width, height, family.fps)
+    about = {"prompt": order.script[0].prompt, "seed": str(order.seed), "preset": order.preset, "model": family.name}
+    return LatentsFile(order.target, fps=family.fps, per_frame=family.pictures_per_frame, about=about)
 
 
 def render(
-    session: "Session", writer: VideoWriter | LatentsFile, *, pictures: int, switches: Sequence[PromptSwitch] = (),
-    progress: bool = True, start: "Chunk | None" = None,
-) -> bool:  # fmt: skip
-    """Write ``pictures`` pictures of the session's video, wherever its chunks end; False where Ctrl-C came first.
+    session: "Session",
+    writer: VideoWriter | LatentsFile,
+    *,
+    pictures: int,
+    script: Sequence[PromptSwitch] = (),
+    progress: bool = True,
+    start: "Chunk | None" = None,
+) -> bool:
+    """Write the first pictures of the session's video, wherever its chunks end.
 
-    switches: in ascending order. progress: a bar on stderr. start: what the session was prefilled with; written first.
     Memory does not grow with the length of the video.
+
+    Args:
+        session: What makes it.
+        writer: An open file.
+        pictures: How many to write.
+        script: Prompts that follow the session's own, in ascending order.
+        progress: Show a bar on stderr.
+        start: What the session was prefilled with; written first.
+
+    Returns:
+        True, or False where Ctrl-C came first.
     """
-    made, waiting = 0, list(switches)
+    made, waiting = 0, list(script)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-    options = {"bar_format": BAR, "mininterval": seconds, "disable": not progress}
-    with tqdm(total=pictures, desc="chunk 0", unit=" pictures", **options) as bar:
+    bar: tqdm[NoReturn] = tqdm(
+        total=pictures, desc="chunk 0", unit=" pictures", bar_format=BAR, mininterval=seconds, disable=not progress
+    )
+    with bar:
         try:
             if start is not None:
                 made += _write(writer, start, pictures)
@@ -143,6 +157,8 @@ def _write(writer: VideoWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
     before = writer.pictures
     if isinstance(writer, LatentsFile):
         writer.write(chunk.latents[0], most)
+    elif chunk.pixels is None:
+        raise ValueError("the session's engine has no decoder: write its latents to a LatentsFile")
     else:
         writer.write(chunk.pixels[0, :most].cpu().numpy())
     return min(most, writer.pictures - before)

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def check_latents_target(path: str | Path) -> None:
+def validate_latents_target(path: str | Path) -> None:
     """Raises ValueError, FileNotFoundError or PermissionError where no such file can be written."""
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -22,41 +22,60 @@ def check_latents_target(path: str | Path) -> None:
 
 
 class LatentsFile:
-    """Takes the place of a ``VideoWriter``; the file is written when it is closed, however it is left.
+    """Stands in for a ``VideoWriter``; the file is written when it is closed, however it is left.
 
-    fps: pictures per second. per_frame: pictures that a latent frame gives, but for the first, which gives one.
-    about: metadata of the file. Bytes: all latents are held until then, 0.2 MB each at 60x104 in bfloat16.
+    Bytes: all latents are held until then, 0.2 MB each at 60x104 in bfloat16.
     """
 
     def __init__(self, path: str | Path, *, fps: int, per_frame: int, about: Mapping[str, str]):
-        check_latents_target(path)
+        """Nothing is written yet.
+
+        Args:
+            path: The file, named .safetensors.
+            fps: Pictures per second.
+            per_frame: Pictures that a latent frame decodes to, except the first, which gives one.
+            about: Metadata of the file.
+
+        Raises:
+            ValueError: The file is named otherwise.
+            FileNotFoundError: There is no folder for it.
+            PermissionError: It cannot be written.
+        """
+        validate_latents_target(path)
         self.path, self.fps, self.per_frame, self.about = Path(path), fps, per_frame, dict(about)
-        self._parts: list[Tensor] = []
+        self._held: list[Tensor] = []
 
     @property
     def frames(self) -> int:
-        return sum(len(part) for part in self._parts)
+        """Latent frames so far."""
+        return sum(map(len, self._held))
 
     @property
     def pictures(self) -> int:
-        """That the latents so far decode to."""
+        """Pictures that the latents so far decode to."""
         return 1 + (self.frames - 1) * self.per_frame if self.frames else 0
 
     def write(self, latents: "Tensor", most: int) -> None:
-        """Append latents [F, C, h, w], or as many as ``most`` further pictures need."""
+        """Append latents.
+
+        Args:
+            latents: [F, C, h, w].
+            most: How many further pictures are wanted; frames that they do not need are left out.
+        """
         first = 0 if self.frames else 1
         count = first + math.ceil((most - first) / self.per_frame)
-        self._parts.append(latents[:count].cpu().clone())
+        self._held.append(latents[:count].cpu().clone())
 
     def close(self) -> None:
+        """Write the file; where nothing was appended there is none."""
         import torch
         from safetensors.torch import save_file
 
-        if self._parts:
-            save_file({"latents": torch.cat(self._parts)[None].contiguous()}, self.path, metadata=self.about)
+        if self._held:
+            save_file({"latents": torch.cat(self._held)[None].contiguous()}, self.path, metadata=self.about)
 
     def __enter__(self) -> "LatentsFile":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()

@@ -8,8 +8,9 @@ One warp fetches keys and values by TMA; two warpgroups of 64 query rows each mu
 - The query for the next key frame is loaded under the frame's last tile, and turned when that tile's scores are done.
 
 All three roles walk through the same items, skip the same hidden frames and so count the same tiles n = 0, 1, 2, ...
-How a tile passes from one to the other stands in hopper_ring.py; tests/kernels/test_frame_attention_hopper.py plays
-it on a CPU. Variants of the loop that wait for a measurement stand in hopper_variants.py, each with a prediction.
+hopper_ring.py describes how a tile passes from one to the other; tests/kernels/test_frame_attention_hopper.py runs
+all this on a CPU, in random order. Variants of the loop that wait for a measurement stand in hopper_variants.py, each
+with a prediction.
 
 Bytes, flops, numerics: as in portable.py; work.py divides the work, and launch.py merges the fragments of cut tiles.
 Oracle: ``reference.frame_attention``. Source: FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2.
@@ -23,7 +24,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..common import LN_2, LOG2_E, require_contiguous
+from ..common import LN_2, LOG2_E
 from .hopper_device import (
     ROWS,
     QueryRows,
@@ -50,7 +51,7 @@ from .hopper_ring import (
     wait_free,
 )
 from .hopper_variants import SELECTED, Variant, get_variant
-from .launch import prepare_launch
+from .launch import prepare_launch, validate_inputs
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
 BLOCK_M = gl.constexpr(2 * ROWS.value)
@@ -76,7 +77,7 @@ def load_bias(bias_ptr, frame, read, key_frame, HAS_BIAS: gl.constexpr):
 
 @gluon.jit
 def next_visible(bias_ptr, frame, read, key_frame, end, HAS_BIAS: gl.constexpr):
-    """The first key frame from ``key_frame`` on, before ``end``, that the query frame sees; else not before ``end``."""
+    """The first key frame in [key_frame, end) that the query frame sees; ``end`` or later if it sees none."""
     if HAS_BIAS:
         bias_ptr += frame * read
         while (key_frame < end) & (gl.load(bias_ptr + gl.minimum(key_frame, end - 1)) == float("-inf")):
@@ -127,20 +128,20 @@ def attend(
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr,
     BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """64 rows against the item's visible key frames from ``key_frame`` on: accumulator, pivot, sum, next tile."""
+    """64 rows against the item's visible key frames, ``key_frame`` first: accumulator, pivot, sum, next tile."""
     bias_ptr, frame, end, read = query.tables.bias_ptr, query.item.frame, query.item.end, query.sizes.read
     TILES: gl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
     FIRST_N: gl.constexpr = BLOCK_N if S >= BLOCK_N else LAST_N
     FIRST_KEYS: gl.constexpr = BLOCK_N if S >= BLOCK_N else S
     FINAL_N: gl.constexpr = LAST_N if LAST_N > 0 else BLOCK_N
     FINAL_KEYS: gl.constexpr = S - (TILES - 1) * BLOCK_N
-    EARLY: gl.constexpr = FINAL_N * D < 128 * 128  # a full last tile leaves the next query no registers to wait in
+    EARLY: gl.constexpr = FINAL_N * D < 128 * 128  # beside a full last tile the next query finds no registers
     store_query(q, load_query(query, key_frame, T, D), query, key_frame, S, T, D, CROSSES, VARIANT)
     following = next_visible(bias_ptr, frame, read, key_frame + 1, end, HAS_BIAS)
     bias = load_bias(bias_ptr, frame, read, key_frame, HAS_BIAS)
     p, m_i, l_i = first_tile(
         q, ring, n, (following < end) | (TILES > 1), bias, log2_scale,
-        FIRST_N, FIRST_KEYS, D, VARIANT, HAS_BIAS,
+        N=FIRST_N, KEYS=FIRST_KEYS, D=D, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
     )  # fmt: skip
     acc = gl.zeros([ROWS, D], gl.float32, product_layout(D))
     while key_frame < end:  # p holds the first tile of the frame, not yet multiplied by its values
@@ -148,7 +149,7 @@ def attend(
             for _ in range(TILES - 2):
                 p, acc, m_i, l_i = step(
                     q, p, acc, m_i, l_i, ring, turns, n, True, bias, log2_scale,
-                    BLOCK_N, BLOCK_N, BLOCK_N, VARIANT, HAS_BIAS,
+                    N=BLOCK_N, NEXT_N=BLOCK_N, KEYS=BLOCK_N, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
                 )  # fmt: skip
                 n += 1
         turned_for = gl.minimum(following, end - 1)
@@ -158,19 +159,19 @@ def attend(
         if TILES > 1:
             p_final, acc, m_i, l_i = step(
                 q, p, acc, m_i, l_i, ring, turns, n, following < end, bias, log2_scale,
-                BLOCK_N, FINAL_N, FINAL_KEYS, VARIANT, HAS_BIAS,
+                N=BLOCK_N, NEXT_N=FINAL_N, KEYS=FINAL_KEYS, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
             )  # fmt: skip
             n += 1
         if not EARLY:
             loaded = load_query(query, turned_for, T, D)
-        # every product that reads q is over: the step before has waited for it
+        # no product reads q any more: the step before has waited for the last one
         store_query(q, loaded, query, turned_for, S, T, D, CROSSES, VARIANT)
         beyond = next_visible(bias_ptr, frame, read, following + 1, end, HAS_BIAS)
         if following < end:
             bias = load_bias(bias_ptr, frame, read, following, HAS_BIAS)
             p, acc, m_i, l_i = step(
                 q, p_final, acc, m_i, l_i, ring, turns, n, (beyond < end) | (TILES > 1), bias, log2_scale,
-                FINAL_N, FIRST_N, FIRST_KEYS, VARIANT, HAS_BIAS,
+                N=FINAL_N, NEXT_N=FIRST_N, KEYS=FIRST_KEYS, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
             )  # fmt: skip
         else:
             acc = last_product(p_final, acc, ring, turns, n, FINAL_N, VARIANT)
@@ -245,7 +246,7 @@ def _frame_attention_hopper(
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, CROSSES: gl.constexpr,
     BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
-    # one program per SM walks through its items: a tile of query rows and a range of key frames; three roles share it
+    # one program per SM, in three roles, goes through its items: a tile of query rows and a range of key frames each
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     first_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
@@ -305,13 +306,11 @@ def frame_attention_hopper(
         The output and the log-sum-exp, as ``frame_attention``.
 
     Raises:
-        ValueError: if a tensor is not contiguous, dtype or head dim is not supported, or no variant has that name.
+        ValueError: if a tensor is not contiguous, dtypes differ, dtype or head dim is not supported, or no variant has
+            that name.
     """
     variant = get_variant(variant) if isinstance(variant, str) else variant
-    require_contiguous(
-        query=query, key_pages=key_pages, value_pages=value_pages, slots=slots, turn=turn, logit_scale=logit_scale,
-        bias=bias,
-    )  # fmt: skip
+    validate_inputs(query, key_pages, value_pages, slots, turn, logit_scale, bias)
     tokens, heads, dim = query.shape[2:]
     if query.dtype.itemsize != 2 or dim not in (64, 128):
         raise ValueError(f"head dim must be 64 or 128, in bfloat16 or float16, got {dim} in {query.dtype}")

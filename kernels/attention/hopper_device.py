@@ -33,13 +33,13 @@ def product_layout(columns):
 
 @gluon.constexpr_function
 def operand_layout(columns):
-    """How they hold the left factor of a product with that many columns."""
+    """How its registers hold the left factor of a product with that many columns."""
     return gl.DotOperandLayout(0, product_layout(columns), 2)
 
 
 @gluon.constexpr_function
 def query_layout(pairs):
-    """How they hold half the channels of 64 rows, 16 bytes of a row to a thread."""
+    """How its registers hold half the channels of 64 rows, 16 bytes of a row to a thread."""
     return gl.BlockedLayout([1, 8], [256 // pairs, pairs // 8], [4, 1], [1, 0])
 
 
@@ -181,7 +181,7 @@ def step(
     if not VARIANT.one_arrive:
         free_tile(ring.k, n + 1, VARIANT)
     p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
-    # this wait stands here, and p_next in the next one, or ptxas would put the exponentials after the product
+    # without this wait here and p_next in the next one, ptxas puts the exponentials after the product
     wait_full(ring.k, n + 2, more, VARIANT)
     acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
     if VARIANT.one_arrive:

@@ -126,13 +126,13 @@ def meet_at(name, THREADS: gl.constexpr):
 
 @gluon.jit
 def tile_of(buffers, n, N: gl.constexpr, VARIANT: gl.constexpr):
-    """The buffer of tile n as N tokens: the last tile of a frame has fewer than the buffer holds."""
+    """The first N tokens of tile n's buffer: the last tile of a frame is shorter than the buffer."""
     return buffers.tiles.index(n % VARIANT.stages).slice(0, N)
 
 
 @gluon.jit
 def wait_full(buffers, n, more, VARIANT: gl.constexpr):
-    """Wait until TMA has written tile n, if it comes at all."""
+    """Wait until TMA has written tile n; return at once if there is none (``more`` is false)."""
     mbarrier.wait(buffers.full.index(n % VARIANT.stages), n // VARIANT.stages & 1, pred=more)
 
 

@@ -88,7 +88,7 @@ VARIANTS = {
     ),
 }
 
-SELECTED = "plain"  # the only one that a GPU has run
+SELECTED = "plain"  # the only one whose loop a GPU has run
 
 # turns are the one difference of structure that is left to FlashAttention-4, which has this tile, overlap and split of
 # registers; with two stages a pair of tiles has about one step to arrive (latency and transfer of 64 KB), with three it

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import LN_2, LOG2_E, cast
+from ..common import LN_2, LOG2_E, cast, require_contiguous
 from .tiles import multiprocessors
 from .work import Outputs, Sizes, find_rows, owner, share
 
@@ -138,6 +138,20 @@ class Launch:
             S=constants["S"], D=constants["D"], SPAN=constants["SPAN"], HAS_LSE=constants["HAS_LSE"],
             BLOCK_M=self.block_m, ROWS=rows, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
+
+
+def validate_inputs(
+    query: Tensor, key_pages: Tensor, value_pages: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tensor,
+    bias: Tensor | None,
+) -> None:  # fmt: skip
+    """Raise ValueError if a tensor is not contiguous, or if query and pages differ in dtype."""
+    require_contiguous(
+        query=query, key_pages=key_pages, value_pages=value_pages, slots=slots, turn=turn, logit_scale=logit_scale,
+        bias=bias,
+    )  # fmt: skip
+    if not query.dtype == key_pages.dtype == value_pages.dtype:
+        found = f"{query.dtype}, {key_pages.dtype}, {value_pages.dtype}"
+        raise ValueError(f"query, key_pages and value_pages must have one dtype, got {found}")
 
 
 def prepare_launch(

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import INTERPRETED, LOG2_E, cast, require_contiguous
-from .launch import prepare_launch, store_item
+from ..common import INTERPRETED, LOG2_E, cast
+from .launch import prepare_launch, store_item, validate_inputs
 from .tiles import Config, arch_of, frame_attention_config
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
@@ -101,7 +101,7 @@ def load_page(
 
 @triton.jit
 def softmax_step(score, value, acc, m_i, l_i, log2_scale):
-    """One tile of keys joins the running softmax: accumulator, pivot and sum, in base 2."""
+    """Add one tile of keys to the running softmax: accumulator, pivot and sum, in base 2."""
     m_new = tl.maximum(m_i, tl.max(score, 1) * log2_scale)
     p = tl.math.exp2(score * log2_scale - m_new[:, None])
     alpha = tl.math.exp2(m_i - m_new)
@@ -118,7 +118,7 @@ def _frame_attention(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LAST_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    # one program per SM walks through its items: a tile of query rows and a range of key frames
+    # one program per SM goes through its items: a tile of query rows and a range of key frames each
     sizes = Sizes(tiles, spans, frames, read, pages, heads, groups)
     tables = Tables(turn_ptr, scale_ptr, bias_ptr, slot_ptr)
     outputs = Outputs(out_ptr, lse_ptr, acc_ptr, sums_ptr)
@@ -130,7 +130,7 @@ def _frame_attention(
         m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
         l_i = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, D], tl.float32)
-        # carried through the loop over frames: only then the compiler leaves it in shared memory, where wgmma reads it
+        # carried through the loop over frames: only so does the compiler keep it in shared memory, where wgmma reads it
         q = turned_query(query_ptr, tables, item.begin, item, sizes, S, T, D, BLOCK_M, CROSSES)
         for key_frame in tl.range(item.begin, item.end):
             page = item.batch * sizes.pages + tl.load(tables.slot_ptr + key_frame)
@@ -191,20 +191,14 @@ def frame_attention(
     Raises:
         ValueError: if a tensor is not contiguous, dtypes differ, or the Hopper kernel has no variant of that name.
     """
-    require_contiguous(
-        query=query, key_pages=key_pages, value_pages=value_pages, slots=slots, turn=turn, logit_scale=logit_scale,
-        bias=bias,
-    )  # fmt: skip
-    if not query.dtype == key_pages.dtype == value_pages.dtype:
-        found = f"{query.dtype}, {key_pages.dtype}, {value_pages.dtype}"
-        raise ValueError(f"query, key_pages and value_pages must have one dtype, got {found}")
+    inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
     tokens, heads, dim = query.shape[2:]
     config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
     if config.path == "hopper":
         from .hopper import frame_attention_hopper  # Gluon, which only this path needs
 
-        inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
         return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, variant=config.variant)
+    validate_inputs(*inputs)
     launch = prepare_launch(
         query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,
         want_lse=want_lse, programs=programs,

@@ -1,10 +1,12 @@
 """Tiles of ``frame_attention`` by architecture, head dim and dtype, each with its reason.
 
-No entry has been timed on a GPU yet: what stands here was chosen by reading SASS (README.md).
+All entries were chosen by reading SASS. Only that of sm_90 has been timed, on one NVIDIA H200: seven other tiles were
+faster there (README.md, table of tiles).
 """
 
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 
@@ -13,9 +15,9 @@ from .hopper_variants import SELECTED, get_variant
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """A launch of ``frame_attention``: query rows and keys of a tile, warps, pipeline stages.
+    """How ``frame_attention`` is launched: query rows and keys of a tile, warps, pipeline stages.
 
-    tma: read pages through tensor descriptors (sm_90 and newer). path: which kernel, "triton" or "hopper" (Gluon).
+    tma: read pages through tensor descriptors (sm_90 and newer). path: the portable kernel, or the Hopper one (Gluon).
     variant: which loop of the Hopper kernel, by its name in hopper_variants.py; it has its own tile, warps and stages.
     """
 
@@ -24,7 +26,7 @@ class Config:
     num_warps: int
     num_stages: int
     tma: bool = False
-    path: str = "triton"
+    path: Literal["triton", "hopper"] = "triton"
     variant: str = SELECTED
 
     def __post_init__(self):
@@ -33,20 +35,21 @@ class Config:
             raise ValueError(f"variant {self.variant!r} is one of path 'hopper', got path {self.path!r}")
 
 
-# the interpreter pays by the operation, not by the element
+# the interpreter's time goes by operations, not by elements
 INTERPRETER = Config(block_m=128, block_n=128, num_warps=4, num_stages=1)
 
 # float32 multiplies without tensor cores: it exists to check logic, and larger tiles only spill
 FLOAT32 = Config(block_m=32, block_n=32, num_warps=4, num_stages=1)
 
 HALF = {
-    # 164 KB of shared memory hold three stages of 64 keys; four warps spill inside the loop
+    # 164 KB of shared memory hold three stages of 64 keys; with four warps the loop spills
     80: Config(block_m=128, block_n=64, num_warps=8, num_stages=3),
     # 99 KB: two stages
     89: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
     # the same; descriptors would save 7 of 495 instructions a step, but Triton 3.6 spills inside the loop with them
     120: Config(block_m=128, block_n=64, num_warps=8, num_stages=2),
-    # 492 instructions for 128 keys, against 2 x 340 for 64; a third stage does not fit into 227 KB beside the query
+    # 492 instructions for 128 keys, against 2 x 340 for 64. On an H200 2.39 ms at R = 21; three stages, which fit, take
+    # 2.04, and 64x64 with four warps, three stages and two programs an SM 1.85 (Triton 3.6.0, fd667e99b2, 2026-11-26)
     90: Config(block_m=128, block_n=128, num_warps=8, num_stages=2, tma=True),
     # 802 instructions for 128 keys, against 2 x 561 for 64
     100: Config(block_m=128, block_n=128, num_warps=8, num_stages=2, tma=True),
@@ -69,12 +72,12 @@ def _arch_of(index: int) -> int:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; a handful in the interpreter, so that tests cut tiles."""
+    """How many programs run side by side; four in the interpreter, so that tests cut tiles."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 def frame_attention_config(arch: int, head_dim: int, dtype: torch.dtype) -> Config:
-    """The tile to launch. Head dims 64 and 128 share one: half the channels only make it lighter."""
+    """The tile to launch. Head dims 64 and 128 share one, since half the channels only need fewer registers."""
     if arch == 0:
         return INTERPRETER
     return FLOAT32 if dtype.itemsize == 4 else HALF[arch]

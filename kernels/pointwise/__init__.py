@@ -1,1 +1,1 @@
-"""Kernels that read each token once and write it once."""
+"""Memory-bound kernels: each token is read once and written once."""

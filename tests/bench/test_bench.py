@@ -14,7 +14,7 @@ from pathlib import Path
 
 import bench_end_to_end as end_to_end
 import bench_frame_attention as bench
-import check
+import correctness
 import designs
 import gpu_suite
 import harness
@@ -105,10 +105,10 @@ def test_a_killed_suite_leaves_what_was_finished(tmp_path):
 def test_items_are_chosen_by_name():
     queue = gpu_suite.make_queue(Path("out"))
     names = [item.name for item in queue]
-    assert len(names) == len(set(names)) and names[:2] == ["check frame_attention", "variants"]
+    assert len(names) == len(set(names)) and names[:2] == ["correctness frame_attention", "variants"]
     assert [i.name for i in gpu_suite.choose(queue, ["tiles", "roofs"], None)] == ["roofs", "tiles"]
     assert [i.name for i in gpu_suite.choose(queue, [], "ncu")][0] == "ncu"
-    with pytest.raises(ValueError, match="no item 'peer' in the queue: check frame_attention, "):
+    with pytest.raises(ValueError, match="no item 'peer' in the queue: correctness frame_attention, "):
         gpu_suite.choose(queue, ["peer"], None)
     for entry in queue:
         scripts = [part for part in entry.command if part.endswith(".py")]
@@ -134,7 +134,16 @@ def run_python(*args, cwd, **environment) -> subprocess.CompletedProcess:
 def test_the_suite_lists_its_queue_from_an_archive(archive):
     done = run_python(archive / "bench/gpu_suite.py", "--dry-run", cwd=archive)
     assert done.returncode == 0, done.stderr
-    for name in ("check frame_attention", "roofs", "tiles", "peers", "norm_rope_write", "end to end", "ncu", "in all"):
+    for name in (
+        "correctness frame_attention",
+        "roofs",
+        "tiles",
+        "peers",
+        "norm_rope_write",
+        "end to end",
+        "ncu",
+        "in all",
+    ):
         assert f"\n{name} " in done.stdout
     assert not (archive / "bench/results").exists()
     assert run_python(archive / "bench/gpu_suite.py", "--dry-run", "--only", "rofs", cwd=archive).returncode == 2
@@ -209,10 +218,10 @@ def truth(problem):
 
 def test_designs_and_peers_agree_with_the_oracle():
     case = bench.build_designs(SMALL, "sdpa math")
-    faults = {name: harness.check(case, provider)[1] for name, provider in case.providers.items()}
+    faults = {name: harness.judge(case, provider)[1] for name, provider in case.providers.items()}
     assert len(faults) == 6 and set(faults.values()) == {""}, faults
     case = bench.build(SMALL, tuple(peers.PEERS))
-    faults = {name: harness.check(case, provider)[1] for name, provider in case.providers.items()}
+    faults = {name: harness.judge(case, provider)[1] for name, provider in case.providers.items()}
     assert faults.pop("sdpa math") == ""
     assert set(faults.values()) == {"absent: needs a CUDA GPU"}
 
@@ -293,7 +302,8 @@ def test_a_race_is_counted(problem, truth):
 
     racy = Provider(call=racy, result=problem.sample, everything=lambda out: out, **bench.LIBRARY)
     case = bench.case_of("frame_attention", problem, {"racy": racy})
-    row = check.check("frame_attention", case, "racy", repeats=10)  # after one call to judge and one to compare with
+    # one call is judged, one is compared with
+    row = correctness.judge("frame_attention", case, "racy", repeats=10)
     assert (row.repeats, row.differing, row.verdict) == (10, 4, "wrong: 4 of 10 repeats differ")
 
 
@@ -316,12 +326,15 @@ def test_pages_are_turned_and_others_left_alone():
 
 
 def test_tables_say_what_was_not_measured(tmp_path):
-    text = "# Title\n<!-- table: attention -->\nold\n<!-- end table -->\nbehind\n"
+    text = "# Title\n<!-- table: attention -->\nold\n<!-- end table -->\nafter\n"
     filled = tables.fill(text, tmp_path)
-    assert filled == "# Title\n<!-- table: attention -->\nnot yet measured\n<!-- end table -->\nbehind\n"
+    assert filled == "# Title\n<!-- table: attention -->\nnot yet measured\n<!-- end table -->\nafter\n"
     assert all(tables.NOT_YET in tables.table(name, tmp_path) for name in tables.TABLES)
-    with pytest.raises(ValueError, match="no table 'speed': there is roofs, attention, designs, targets"):
+    with pytest.raises(ValueError, match="no table 'speed': there is correctness, roofs, attention, tiles, designs"):
         tables.fill(text.replace("attention", "speed"), tmp_path)
+
+
+COPIED = ((12, "triton", 2.0), (12, "copy", 1.9), (21, "triton", 4.0), (21, "copy", 3.4))  # R, provider, ms
 
 
 def test_tables_are_made_from_the_csvs(tmp_path):
@@ -338,17 +351,20 @@ def test_tables_are_made_from_the_csvs(tmp_path):
     attention = [row("frame_attention", "triton", 1.234, roof_percent=71.6), row("frame_attention", "flex", math.nan)]
     attention[1] = replace(attention[1], note="wrong: far off")
     harness.save(attention, folder / "frame_attention.csv")
+    copied = [row("modulate", name, ms, read=read) for read, name, ms in COPIED]
+    harness.save(copied, folder / "modulate.csv")
     marked = "<!-- table: {0} -->\n<!-- end table -->\n"
     text = "".join(marked.format(name) for name in tables.TABLES)
     filled = tables.fill(text, tmp_path)
     assert tables.fill(filled, tmp_path) == filled
     assert "GPU X, driver 1, torch 2, Triton 3, commit abc, 2026-01-01:" in filled
     assert "| 1.23 (72 %) | wrong |" in filled
-    assert "| time with a turn per frame over time without turns | <= 1.01 | 1.01 | yes |" in filled
-    assert "keys turned beforehand, 4680 queries | >= 1.0 | 1.05 | yes |" in filled
-    assert "best library, 4680 queries | >= 1.03 | 1.02 | no |" in filled
+    assert "| time with a turn per frame over time without turns | <= 1.01 | 1.005 | yes |" in filled
+    assert "keys turned beforehand, 4680 queries | >= 1.0 | 1.050 | yes |" in filled
+    assert "best library, 4680 queries | >= 1.03 | 1.020 | no |" in filled
     assert "research code's path, 4680 queries | >= 2.0 | not yet measured |" in filled
-    assert filled.count("not yet measured\n<!-- end") == 3  # roofs, pointwise, end_to_end
+    assert "modulate, speed over a device copy of the same bytes | >= 0.9 | 0.850 to 0.950 | no |" in filled
+    assert filled.count("not yet measured\n<!-- end") == 4  # correctness, roofs, tiles, end_to_end
 
 
 def test_the_readmes_hold_the_tables_of_the_committed_csvs():

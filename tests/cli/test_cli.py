@@ -19,12 +19,12 @@ from safetensors.torch import save_file
 import flexkern.render
 from flexkern import demo
 from flexkern.cli import main
-from flexkern.cli.render import policy_help
+from flexkern.cli.policies import field_docs
 from flexkern.demo.train import CONFIG
-from flexkern.engine import Session
 from flexkern.model.wan import CausalWan
-from flexkern.policies import PRESETS, get_preset
+from flexkern.policies import PRESETS, SinkWindow, get_preset
 from flexkern.policies.presets import POLICIES
+from flexkern.session import Session
 
 OTHER = "a yellow disc and a cyan triangle on black, slow"
 
@@ -62,7 +62,12 @@ def session_of(flexkern_, monkeypatch):
 
     def prepared(*arguments):
         caught = []
-        monkeypatch.setattr(flexkern.render, "render", lambda session, writer, **_: caught.append(session) or True)
+
+        def run(job, **_):
+            job.writer.close()
+            return caught.append(job.session) or True
+
+        monkeypatch.setattr(flexkern.render.Job, "run", run)
         status, _, err = flexkern_("render", *arguments)
         assert status == 0, err
         return caught[0]
@@ -139,15 +144,23 @@ def test_threads_reach_torch(session_of, monkeypatch):
 def test_help_lists_every_policy_field_with_the_presets_value(flexkern_, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     status, out, _ = flexkern_("render", "--help", "--preset", "longlive")
-    assert status == 0 and re.search(r"--retention.window INT[^-]*\(default: 12\)", out)
+    assert status == 0 and re.search(r"--retention.window INT[^-]*\(default:\s+12\)", out)
     for part in POLICIES:
         policy = getattr(PRESETS["longlive"], part)
-        assert policy_help(type(policy)).keys() == {field.name for field in fields(policy)}
+        assert field_docs(type(policy)).keys() == {field.name for field in fields(policy)}
         for field in fields(policy):
             assert f"--{part}.{field.name.replace('_', '-')}" in out
 
 
-def test_prompts_follow_their_schedule(flexkern_, monkeypatch):
+def test_options_are_explained_by_the_docstrings_below_fields(flexkern_, monkeypatch):
+    docs = field_docs(SinkWindow)
+    assert docs["window"] == "frames attended in all, the sink and the current chunk included"
+    monkeypatch.setenv("COLUMNS", "100")
+    words = " ".join(flexkern_("render", "--help")[1].split())
+    assert all(f"--retention.{name} INT {text} (default:" in words for name, text in docs.items())
+
+
+def test_prompts_follow_their_script(flexkern_, monkeypatch):
     heard = []
     monkeypatch.setattr(Session, "switch", lambda session, prompt: heard.append((session.chunks, prompt)))
     monkeypatch.setattr(Session, "cut", lambda session: heard.append((session.chunks, "cut")))
@@ -165,7 +178,7 @@ def test_a_new_prompt_changes_the_video(flexkern_):
     assert Path("a.mp4").read_bytes() != Path("b.mp4").read_bytes()
 
 
-SCHEDULE = "0: a red disc and a blue square on dark green"
+SCRIPT = "0: a red disc and a blue square on dark green"
 REFUSED = {
     "unknown preset": ("--preset flax", "no preset 'flax': expected one of self-forcing, .* did you mean 'flex'"),
     "negative seconds": ("--seconds -3", "--seconds must be more than 0, got -3"),
@@ -210,7 +223,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_gets_one_line_and_status_2_before_any_work(flexkern_, monkeypatch, tmp_path, case):
     monkeypatch.setattr(Session, "step", lambda session: pytest.fail("work was done"))
-    files = {"good": SCHEDULE, "bad": "0: [", "late": "1: x", "cats": f"{SCHEDULE}\n1: cats"}
+    files = {"good": SCRIPT, "bad": "0: [", "late": "1: x", "cats": f"{SCRIPT}\n1: cats"}
     files["cut"] = f"[{{at: 0, prompt: '{OTHER}'}}, {{at: 2, prompt: '{OTHER}', cut: true}}]"
     for name, text in files.items():
         Path(f"{name}.yaml").write_text(text)

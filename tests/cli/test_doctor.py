@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from flexkern import demo
+from flexkern import backends, demo
 from flexkern.cli import doctor, main
 
 
@@ -17,17 +17,17 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch        {torch.__version__}, built for" in out and "\nsdpa: " not in out
-    assert re.search(r"^backends +triton: ", out, re.MULTILINE) and " sdpa: " in out
-    for name in doctor.backends.BACKENDS:
-        why = doctor.backends.why_not(name)
-        assert (f" {name} not available: {why}" if why else f" {name}: {doctor.backends.BACKENDS[name]}") in out
+    assert re.search(r"^backends +triton(:| not available:) ", out, re.MULTILINE) and " sdpa: " in out
+    for name in backends.BACKENDS:
+        why = backends.why_not(name)
+        assert (f" {name} not available: {why}" if why else f" {name}: {backends.BACKENDS[name]}") in out
     assert 'cluster: not installed: ray (pip install "flexkern[cluster]")' in out
     assert re.search(r"^ +video: av 1.0, .*tyro 1.0$", out, re.MULTILINE)
     assert f"demo         {__file__}, " in out
     assert torch.cuda.is_available() or re.search(r"^gpu +no CUDA GPU", out, re.MULTILINE)
 
     monkeypatch.setattr(demo, "WEIGHTS", tmp_path / "none")
-    monkeypatch.setattr(doctor.backends, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1 / 0)
     assert main(["doctor"]) == 0
@@ -60,3 +60,8 @@ def test_the_driver_is_asked_of_nvidia_smi(monkeypatch):
         done = subprocess.CompletedProcess([], status, stdout=answer)
         monkeypatch.setattr("subprocess.run", lambda *_, done=done, **__: done)
         assert doctor.nvidia_driver() == told
+
+
+def test_the_command_line_is_there_before_torch():
+    code = "import sys, flexkern.cli, flexkern.cli.render, flexkern.render; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

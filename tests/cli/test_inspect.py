@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import struct
 
 import pytest
@@ -77,7 +78,7 @@ def test_a_repository_with_averaged_weights(inspect_, tmp_path):
     status, places, _ = inspect_(root)
     told = places[f"{root}/checkpoints/self_forcing_dmd.pt"]
     assert status == 0 and told["container"] == "pt, generator_ema, Wan keys; there are generator as well"
-    assert told["EMA"].startswith("yes, it is taken") and told["use"].endswith("--model self-forcing")
+    assert told["EMA"].startswith("yes, it is taken") and "lacks a text encoder: give --text" in told["use"]
     assert told["data"] == "float32, 8695 kB" and "other: dim 256, feed-forward 512, 2 heads, 2 layers" in told["is"]
     wan = root / "wan_models/Wan2.1-T2V-1.3B"
     assert places[f"{wan}/Wan2.1_VAE.pth"]["latents"] == "16 channels, strides 4 in time, 8 in space"
@@ -94,15 +95,17 @@ def layouts_lack(kind):
 def test_wrappers_and_the_family_of_a_folder(inspect_, tmp_path):
     root = layouts.save_rolling_forcing(tmp_path / "repo")
     told = inspect_(root / "checkpoints/rolling_forcing_dmd.pt")[1].popitem()[1]
-    assert told["prefix"] == "_fsdp_wrapped_module. model." and told["use"].endswith("--model rolling-forcing")
+    assert told["prefix"] == "_fsdp_wrapped_module. model." and "render --model rolling-forcing" in told["use"]
     root = layouts.save_causvid(tmp_path / "causvid")
-    assert inspect_(root)[1][f"{root}/model.pt"]["use"].endswith("--model causvid")
+    assert "flexkern render --model causvid --weights" in inspect_(root)[1][f"{root}/model.pt"]["use"]
 
 
 def test_a_diffusers_folder(inspect_, tmp_path):
     root = layouts.save_diffusers(tmp_path / "any")
+    layouts.save_text(root)
     status, places, _ = inspect_(root)
-    assert status == 0 and places[str(root)]["use"] == f"flexkern render --weights {root} --model wan-diffusers"
+    command = f"flexkern render --model wan-diffusers --weights {root} --prompt 'a cat walks on grass'"
+    assert status == 0 and places[str(root)]["use"] == command
     assert "VAE of Wan, diffusers keys" in places[f"{root}/vae"]["is"]
 
 
@@ -156,8 +159,39 @@ def test_what_is_not_supported_or_unknown_is_said(inspect_, tiny, tmp_path):
     assert status == 2 and re.fullmatch(r"flexkern: error: there is nothing at [^\n]*nowhere\n", err)
 
 
-def test_the_demo_is_told_by_its_channels(inspect_):
+def test_the_demo_is_told_by_its_form(inspect_, tiny, tmp_path):
     from flexkern.demo import WEIGHTS
 
     told = inspect_(WEIGHTS)[1][str(WEIGHTS)]
-    assert told["use"].startswith(f"flexkern render --model {WEIGHTS}") and "cache" not in told
+    assert told["use"] == f"flexkern render --model {WEIGHTS}" and "cache" not in told
+    three = {"patch_embedding.weight": torch.ones(256, 3, 1, 2, 2), "head.head.weight": torch.ones(12, 256)}
+    save_file(tiny | three | {"head.head.bias": torch.ones(12)}, tmp_path / "three.safetensors")
+    told = inspect_(tmp_path / "three.safetensors")[1].popitem()[1]
+    assert "cannot be rendered: its latents have 3 channels, and" in told["use"]
+    assert "is not of the demo's form" in told["use"]
+
+
+@pytest.mark.parametrize("name", ["self-forcing", "my weights"])
+def test_the_line_on_use_runs_as_it_stands(inspect_, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    layouts.save_wan(tmp_path / name, text=True)
+    line = inspect_(tmp_path / name)[1][str(tmp_path / name)]["use"]
+    assert ("# or longlive" in line) == (name == "my weights")
+    program, *words = shlex.split(line, comments=True)
+    assert program == "flexkern"
+    assert main([*words, "--size", "32x48", "--frames", "1", "--no-progress"]) == 0
+    assert (tmp_path / "video.mp4").exists()
+
+
+def test_what_render_would_refuse_is_not_promised(inspect_, tiny, tmp_path):
+    """A bare file lacks two parts; beside embeddings of another width, or a VAE that is broken, no command is given."""
+    folder = tmp_path / "self-forcing"
+    folder.mkdir()
+    save_file(tiny, folder / "bare.safetensors")
+    told = inspect_(folder / "bare.safetensors")[1].popitem()[1]["use"]
+    assert told.startswith("lacks a VAE: give --vae PATH") and "; lacks a text encoder: give --text-encoder" in told
+    vae = layouts.tiny_vae()
+    del vae["decoder.head.2.bias"]
+    torch.save(vae, folder / "Wan2.1_VAE.pth")
+    told = inspect_(folder / "bare.safetensors")[1].popitem()[1]["use"]
+    assert re.match("it cannot be rendered as it is: .*Wan2.1_VAE.pth .* missing 1: decoder.conv_out.bias", told)

@@ -18,12 +18,13 @@ import layouts
 
 import flexkern.render
 from flexkern.cli import main
-from flexkern.cli import render as render_module
-from flexkern.engine import Session
+from flexkern.cli.policies import with_policies
+from flexkern.cli.render import Render
 from flexkern.model.families import FAMILIES
 from flexkern.model.vae import load_vae
 from flexkern.model.wan import CONFIGS
 from flexkern.policies import PRESETS, get_preset
+from flexkern.session import Session
 
 FIRST = ("self-forcing", "@self-forcing")
 SMALL = ("--size", "32x48", "--dtype", "float32", "--no-progress")
@@ -128,8 +129,8 @@ def test_research_flags_and_their_configuration(command, monkeypatch, disk):
     )
     Path("p.txt").write_text("a cat\n\na dog\n")
     sessions, seeds = [], []
-    kept = flexkern.render.render
-    monkeypatch.setattr(flexkern.render, "render", lambda s, *a, **k: sessions.append(s) or kept(s, *a, **k))
+    kept = flexkern.render.Job.run
+    monkeypatch.setattr(flexkern.render.Job, "run", lambda j, **k: sessions.append(j.session) or kept(j, **k))
     opened = Session.__init__
     monkeypatch.setattr(Session, "__init__", lambda s, *a, **k: seeds.append(k["seed"]) or opened(s, *a, **k))
     flags = ("--config_path", "self_forcing.yaml", "--data_path", "p.txt", "--output_folder", "videos/here")
@@ -150,7 +151,7 @@ def test_research_flags_and_their_configuration(command, monkeypatch, disk):
 def test_options_win_over_the_configuration(command, monkeypatch):
     Path("c.yaml").write_text("local_attn_size: -1\nsink_size: 1\nnum_frame_per_block: 3\nglobal_sink: false\n")
     caught = []
-    monkeypatch.setattr(flexkern.render, "render", lambda session, *_, **__: caught.append(session) or True)
+    monkeypatch.setattr(flexkern.render.Job, "run", lambda job, **_: caught.append(job.session) or True)
     more = ("--config_path", "c.yaml", "--retention.sink", "4", "--chunk", "2", "--preset", "longlive")
     assert tiny_render(command, "causvid", "@causvid", *more)[0] == 0
     chosen = {"retention.sink": 4, "switch.keep_sink": False}
@@ -159,7 +160,7 @@ def test_options_win_over_the_configuration(command, monkeypatch):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_brings_its_preset(name):
-    arguments = render_module.render_command(["--model", name])()
+    arguments = with_policies(Render, ["--model", name])()
     assert arguments.retention.window == get_preset(FAMILIES[name].preset).retention.window
 
 
@@ -251,8 +252,8 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_bad_input_is_refused_before_weights_are_read(command, monkeypatch, tmp_path, disk, case):
-    for name in ("load_transformer", "load_vae", "load_text_encoder"):
-        monkeypatch.setattr(f"flexkern.cli.sources.{name}", lambda *_, **__: pytest.fail("weights were read"))
+    for name in ("load_transformer", "load_vae", "load_tiny_decoder", "load_text_encoder"):
+        monkeypatch.setattr(f"flexkern.model.checkpoint.{name}", lambda *_, **__: pytest.fail("weights were read"))
     state = layouts.tiny_transformer()
     torch.save({k: t for k, t in state.items() if k != "head.modulation"}, "broken.pt")
     torch.save(layouts.peft({"blocks.9.ffn.0": (torch.ones(4, 256), torch.ones(512, 4))}), "lora.pt")

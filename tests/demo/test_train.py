@@ -42,7 +42,7 @@ def test_teacher_forcing_is_the_cached_loop(small):
     place = place_turns(*grid, SMALL.head_dim)
     for start in range(0, FRAMES, 3):
         frames = list(range(start, start + 3))
-        slots = cache.open(frames)
+        slots = cache.allocate(frames)
         bands = band_split(SMALL.head_dim)[0]
         phases = PositionPolicy(mode="none").phases(query=frames, visible=cache.frames, bands=bands, heads=1)
         memory = PagedMemory(cache, make_plan(phases, write_slots=slots, read_slots=cache.slots, place_turn=place), ops)

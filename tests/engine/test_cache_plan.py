@@ -29,11 +29,11 @@ def plan_of(write, read, head_dim=64, grid=(2, 3)):
 
 
 def test_frames_get_slots_and_hand_them_back(cache):
-    assert cache.open([0, 1, 2]) == [0, 1, 2]
-    assert cache.open([3, 4, 5]) == [3, 4, 5]
+    assert cache.allocate([0, 1, 2]) == [0, 1, 2]
+    assert cache.allocate([3, 4, 5]) == [3, 4, 5]
     cache.keep([0, 4, 5])
     assert (cache.frames, cache.slots) == ([0, 4, 5], [0, 4, 5])
-    assert cache.open([6, 7, 8]) == [1, 2, 3]
+    assert cache.allocate([6, 7, 8]) == [1, 2, 3]
     assert (cache.frames, cache.slots) == ([0, 4, 5, 6, 7, 8], [0, 4, 5, 1, 2, 3])
 
 
@@ -41,10 +41,10 @@ def test_no_two_frames_ever_share_a_slot(cache):
     generator = np.random.default_rng(0)
     frame = 0
     for _ in range(200):
-        count = len(cache.pages)
+        count = len(cache.listed)
         cache.keep(sorted(generator.choice(count, min(count, int(generator.integers(0, 5))), replace=False)))
-        new = list(range(frame, frame + min(int(generator.integers(1, 4)), 6 - len(cache.pages))))
-        cache.open(new)
+        new = list(range(frame, frame + min(int(generator.integers(1, 4)), 6 - len(cache.listed))))
+        cache.allocate(new)
         frame += len(new)
         assert len(set(cache.slots)) == len(cache.slots)
         assert set(cache.slots) | set(cache._free) == set(range(6))
@@ -52,14 +52,14 @@ def test_no_two_frames_ever_share_a_slot(cache):
 
 
 def test_a_full_cache_says_so(cache):
-    cache.open([0, 1, 2, 3])
+    cache.allocate([0, 1, 2, 3])
     with pytest.raises(ValueError, match="6 pages has 2 free, got 3 new frames"):
-        cache.open([4, 5, 6])
+        cache.allocate([4, 5, 6])
     assert cache.frames == [0, 1, 2, 3]
 
 
 def test_rename_keeps_slots(cache):
-    cache.open([0, 1, 2])
+    cache.allocate([0, 1, 2])
     cache.keep([2, 1])
     cache.rename(1, [9])
     assert (cache.frames, cache.slots) == ([2, 9], [2, 1])

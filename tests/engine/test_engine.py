@@ -1,22 +1,22 @@
 """The loop against the published cache semantics (support/upstream.py), and what a session promises beyond them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import upstream
+from both_loops import SIZE, Recorded, assert_equal_to, both, drive, prompt_of
 from safetensors.torch import load_file
 
 from flexkern.engine import Engine
 from flexkern.model.schedule import SCHEDULES, Schedule
 from flexkern.model.wan import CONFIGS, CausalWan
 from flexkern.noise import ResearchNoise
-from flexkern.policies import get_preset
+from flexkern.policies import Blend, Kept, get_preset
 
 DATA = Path(__file__).parent.parent / "data"
-SIZE, GRID = (4, 6), (2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -29,62 +29,6 @@ def model():
 @pytest.fixture
 def engine(model):
     return Engine(model, size=SIZE)
-
-
-def prompt_of(seed, batch=1):
-    return torch.randn(batch, 32, 48, generator=torch.Generator().manual_seed(seed))
-
-
-class Recorded:
-    """Noise drawn in advance, in the research code's order."""
-
-    def __init__(self, chunks, steps, batch=1, skip=0):
-        self.video = torch.randn(batch, 3 * chunks, 16, *SIZE)
-        self.fresh = [torch.randn(batch, 3, 16, *SIZE) for _ in range(chunks * (steps - 1))]
-        self.left, self.skip = list(self.fresh), skip
-
-    def initial(self, frames):
-        return self.video[:, [f - self.skip for f in frames]]
-
-    def renoise(self, frames, step):
-        return self.left.pop(0)
-
-
-def drive(session, chunks, switches=None, cuts=()):
-    made = []
-    for index in range(chunks):
-        if switches and index in switches:
-            session.switch(switches[index])
-        if index in cuts:
-            session.cut()
-        made.append(session.step().latents)
-    return torch.cat(made, dim=1)
-
-
-def both(model, name, overrides, memory_options, *, chunks=7, schedule=None, switches=None, cuts=(), prefill=None):
-    """Latents of the engine and of the published semantics, on the same noise."""
-    schedule = schedule or SCHEDULES["self-forcing"]
-    timesteps = schedule.timesteps()
-    skip = 0 if prefill is None else prefill.shape[1]
-    noise = Recorded(chunks, len(timesteps), skip=skip)
-    chosen = get_preset(name, overrides)
-    session = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset=chosen, noise=noise)
-    if prefill is not None:
-        session.prefill(prefill)
-    ours = drive(session, chunks, {c: prompt for c, (prompt, _) in (switches or {}).items()}, cuts)
-    config = model.config
-    memory = upstream.RollingMemory(config.num_layers, 1, config.num_heads, config.head_dim, *GRID, **memory_options)
-    theirs = upstream.run(
-        model, memory, prompt_of(1), noise.video, noise.fresh, timesteps, schedule.sigma,
-        switches=switches, cuts=cuts, prefill=prefill,
-    )  # fmt: skip
-    return ours, theirs
-
-
-def assert_equal_to(pair):
-    ours, theirs = pair
-    assert theirs.abs().max() > 1
-    assert (ours - theirs).abs().max() < 1e-4
 
 
 WINDOWS = {
@@ -160,14 +104,14 @@ def test_prefill_takes_pictures_through_the_encoder(model):
 
 
 def test_without_fresh_noise_the_steps_follow_the_flow(model):
-    """Euler steps of dx / dsigma = flow, written out; no noise is drawn behind the first."""
+    """Euler steps of dx / dsigma = flow, written out; no noise is drawn after the first."""
     schedule = Schedule(steps=(1000, 750, 500, 250), fresh=False)
     noise = Recorded(1, 1)
     session = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise)
-    memory = session._open([0, 1, 2])
+    memory = session._prepare([0, 1, 2])
     x, timesteps = noise.video.double(), schedule.timesteps()
     for timestep, following in zip(timesteps, [*timesteps[1:], 0.0], strict=True):
-        flow = session._run(x.float(), timestep, memory).double()
+        flow = session._predict(x.float(), timestep, memory).double()
         x = x + ((schedule.sigma(following) if following else 0.0) - schedule.sigma(timestep)) * flow
     made = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset="self-forcing", noise=noise).step()
     assert (made.latents - x).abs().max() < 1e-4
@@ -227,12 +171,12 @@ def test_same_seed_same_video_and_another_seed_another(engine):
 
 
 def test_clean_pass_of_keys_only_writes_the_same_pages(model):
-    """Skipping what the last layer does behind its keys changes nothing that is kept."""
+    """Skipping what the last layer does after its keys changes nothing that is kept."""
     session = Engine(model, size=SIZE).session(prompt_of(1))
     latents = session.step().latents
     written = session.cache.keys.clone(), session.cache.values.clone()
-    memory = session._open([3, 4, 5])
-    session._run(latents, 0.0, memory)
+    memory = session._prepare([3, 4, 5])
+    session._predict(latents, 0.0, memory)
     old, new = session.cache.slots[:3], session.cache.slots[3:]
     assert torch.equal(session.cache.values[:, :, new], written[1][:, :, old]) is False  # they now see a past
     assert torch.equal(session.cache.keys[0][:, new], written[0][0][:, old])  # layer 0 sees none
@@ -255,11 +199,52 @@ def test_iteration_ends_at_the_target_and_not_without_one(engine):
     assert [next(endless).frames[0] for _ in range(3)] == [0, 3, 6]
 
 
+@dataclass(frozen=True, kw_only=True)
+class EveryOther:
+    """A retention policy of one's own: it looks at the frames, not at how many there are."""
+
+    capacity: int = 7
+    pinned: int = 0
+    blends: tuple[Blend, ...] = ()
+
+    def keep(self, frames, incoming):
+        return Kept(indices=tuple(i for i, f in enumerate(frames) if f % 2 == 0)[-4:], blends=self.blends)
+
+
+def test_a_retention_policy_of_ones_own(engine):
+    session = engine.session(prompt_of(1), preset=replace(get_preset("self-forcing"), retention=EveryOther()))
+    drive(session, 4)
+    assert session.cache.frames == [2, 4, 6, 8, 9, 10, 11]
+    assert session.cache.keys.shape[2] == 7
+
+
+def test_pages_that_would_have_to_be_computed_are_refused(engine):
+    asks = EveryOther(blends=(Blend(indices=(0, 1), weights=(0.5, 0.5)),))
+    session = engine.session(prompt_of(1), preset=replace(get_preset("self-forcing"), retention=asks))
+    with pytest.raises(NotImplementedError, match="preset 'self-forcing' asks for 1 blended pages; supported: pages k"):
+        session.step()
+
+
+def test_a_window_has_no_memory_before_its_first_chunk(engine):
+    with pytest.raises(RuntimeError, match="call prepare first"):
+        engine.session(prompt_of(1)).window.memory  # noqa: B018
+
+
+def test_engine_session_and_window_say_what_they_are(engine):
+    session = engine.session(prompt_of(1, batch=2), frames=9)
+    session.step()
+    sizes = "2 layers, 2 heads of 128, float32 on cpu"
+    assert repr(engine) == f"Engine(CausalWan of {sizes}; backend 'sdpa', chunks of 3, latents of 4x6)"
+    assert repr(session) == "Session(preset 'flex', 3 of 9 frames in 1 chunks, 2 videos of 4x6 latents)"
+    assert repr(session.window) == "CacheWindow(preset 'flex', 3 of 21 pages in use, 2 x 2x3 tokens a frame)"
+    assert "of any number of frames" in repr(engine.session(prompt_of(1)))
+
+
 def test_positions_have_no_end(engine):
     """The research code's table ends at 1024 latent frames."""
     session = engine.session(prompt_of(1), preset=get_preset("flex", {"retention.window": 6}))
     session.step()
-    session.next_frame, session.window.chunk = 14_400, (14_397, 3)
+    session.next_frame, session.window.frames = 14_400, range(14_397, 14_400)
     session.noise.sources = [replace(session.preset.noise, kind="iid").source(0, shape=(16, *SIZE))]
     assert session.step().latents.isfinite().all()
 
@@ -268,8 +253,8 @@ def test_plans_of_one_shape_share_their_buffers(engine):
     """A captured CUDA graph reads addresses: once the window is full they must not move, whatever stands there."""
     session = engine.session(prompt_of(1), preset=get_preset("flex", {"retention.window": 9}), seed=0)
     plans = []
-    opened = session._open
-    session._open = lambda *args, **kwargs: plans.append(memory := opened(*args, **kwargs)) or memory
+    prepared = session._prepare
+    session._prepare = lambda *args, **kwargs: plans.append(memory := prepared(*args, **kwargs)) or memory
     seen = []
     for _ in range(5):
         session.step()

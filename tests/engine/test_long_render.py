@@ -30,5 +30,5 @@ def test_twelve_hundred_frames_hold_no_more_than_sixty():
     assert chunk.frames == (1197, 1198, 1199)
     assert chunk.latents.isfinite().all()
     assert live_tensor_bytes() <= early + 2 * chunk.latents.nbytes
-    assert len(session.cache.pages) == pages
+    assert len(session.cache.listed) == pages
     assert session.cache.keys.shape[2] == pages

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from upstream import deepened
 
 from flexkern.engine import Engine
 from flexkern.integrations import longlive, self_forcing
@@ -82,6 +83,28 @@ def test_a_prompt_switch_recaches_as_upstream_does(weights, name, keep_sink, at)
     theirs = render(pipeline, chunks=8, **prompts)
     longlive.patch(pipeline, get_preset(name, {"switch.keep_sink": keep_sink}))
     assert_equal(render(pipeline, chunks=8, **prompts), theirs)
+
+
+@pytest.mark.parametrize("at", [6, 21], ids=["before the window is full", "after"])
+@pytest.mark.parametrize("keep_sink", [True, False])
+@pytest.mark.parametrize("window, sink", [(9, 0), (9, 3), (18, 0), (18, 3)])
+def test_a_recache_follows_the_window(weights, window, sink, keep_sink, at):
+    """In four layers: two hide a re-cache of too few frames."""
+    pipeline = stand_in.pipeline(stand_in.LongLive, deepened(weights), name=INTERACTIVE, window=window, sink=sink)
+    pipeline.global_sink = keep_sink
+    prompts = dict(text_prompts_list=[[1], [2]], switch_frame_indices=[at])
+    theirs = render(pipeline, chunks=9, **prompts)
+    changes = {"retention.window": window, "retention.sink": sink, "switch.keep_sink": keep_sink}
+    longlive.patch(pipeline, get_preset("longlive", changes))
+    assert_equal(render(pipeline, chunks=9, **prompts), theirs)
+
+
+def test_the_horizon_is_that_of_the_model(weights, forcing):
+    live = stand_in.pipeline(stand_in.LongLive, weights, window=12, sink=3)
+    assert longlive.patch(live, "flex").preset.position.train_len == 240
+    assert self_forcing.patch(forcing, "flex").preset.position.train_len == 21
+    longlive.unpatch(live)
+    assert longlive.patch(live, get_preset("flex", {"position.train_len": 21})).preset.position.train_len == 21
 
 
 SWITCHES = {
@@ -203,10 +226,10 @@ def test_no_reads_from_the_device_and_no_copies_of_the_cache(request, door, name
     handle = door.patch(pipeline, get_preset("self-forcing", {"retention.window": 9}), backend="reference")
     in_place = (
         SimpleNamespace(  # the kernels read the pages where they are; on a CPU, each backend makes its own copies
-            norm_rope_write=handle.window.backend.norm_rope_write, frame_attention=lambda query, *_: query
+            norm_rope_write=handle.backend.norm_rope_write, frame_attention=lambda query, *_: query
         )
     )
-    handle.window.backend = in_place
+    handle.backend = in_place
     assert counts(pipeline) == (0, 0)
 
 
@@ -252,7 +275,7 @@ def test_noise_is_drawn_by_the_pipelines_chunks(forcing, alone):
     chosen = get_preset("self-forcing", {"noise.kind": "zero_sum", "retention.window": 9})
     handle = self_forcing.patch(forcing, chosen, seed=0)
     forcing.independent_first_frame = alone
-    handle.window.begin(9)
+    handle.begin(9)
     if alone:
         with pytest.raises(ValueError, match="at least 2 frames"):
             handle._initial(noise_of(3), 0)
@@ -263,12 +286,16 @@ def test_noise_is_drawn_by_the_pipelines_chunks(forcing, alone):
 def test_videos_follow_each_other(forcing):
     """A second one, of another batch, and one that the loop begins by itself at frame 0."""
     handle = self_forcing.patch(forcing, get_preset("self-forcing", {"retention.window": 9}))
+    with pytest.raises(RuntimeError, match="has not computed any frame yet"):
+        handle.window  # noqa: B018
+    patched = "CausalInferencePipeline of Self-Forcing: preset 'self-forcing', backend 'sdpa'"
+    assert repr(handle) == f"Patch({patched})"
     with torch.inference_mode():
         first = render(forcing)
     render(forcing, chunks=2, batch=2)
     assert torch.equal(render(forcing), first)
-    handle.window.open(0, 1, (1, 2, 3))
-    assert handle.window.frames == [0] and handle.window.cache.frames == [0]
+    handle.window.prepare(0, 1)
+    assert handle.window.frames == range(1) and handle.window.cache.frames == [0]
 
 
 def change(owner, name, value):

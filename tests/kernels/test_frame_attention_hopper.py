@@ -66,6 +66,15 @@ def test_matches_the_oracle(shape, dtype):
     check(make_inputs(*SHAPES[shape], dtype))
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(32, torch.bfloat16), (64, torch.float32)])
+def test_refuses_what_it_cannot_multiply(dim, dtype):
+    query, pages = torch.empty(1, 1, 16, 1, dim, dtype=dtype), torch.empty(1, 2, 16, 1, dim, dtype=dtype)
+    plan = torch.zeros(1, dtype=torch.int32), torch.zeros(1, 1, 1, 4, 2), torch.ones(1)
+    says = f"head dim must be 64 or 128, in bfloat16 or float16, got {dim} in {dtype}"
+    with pytest.raises(ValueError, match=says):
+        frame_attention_hopper(query, pages, pages, *plan)
+
+
 def hide(inputs: dict, choose: random.Random) -> None:
     """Hide some frames from some, and one from all, whose page then holds NaN."""
     bias = inputs["bias"]

@@ -36,20 +36,20 @@ def test_sizes_are_multiples_of_sixteen_pixels():
 def test_latent_frames_are_whole_chunks():
     family = FAMILIES["self-forcing"].override(first_chunk=1)
     for frames in (1, 4, 19):
-        family.check_frames(frames)
+        family.validate_frames(frames)
     for frames, near in ((3, "1 and 4"), (21, "19 and 22")):
         with pytest.raises(ValueError, match=f"chunks of 3 latent frames, the first of 1, got {frames} .* {near}"):
-            family.check_frames(frames)
+            family.validate_frames(frames)
     with pytest.raises(ValueError, match="got 2 in all; the nearest are 3 and 6"):
-        FAMILIES["self-forcing"].check_frames(2)
+        FAMILIES["self-forcing"].validate_frames(2)
 
 
 def test_only_a_first_chunk_of_one_frame_takes_an_image():
     family = FAMILIES["self-forcing"]
     with pytest.raises(ValueError, match="of self-forcing cannot begin with one picture: .* first chunk is 3 frames"):
-        family.check_image()
-    family.override(chunk=1).check_image()
-    family.override(first_chunk=1).check_image()
+        family.validate_image()
+    family.override(chunk=1).validate_image()
+    family.override(first_chunk=1).validate_image()
     assert family.override(first_chunk=1).chunk == 3
 
 

@@ -23,7 +23,7 @@ from state_dicts import (
 
 from flexkern.model import weights
 from flexkern.model.wan import CONFIGS, CausalWan
-from flexkern.model.weights import load_transformer, read_checkpoint
+from flexkern.model.weights import load_transformer, read_state_dict
 
 DATA = Path(__file__).parent.parent / "data"
 FILE = DATA / "tiny_wan.safetensors"
@@ -99,16 +99,16 @@ def test_ema_is_chosen_refused_or_insisted_on(tiny, tmp_path):
     torch.save({"generator_ema": tiny}, only)
     key = "head.head.bias"
     for ema, expected in ((None, tiny[key] + 1), (True, tiny[key] + 1), (False, tiny[key])):
-        assert torch.equal(read_checkpoint(both, ema=ema).state[key], expected)
-    assert torch.equal(read_checkpoint(raw).state[key], tiny[key])
-    assert "generator_ema" in read_checkpoint(only, ema=True).container
+        assert torch.equal(read_state_dict(both, ema=ema).tensors[key], expected)
+    assert torch.equal(read_state_dict(raw).tensors[key], tiny[key])
+    assert "generator_ema" in read_state_dict(only, ema=True).container
     with pytest.raises(ValueError, match=r"raw.pt does not hold generator_ema; it holds generator, critic"):
-        read_checkpoint(raw, ema=True)
+        read_state_dict(raw, ema=True)
     with pytest.raises(ValueError, match=r"does not hold generator \| model \| flat tensors; it holds generator_ema"):
         load_transformer(only, ema=False)
     with pytest.raises(ValueError, match="tiny_wan.safetensors does not hold generator_ema; it holds flat"):
-        read_checkpoint(FILE, ema=True)
-    assert read_checkpoint(FILE, ema=False).state.keys() == tiny.keys()
+        read_state_dict(FILE, ema=True)
+    assert read_state_dict(FILE, ema=False).tensors.keys() == tiny.keys()
 
 
 def test_configuration_comes_from_argument_then_metadata_then_json_then_shapes(tiny, tmp_path):
@@ -116,19 +116,19 @@ def test_configuration_comes_from_argument_then_metadata_then_json_then_shapes(t
     file = folder / "diffusion_pytorch_model.safetensors"
     (folder / "config.json").write_text(json.dumps({"num_heads": 4, "text_len": 77, "eps": 1e-5, "model_type": "t2v"}))
     told = replace(TINY, num_heads=4, text_len=77, eps=1e-5)
-    assert read_checkpoint(folder).config == read_checkpoint(file).config == told
+    assert read_state_dict(folder).config == read_state_dict(file).config == told
     declared = replace(TINY, num_heads=8, prediction="x0")
     save_file(tiny, file, metadata={"flexkern_config": json.dumps(declared.to_dict())})
-    assert read_checkpoint(folder).config == declared
+    assert read_state_dict(folder).config == declared
     assert load_transformer(folder, config=TINY).config == TINY
     other = tmp_path / "flat.safetensors"
     save_file(tiny, other)  # an unrelated neighbour of config.json
-    assert read_checkpoint(other).config == TINY
+    assert read_state_dict(other).config == TINY
     wrong = {'{"dims": 3}': r"unknown fields \['dims'\]", '{"num_heads": 3}': "unusable configuration.*num_heads=3"}
     for text, message in (wrong | {'{"num_heads": "two"}': "unusable configuration"}).items():
         save_file(tiny, other, metadata={"flexkern_config": text})
         with pytest.raises(ValueError, match=message):
-            read_checkpoint(other)
+            read_state_dict(other)
 
 
 @pytest.mark.parametrize("size, tensors, parameters", [("1.3B", 825, 1_418_996_800), ("14B", 1095, 14_288_491_584)])
@@ -261,7 +261,7 @@ def test_unreadable_files(tmp_path):
         path = tmp_path / name
         path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
         with pytest.raises(ValueError, match=match) as caught:
-            read_checkpoint(path)
+            read_state_dict(path)
         assert name in str(caught.value)
 
     good = FILE.read_bytes()
@@ -307,7 +307,7 @@ def test_missing_files(tiny, tmp_path):
 def test_something_else_is_not_taken_for_a_transformer(tmp_path):
     path = tmp_path / "vae.pth"
     torch.save({"decoder.conv1.weight": torch.ones(3, 3), "conv2.bias": torch.ones(3)}, path)
-    assert read_checkpoint(path).config is None
+    assert read_state_dict(path).config is None
     with pytest.raises(ValueError, match="does not show dim.*2: decoder.conv1.weight, conv2.bias"):
         load_transformer(path)
     with pytest.raises(ValueError, match="unexpected 2: decoder.conv1.weight, conv2.bias"):

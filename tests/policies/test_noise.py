@@ -252,7 +252,7 @@ def test_resuming_equals_going_on(kind):
     saved = whole.state()
     resumed = policy.source(9, shape=(4, 4))
     expected = [chunk(whole, t) for t in range(12, 30, 3)]  # does not touch what was saved
-    resumed.load_state(saved)
+    resumed.restore(saved)
     np.testing.assert_array_equal([chunk(resumed, t) for t in range(12, 30, 3)], expected)
     assert set(map(type, saved.values())) <= {int, np.ndarray}
 
@@ -261,7 +261,7 @@ def test_state_goes_back_in_time():
     source = NoisePolicy().source(0, shape=(4,))
     start = source.state()
     first = source.initial([0, 1, 2])
-    source.load_state(start)
+    source.restore(start)
     np.testing.assert_array_equal(source.initial([0, 1, 2]), first)
 
 
@@ -298,8 +298,9 @@ def test_recursive_kinds_refuse_other_orders(kind):
             ValueError,
             r"weight of .* must be in \[-1, 1\], got 1.1",
         ),
-        (dict(window=16, stride=5), ValueError, "stride must divide window, both >= 1, got stride 5 and window 16"),
-        (dict(stride=0), ValueError, "stride must divide window, both >= 1, got stride 0 and window 16"),
+        (dict(window=16, stride=5), ValueError, "stride must divide window, got stride 5 and window 16"),
+        (dict(stride=0), ValueError, "stride must be at least 1 frame, got 0"),
+        (dict(window=0), ValueError, "window must be at least 1 frame, got 0"),
         (dict(scope="video"), ValueError, "NoisePolicy.scope must be 'sequence' | 'chunk', got 'video'"),
         (dict(apply="renoise"), ValueError, "NoisePolicy.apply must be 'initial' | 'initial.renoise', got 'renoise'"),
     ],
@@ -335,8 +336,8 @@ def test_rejects_draws_and_states():
     with pytest.raises(ValueError, match="zero_sum needs chunks of at least 2 frames, got 1"):
         NoisePolicy(kind="zero_sum").source(0, shape=(4,)).initial([0])
     with pytest.raises(ValueError, match="state must be of seed 5, got 6"):
-        source.load_state(NoisePolicy().source(6, shape=(4,)).state())
+        source.restore(NoisePolicy().source(6, shape=(4,)).state())
     with pytest.raises(ValueError, match=r"initial.z must have the frame shape \(4,\), got \(3,\)"):
-        source.load_state({"seed": 5, "initial.index": 2, "initial.z": np.zeros(3)})
+        source.restore({"seed": 5, "initial.index": 2, "initial.z": np.zeros(3)})
     with pytest.raises(ValueError, match="state must hold initial.index beside initial.z"):
-        source.load_state({"seed": 5, "initial.z": np.zeros(4)})
+        source.restore({"seed": 5, "initial.z": np.zeros(4)})

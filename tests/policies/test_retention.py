@@ -1,6 +1,6 @@
 import pytest
 
-from flexkern.policies import SinkWindow
+from flexkern.policies import Blend, RetentionPolicy, SinkWindow
 
 
 def roll(policy: SinkWindow, chunk: int, chunks: int) -> list[list[int]]:
@@ -8,9 +8,13 @@ def roll(policy: SinkWindow, chunk: int, chunks: int) -> list[list[int]]:
     cached, seen = [], []
     for n in range(chunks):
         new = list(range(n * chunk, (n + 1) * chunk))
-        cached = [cached[i] for i in policy.keep(len(cached), chunk)] + new
+        cached = [cached[i] for i in policy.keep(cached, chunk).indices] + new
         seen.append(list(cached))
     return seen
+
+
+def kept(policy: SinkWindow, count: int) -> list[int]:
+    return list(policy.keep(range(count), 3).indices)
 
 
 @pytest.mark.parametrize(
@@ -25,16 +29,16 @@ def test_sees_the_sink_and_the_most_recent_frames(sink, window, chunk):
 
 
 def test_fifo_is_a_sliding_window():
-    assert SinkWindow(sink=0, window=6).keep(10, 3) == [7, 8, 9]
-    assert SinkWindow(sink=0, window=3).keep(10, 3) == []
+    assert kept(SinkWindow(sink=0, window=6), 10) == [7, 8, 9]
+    assert kept(SinkWindow(sink=0, window=3), 10) == []
 
 
 def test_keeps_everything_until_the_window_fills():
     policy = SinkWindow(sink=3, window=12)
-    assert policy.keep(0, 3) == []
-    assert policy.keep(2, 3) == [0, 1]
-    assert policy.keep(9, 3) == list(range(9))
-    assert policy.keep(10, 3) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert kept(policy, 0) == []
+    assert kept(policy, 2) == [0, 1]
+    assert kept(policy, 9) == list(range(9))
+    assert kept(policy, 10) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
 
 
 @pytest.mark.parametrize(
@@ -52,13 +56,25 @@ def test_rejects_fields(fields, error, message):
 
 
 @pytest.mark.parametrize(
-    "count, incoming, message",
+    "frames, incoming, message",
     [
-        (9, 4, r"window must hold the sink \(3\) and the incoming frames \(4\), got 6"),
-        (-1, 3, "count must be an int >= 0 cached frames, got -1"),
-        (9, 0, "incoming must be an int >= 1 frames, got 0"),
+        (range(9), 4, r"window must hold the sink \(3\) and the incoming frames \(4\), got 6"),
+        ([0, -1], 3, r"frames must be indices >= 0 of cached frames, got \[0, -1\]"),
+        (range(9), 0, "incoming must be an int >= 1 frames, got 0"),
     ],
 )
-def test_rejects_arguments(count, incoming, message):
+def test_rejects_arguments(frames, incoming, message):
     with pytest.raises(ValueError, match=message):
-        SinkWindow(sink=3, window=6).keep(count, incoming)
+        SinkWindow(sink=3, window=6).keep(frames, incoming)
+
+
+def test_says_what_a_cache_asks():
+    policy = SinkWindow(sink=3, window=12)
+    assert isinstance(policy, RetentionPolicy)
+    assert (policy.capacity, policy.pinned, policy.keep([], 3).blends) == (12, 3, ())
+
+
+def test_a_blend_needs_a_weight_for_each_index():
+    assert Blend(indices=(0, 1), weights=(0.5, 0.5)).weights == (0.5, 0.5)
+    with pytest.raises(ValueError, match="a weight for each index, got 1 for 2"):
+        Blend(indices=(0, 1), weights=(1.0,))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from flexkern.render import PromptSwitch, VideoWriter, check_switches, read_schedule, render
+from flexkern.render import PromptSwitch, VideoWriter, read_script, render, validate_switches
 from flexkern.render.writer import SAME_EVERYWHERE, uninterrupted
 
 SIDE = 64
@@ -231,16 +231,16 @@ def test_switches_wait_for_the_next_chunk(tmp_path):
     switches = [PromptSwitch(at=at, prompt=prompt, cut=prompt == "skipped") for at, prompt in times.items()]
     session = FakeSession()
     with VideoWriter(tmp_path / "v.mp4", SIDE, SIDE) as writer:
-        render(session, writer, pictures=30, switches=switches, progress=False)
+        render(session, writer, pictures=30, script=switches, progress=False)
     assert session.asked == [(2, "on time"), (3, "late"), (6, "with a cut"), (6, "cut")]
 
 
-def test_check_switches_encodes_every_prompt_and_knows_what_can_cut():
+def test_validate_switches_encodes_every_prompt_and_knows_what_can_cut():
     session, switches = FakeSession(), [PromptSwitch(at=1, prompt="a"), PromptSwitch(at=2.5, prompt="b", cut=True)]
     with pytest.raises(ValueError, match="the cut at 2.5 seconds needs position.index 'slot', the preset has 'absol"):
-        check_switches(session, switches)
+        validate_switches(session, switches)
     session.preset.position.index = "slot"
-    check_switches(session, switches)
+    validate_switches(session, switches)
     assert session.asked == ["a", "b"] * 2
 
 
@@ -249,9 +249,9 @@ def test_check_switches_encodes_every_prompt_and_knows_what_can_cut():
     ["- {at: 0, prompt: one}\n- {at: 2.5, prompt: two, cut: true}", "[{prompt: one, at: 0.0}, {at: 2.5, prompt: two}]"]
     + ["0: one\n2.5: two"],
 )
-def test_schedules_have_two_forms(tmp_path, text):
+def test_scripts_have_two_forms(tmp_path, text):
     (tmp_path / "s.yaml").write_text(text)
-    one, two = read_schedule(tmp_path / "s.yaml")
+    one, two = read_script(tmp_path / "s.yaml")
     assert (one.at, one.prompt, one.cut) == (0, "one", False)
     assert (two.at, two.prompt, two.cut) == (2.5, "two", "cut" in text)
 
@@ -264,25 +264,25 @@ def test_schedules_have_two_forms(tmp_path, text):
         ("", "expected a list .* got nothing"),
         ("just text", "expected a list .* got str"),
         ("1: late", "the first prompt must be at 0 seconds, got 1"),
-        ("{0: a, 5: b, 4: c}", "times must ascend, got 4 behind 5"),
+        ("{0: a, 5: b, 4: c}", "times must ascend, got 4 after 5"),
         ("[{at: 0, prompt: a}, {at: 0, prompt: b}]", "times must ascend"),
         ("[{at: 0, prompt: a, cut: true}]", "the first prompt cannot cut"),
         ("[{at: 0, text: a}]", "entry 1: expected {at: seconds, prompt: text}"),
         ("[{at: 0, prompt: a, blend: 3}]", "entry 1: expected"),
         ("[a, b]", "entry 1: expected"),
-        ("{0: a, soon: b}", "entry 2: at must be a number of seconds >= 0, got 'soon'"),
-        ("{0: a, .inf: b}", "entry 2: at must be"),
-        ("{-1: a}", "entry 1: at must be"),
-        ("{0: 7}", "entry 1: prompt must be a text, got 7"),
-        ("[{at: 0, prompt: a}, {at: 1, prompt: b, cut: 1}]", "entry 2: cut must be true or false, got 1"),
+        ("{0: a, soon: b}", "entry 2: PromptSwitch.at must be a finite number, got 'soon'"),
+        ("{0: a, .inf: b}", "entry 2: PromptSwitch.at must be a finite number, got inf"),
+        ("{-1: a}", "entry 1: at must be a number of seconds >= 0, got -1"),
+        ("{0: 7}", "entry 1: PromptSwitch.prompt must be a str, got 7"),
+        ("[{at: 0, prompt: a}, {at: 1, prompt: b, cut: 1}]", "entry 2: PromptSwitch.cut must be a bool, got 1"),
     ],
 )
-def test_wrong_schedules_are_refused(tmp_path, text, words):
+def test_wrong_scripts_are_refused(tmp_path, text, words):
     (tmp_path / "s.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ValueError, match=words):
-        read_schedule(tmp_path / "s.yaml")
+        read_script(tmp_path / "s.yaml")
 
 
-def test_a_missing_schedule_is_refused(tmp_path):
+def test_a_missing_script_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="there is no prompt file"):
-        read_schedule(tmp_path / "s.yaml")
+        read_script(tmp_path / "s.yaml")

@@ -4,7 +4,8 @@
 
 --write replaces the committed table of loop lengths that kernels/test_compile.py and this script compare with:
 tests/data/compile.csv for the Triton of CI, compile-VERSION.csv beside it for another (make compile TRITON=VERSION).
-Needs torch and Triton (3.6, 3.7 or 3.8) and nothing else. A new kernel is one entry in LAUNCH and its cases in SHIPPED.
+Needs torch and Triton (3.6 to 3.8) and nothing else. A new kernel is one entry in MODULES and one in LAUNCH, and its
+cases in SHIPPED.
 """
 
 import argparse
@@ -25,6 +26,7 @@ if __name__ == "__main__":
     os.environ.pop("TRITON_INTERPRET", None)  # before any `import triton`
 
 import torch
+from offline import MATRIX, compile_launch
 
 ROOT = Path(__file__).parent.parent.parent
 IN_CI = "3.7.1"  # the Triton of .ci/constraints.txt
@@ -33,7 +35,6 @@ ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may ask for
 # functions that must use the matrix units
 MULTIPLIES = ("_frame_attention", "_frame_attention_hopper")
-UNITS = ("HGMMA", "UTCHMMA", "HMMA")
 OUR_BARRIERS = 6  # the first named barrier that hopper_ring.py takes
 COLUMNS = ("function", "triton", "num_warps", "registers", "stack", "spill_stores", "spill_loads", "shared")
 PROGRAMS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}  # multiprocessors of A100, 4090, H200, B200, 5090
@@ -134,7 +135,7 @@ def runs_on(kernel: str, arch: int) -> bool:
 
 SHIPPED = [
     *(Case(kernel=kernel, arch=arch) for kernel in LAUNCH for arch in ARCHS if runs_on(kernel, arch)),
-    # the rest of a kernel's variety where it is fast: a chip that differs in tiles alone would repeat the answer
+    # other variants on one chip: a chip that differs in tiles alone would give the same answer
     Case(kernel="frame_attention", arch=90, dtype="float16"),
     Case(kernel="frame_attention", arch=90, dtype="float32"),
     Case(kernel="frame_attention", arch=90, head_dim=64),
@@ -169,8 +170,6 @@ def compile_case(case: Case) -> list[dict]:
 
 
 def facts_of_case(case: Case) -> list[dict]:
-    from offline import compile_launch
-
     if "shipped" not in sys.modules:
         load_kernels()
     module = importlib.import_module(f"shipped.{MODULES[case.kernel]}")
@@ -196,12 +195,9 @@ def objections(case: Case, fact: dict, lengths: str | None = None) -> list[str]:
             wrong.append(f"{local} accesses to local memory in a loop of {loop['length']} instructions")
         if case.arch == 90 and (staged := loop.get("LDS", 0) + loop.get("STS", 0)):
             wrong.append(f"{staged} values pass through shared memory in a loop of {loop['length']} instructions")
+    spills = fact["stack"] or fact["spill_stores"] or fact["spill_loads"]
     # attention in float32 has no matrix unit; it exists to check logic
-    if (
-        not loops
-        and fact["function"] not in MULTIPLIES
-        and (fact["stack"] or fact["spill_stores"] or fact["spill_loads"])
-    ):
+    if spills and not loops and fact["function"] not in MULTIPLIES:
         wrong.append(f"spills {fact['spill_stores']} bytes and loads {fact['spill_loads']}, stack {fact['stack']}")
     unit = {90: "HGMMA", 100: "UTCHMMA"}.get(case.arch, "HMMA")
     if fact["function"] in MULTIPLIES and case.dtype != "float32" and not (loops and loops[0].get(unit)):
@@ -233,7 +229,7 @@ def same_length(committed: str, found: str, within: float = 0.02) -> bool:
 def row_of(case: Case, fact: dict) -> dict[str, object]:
     """A line of the table: the case, then its facts; of the loops, the longest."""
     loop = fact["loops"][0] if fact["loops"] else {}
-    matrix = {name: loop[name] for name in UNITS if name in loop}
+    matrix = {name: loop[name] for name in MATRIX if name in loop}
     return {
         **dataclasses.asdict(case),
         **{name: fact[name] for name in COLUMNS},

@@ -1,7 +1,7 @@
 """Compile what a kernel launcher would launch, for any NVIDIA chip and with no GPU, and report what ptxas and SASS say.
 
 The launcher itself runs, on CPU tensors and under a stand-in driver: it chooses its configuration, Triton specialises
-on its real arguments, and everything stops short of the launch. So what is checked is what is shipped.
+on its real arguments, and everything stops before the launch. So what is checked is what is shipped.
 Needs TRITON_INTERPRET unset before Triton is imported. Works with Triton 3.6, 3.7 and 3.8.
 """
 
@@ -20,22 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-MATRIX = ("HGMMA", "QGMMA", "IGMMA", "UTCHMMA", "UTCQMMA", "HMMA", "QMMA", "IMMA")
-COUNTED = (
-    *MATRIX,
-    "MUFU.EX2",
-    "LDS",
-    "STS",
-    "LDL",
-    "STL",
-    "LDSM",
-    "STSM",
-    "LDGSTS",
-    "UTMALDG",
-    "BAR",
-    "BAR.SYNC",
-    "SHFL",
-)
+MATRIX = ("HGMMA", "UTCHMMA", "HMMA")  # matrix instructions of sm_90, of sm_100, of the others
+MEMORY = ("LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "UTMALDG")
+COUNTED = (*MATRIX, "MUFU.EX2", *MEMORY, "BAR", "BAR.SYNC", "SHFL")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.MULTILINE)
 Instruction = tuple[int, str, str]  # address, operation, operands
 Counts = dict[str, int]
@@ -72,7 +59,7 @@ def count(instructions: list[Instruction]) -> Counts:
     found = {"length": len(instructions), "covered": 0}
     under_way = False
     for _, op, operands in instructions:
-        under_way |= op.startswith(("HGMMA", "QGMMA"))
+        under_way |= op.startswith("HGMMA")
         under_way &= not (op.startswith("WARPGROUP.DEPBAR") and operands.rstrip().endswith("0x0"))
         found["covered"] += under_way and op == "MUFU.EX2"
     for name in COUNTED:
@@ -88,7 +75,7 @@ def is_matrix(op: str) -> bool:
 def matrix_loops(instructions: list[Instruction]) -> tuple[Counts, ...]:
     """Counts of each innermost loop that holds matrix instructions, the longest first.
 
-    A loop is a backward branch. The stubs that spin on a barrier lie behind the last EXIT and jump back as well; they
+    A loop is a backward branch. The stubs that spin on a barrier come after the last EXIT and jump back as well; they
     are no loops.
     """
     end = max((address for address, op, _ in instructions if op.startswith("EXIT")), default=0)
@@ -153,9 +140,8 @@ class StandInDriver:
         return 0
 
 
-_known: dict[
-    str, Facts
-] = {}  # by kernel hash: Triton compiles a specialisation once per process, and ptxas speaks once
+# by kernel hash: Triton compiles a specialisation once per process, and ptxas reports once
+_known: dict[str, Facts] = {}
 
 
 @contextlib.contextmanager
@@ -174,7 +160,7 @@ def compiling_for(arch: int) -> Iterator[list[Facts]]:
     JITFunction.run = compile_only
     driver.set_active(StandInDriver(arch))
     with tempfile.TemporaryDirectory() as cache, knobs.cache.scope(), knobs.nvidia.scope():
-        knobs.cache.dir = cache  # a kernel out of a cache comes without what ptxas said
+        knobs.cache.dir = cache  # a cached kernel comes without the log of ptxas
         knobs.nvidia.dump_ptxas_log = True
         try:
             yield facts

@@ -2,7 +2,7 @@
 overwritten.
 
 Self-Forcing and LongLive keep keys rotated at absolute positions; LongLive's infinite attention and Infinity-RoPE keep
-them raw and rotate the window anew by place in the cache. ``RollingMemory`` is a ``Memory`` for ``CausalWan``, ``run``
+them raw and rotate the window anew by index in the cache. ``RollingMemory`` is a ``Memory`` for ``CausalWan``, ``run``
 the loop. It shares the transformer and nothing of cache, plan, policies or engine with the package.
 """
 
@@ -10,6 +10,20 @@ import torch
 import torch.nn.functional as F
 
 from flexkern.kernels import reference
+
+
+def deepened(weights):
+    """A state dict of twice the layers. What a re-cache forgets does not show in two: the first one's keys do not know
+    the prompt.
+    """
+    layers = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    more = {
+        name.replace(f"blocks.{i}.", f"blocks.{i + len(layers)}.", 1): tensor
+        for i in layers
+        for name, tensor in weights.items()
+        if name.startswith(f"blocks.{i}.")
+    }
+    return {**weights, **more}
 
 
 def rope(x, start, rows, columns, positions=None):
@@ -49,7 +63,7 @@ class RollingMemory:
         end = self.start + n
         recompute = end <= self.global_end[layer] and self.start > 0
         grown = self.local_end[layer] + end - self.global_end[layer]
-        if grown > self.window:  # shift left behind the sink
+        if grown > self.window:  # shift left, up to the sink
             evicted = grown - self.window
             for cache in (self.k[layer], self.v[layer]):
                 cache[:, self.sink : self.window - evicted] = cache[:, self.sink + evicted :].clone()
@@ -123,7 +137,7 @@ def recache(memory, past, start, forward, *, keep_sink):
 
 
 def flush(memory, past, start, forward):
-    """Infinity-RoPE's change of prompt: the last two frames move behind the sink of one, the rest is forgotten."""
+    """Infinity-RoPE's change of prompt: the last two frames move up to the sink of one, the rest is forgotten."""
     p = memory.places
     for layer, end in enumerate(memory.local_end):
         for cache in (memory.k[layer], memory.v[layer]):

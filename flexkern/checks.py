@@ -1,4 +1,4 @@
-"""One rule for the fields of every policy: the annotation is the check."""
+"""One rule for the fields of every frozen dataclass: the annotation is the check."""
 
 import math
 from collections.abc import Iterable
@@ -9,20 +9,23 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def check_fields(policy: Any) -> None:
+def check_fields(instance: Any) -> None:
     """Check that every field of a dataclass instance holds what its annotation says.
 
-    Understood: int, float (an int will do, inf and nan will not), bool, str, None, classes, ``Literal``,
-    ``tuple[x, ...]`` and unions of these.
-    Raises TypeError naming the field, what it takes and what it got; ValueError where a ``Literal`` excludes a string.
+    Understood: int, float (an int will do, inf and nan will not), bool, str, None, classes, ``Literal``, mappings (not
+    what is in them), ``tuple[x, ...]``, ``tuple[x, y]`` and unions of these.
+
+    Raises:
+        TypeError: Names the field, what it takes and what it got.
+        ValueError: The same, where a ``Literal`` excludes a string.
     """
-    hints = get_type_hints(type(policy))
-    for field in fields(policy):
-        value, hint = getattr(policy, field.name), hints[field.name]
+    hints = get_type_hints(type(instance))
+    for field in fields(instance):
+        value, hint = getattr(instance, field.name), hints[field.name]
         if not _fits(value, hint):
             words = _literals(hint) if isinstance(value, str) else ()
             error = ValueError if words else TypeError
-            name = f"{type(policy).__name__}.{field.name}"
+            name = f"{type(instance).__name__}.{field.name}"
             raise error(f"{name} must be {_describe(hint)}, got {value!r}{did_you_mean(value, words)}")
 
 
@@ -50,12 +53,13 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in args
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, args[0]) for item in value)
+        items = args[:1] * len(value) if isinstance(value, tuple) and args[1:] == (...,) else args
+        return isinstance(value, tuple) and len(value) == len(items) and all(map(_fits, value, items))
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint)
+    return isinstance(value, origin or hint)
 
 
 def _literals(hint: Any) -> tuple[str, ...]:
@@ -71,6 +75,7 @@ def _describe(hint: Any) -> str:
     if origin is Literal:
         return " | ".join(map(repr, args))
     if origin is tuple:
-        return f"a tuple ({_describe(args[0])} each)"
+        count = "" if args[1:] == (...,) else f"of {len(args)} "
+        return f"a tuple {count}({_describe(args[0])} each)"
     words = {int: "an int", float: "a finite number", bool: "a bool", str: "a str", NoneType: "None"}
-    return words.get(hint) or f"a {hint.__name__}"
+    return words.get(hint) or f"a {(origin or hint).__name__}"

@@ -1,7 +1,7 @@
 """Is a kernel right on the shapes it is used at, and the same every time? Writes correctness.csv.
 
-python bench/check.py frame_attention --save     # or hopper, norm_rope_write, modulate, gate_residual, rms_norm
-python bench/check.py --pytest                   # the kernels' tests, on the GPU if there is one
+python bench/correctness.py frame_attention --save     # or hopper, norm_rope_write, modulate, gate_residual, rms_norm
+python bench/correctness.py --pytest                   # the kernels' tests, on the GPU if there is one
 
 Every shape is judged against the oracle in float64, then repeated and compared bit by bit; a small shape is repeated
 10,000 times, which is how a race shows itself.
@@ -9,22 +9,26 @@ Every shape is judged against the oracle in float64, then repeated and compared 
 
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import import_module
+from importlib.util import find_spec
 
 import harness
 import machine
 import torch
 from harness import Case
+from roofs import DEVICE
 
 BENCHES = ("frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm")
 PROVIDERS = {"frame_attention": "triton", "hopper": "hopper"}  # of bench_frame_attention.py
+WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
 TESTS = ("frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "frame_attention_hopper")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Check:
+class Verdict:
     """One line of correctness.csv. differing: how many of the repeats were not bitwise equal to the first call."""
 
     kernel: str
@@ -54,16 +58,17 @@ def count_differing(case: Case, name: str, repeats: int) -> int:
     return differing.item()
 
 
-def check(kernel: str, case: Case, name: str, repeats: int) -> Check:
-    error, fault = harness.check(case, case.providers[name])
+def judge(kernel: str, case: Case, name: str, repeats: int) -> Verdict:
+    """Judge one provider of a case, then repeat it."""
+    error, fault = harness.judge(case, case.providers[name])
     differing = 0 if fault else count_differing(case, name, repeats)
     verdict = fault or (f"wrong: {differing} of {repeats} repeats differ" if differing else "right")
     about = dict(kernel=kernel, shape=case.shape, error=error, repeats=0 if fault else repeats, differing=differing)
-    return Check(**about, verdict=verdict, **harness.provenance())
+    return Verdict(**about, verdict=verdict, **harness.provenance())
 
 
-def cases(kernel: str, is_tiny: bool):
-    """(case, repeats) of a kernel: the small shape last, repeated most."""
+def cases(kernel: str, is_tiny: bool) -> Iterator[tuple[Case, int]]:
+    """Cases of a kernel, and how often each is repeated: the small shape last, and most often."""
     is_attention = kernel in PROVIDERS
     bench = import_module("bench_frame_attention" if is_attention else f"bench_{kernel}")
     shapes = [] if is_tiny else [(shape, 50) for shape in bench.SHORT]
@@ -82,6 +87,8 @@ def run_pytest() -> int:
     tests = [machine.ROOT / f"tests/kernels/test_{name}.py" for name in TESTS]
     tests = [str(path) for path in tests if path.is_file()]
     options = ["--rootdir", str(machine.ROOT), "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
+    if find_spec("xdist"):  # nearly all the time goes into compiling; workers import this tree through ``machine``
+        options += ["-n", str(WORKERS), "-p", "machine"]
     return pytest.main([*options, *tests])
 
 
@@ -94,8 +101,8 @@ def main() -> None:
         raise SystemExit(run_pytest())
     out, all_right = harness.folder(args), True
     name = PROVIDERS.get(args.kernel, "triton")
-    for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or harness.DEVICE == "cpu"):
-        row = check(args.kernel or BENCHES[0], case, name, repeats)
+    for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or DEVICE == "cpu"):
+        row = judge(args.kernel or BENCHES[0], case, name, repeats)
         error = "" if math.isnan(row.error) else f"  error {row.error:.2e}"
         print(f"{row.kernel} {row.shape}{error}  {row.repeats} repeats  {row.verdict}", flush=True)
         all_right &= row.verdict == "right" or row.verdict.startswith("absent")

@@ -1,0 +1,102 @@
+"""Options of ``flexkern render`` that show and override the policies of a preset."""
+
+import argparse
+import ast
+import inspect
+import textwrap
+from collections.abc import Sequence
+from dataclasses import field, fields, make_dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import tyro
+
+from flexkern.cli.research import Research, read_research
+from flexkern.policies import Preset, get_preset
+from flexkern.policies.presets import POLICIES
+
+DEMO = "demo"  # the model where none is named
+PRESET = "flex"
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass that has one, as one line without a full stop."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for field_and_below in pairwise(getattr(definition, "body", ())):
+        match field_and_below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.replace("``", "").split()).removesuffix(".")
+    return docs
+
+
+def policy_arguments(policy: Any) -> type:
+    """A dataclass with the fields of a policy, its values as defaults, that tyro makes options of.
+
+    Values are checked where the preset is made, so that what is wrong is told in one line.
+    """
+    hints, docs = get_type_hints(type(policy)), field_docs(type(policy))
+    typed = {name: Annotated[hint, tyro.conf.arg(help=docs.get(name))] for name, hint in hints.items()}
+    entries = [(f.name, typed[f.name], field(default=getattr(policy, f.name))) for f in fields(policy)]
+    return make_dataclass(type(policy).__name__, entries, kw_only=True)
+
+
+def with_policies(command: type, argv: Sequence[str]) -> type:
+    """The command with the policies of the preset that argv names, as options that override it.
+
+    Raises ValueError for an unknown preset or a configuration that cannot be used, FileNotFoundError for none.
+    """
+    scan = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scan.add_argument("--preset", nargs="?")
+    scan.add_argument("--model", nargs="?", default=DEMO)
+    scan.add_argument("--config-path", "--config_path", nargs="?")
+    scan.add_argument("--weights", "--checkpoint-path", "--checkpoint_path", nargs="?")
+    found, _ = scan.parse_known_args(argv)
+    research = read_research(found.config_path) if found.config_path else None
+    preset = base_preset(found.preset, chosen_model(found.model or DEMO, found.config_path, found.weights), research)
+    made = {name: policy_arguments(getattr(preset, name)) for name in POLICIES}
+    entries = [(name, arguments, field(default_factory=arguments)) for name, arguments in made.items()]
+    extended = make_dataclass(command.__name__, entries, bases=(command,), kw_only=True)
+    extended.__doc__ = command.__doc__
+    return extended
+
+
+def chosen_overrides(given: Any, base: Preset, research: Research | None) -> dict[str, object]:
+    """What the configuration and the options say of the preset, by dotted name.
+
+    given: the command with its policies. base: the preset with what the configuration says of it.
+    """
+    overrides = dict(research.policies if research else {})
+    for name in POLICIES:
+        told, default = getattr(given, name), getattr(base, name)
+        changed = [f.name for f in fields(default) if getattr(told, f.name) != getattr(default, f.name)]
+        overrides |= {f"{name}.{one}": getattr(told, one) for one in changed}
+    return overrides
+
+
+def base_preset(name: str | None, model: str, research: Research | None) -> Preset:
+    """The preset of that name, else the model's, with what a configuration says of it."""
+    if name is None and is_family(model):
+        from flexkern.model.families import FAMILIES
+
+        name = FAMILIES[model].preset
+    return get_preset(name or PRESET, research.policies if research else None)
+
+
+def chosen_model(model: str, config: str | Path | None, weights: str | Path | None) -> str:
+    """The model; where only a configuration of a research repository is given, the family that its name tells."""
+    if model != DEMO or config is None:
+        return model
+    from flexkern.model.families import guess_family
+
+    return guess_family(Path(config).name) or guess_family(Path(weights or "").name) or "self-forcing"
+
+
+def is_family(model: str) -> bool:
+    """Whether --model names a family of checkpoints."""
+    if model == DEMO:
+        return False
+    from flexkern.model.families import FAMILIES
+
+    return model in FAMILIES

@@ -1,0 +1,77 @@
+"""Where a preset's positions call a model back to its sink: a prediction that needs neither weights nor a video."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flexkern.policies import PositionPolicy
+
+BANDS = 22  # temporal bands of Wan
+STRIDE = 4  # pictures per latent frame of Wan's VAE, after the first
+
+
+def sink_alignment(
+    position: PositionPolicy,
+    frames: int,
+    *,
+    window: int | None = None,
+    chunk: int = 3,
+    bands: int = BANDS,
+    heads: int = 1,
+    target: int | None = None,
+) -> NDArray[np.float64]:
+    """Return how far the phases of all bands agree between each frame and the sink: |mean_j exp(i theta'_j t)|.
+
+    At a maximum the rotations of most bands come back together, the first frame looks as near as it did at the
+    beginning, and a model may fall back to it.
+
+    Args:
+        position: of a preset; theta' and what t is (a frame's index or its slot) are its own.
+        frames: latent frames of the video.
+        window: frames attended; needed where positions are slots, since no distance exceeds it there.
+        chunk: latent frames computed together, which share a scale in schedule per_chunk.
+        bands: temporal bands of the model.
+        heads: attention heads, over which the mean goes as well where each has positions of its own.
+        target: latent frames that the policy extends the horizon to; None takes ``frames``.
+
+    Returns:
+        float64 [frames], 1 for the first frame, in 0..1.
+
+    Raises:
+        ValueError: frames or chunk is below 1, or positions are slots and there is no window of at least a chunk.
+
+    Source: LoL (arXiv 2601.16914), which finds collapse at maxima of the phase concentration, latents 132 and 201.
+    """
+    if frames < 1 or chunk < 1:
+        raise ValueError(f"frames and chunk must be at least 1, got {frames} and {chunk}")
+    if position.index == "slot" and (window is None or window < chunk):
+        raise ValueError(f"positions are slots: window must be given and hold a chunk of {chunk}, got {window}")
+    result = np.ones(frames)
+    for start in range(0, frames, chunk):
+        query = list(range(start, min(start + chunk, frames)))
+        held = query if start == 0 else [0, *query]
+        if position.index == "slot" and window is not None and start > 0:
+            held = [0, *range(max(1, query[-1] + 2 - window), query[-1] + 1)]
+        phases = position.phases(query=query, visible=held, bands=bands, heads=heads, target=target or frames)
+        apart = phases.query - phases.key[:, 0]  # [F or 1, G, T] radians
+        result[query] = np.abs(np.exp(1j * apart).mean(axis=(1, 2)))
+    return result
+
+
+def per_picture(values: NDArray[np.float64], pictures: int, stride: int = STRIDE) -> NDArray[np.float64]:
+    """Return values of latent frames as values of pictures: the first frame is one picture, every other ``stride``.
+
+    Args:
+        values: [frames].
+        pictures: how many; those past the last frame keep its value.
+        stride: pictures per latent frame.
+
+    Returns:
+        [pictures].
+    """
+    frame = (np.arange(pictures) + stride - 1) // stride
+    return values[np.minimum(frame, len(values) - 1)]
+
+
+def latent_frames(pictures: int, stride: int = STRIDE) -> int:
+    """Return how many latent frames decode to that many pictures, rounded up."""
+    return 1 + max(0, -(-(pictures - 1) // stride))

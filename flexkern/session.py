@@ -1,0 +1,288 @@
+"""The autoregressive denoising loop: a ``Session`` is one video of any length, made chunk by chunk.
+
+    session = engine.session(text_embedding, preset="flex", size=(60, 104), seed=0)
+    for chunk in session: ...
+
+A session's step: draw noise, let retention evict, plan positions, denoise in a few steps, run the clean result once
+more so that the cache holds clean keys and values. Source: Self-Forcing pipeline/causal_inference.py, LongLive
+pipeline/interactive_causal_inference.py.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flexkern.backends import Backend
+from flexkern.cache import FrameCache
+from flexkern.memory import PagedMemory
+from flexkern.model.protocols import Decoder, Encoder, VideoModel
+from flexkern.model.schedule import Schedule
+from flexkern.modes import ordinary, without_gradients
+from flexkern.noise import Noise, PolicyNoise
+from flexkern.plan import band_split
+from flexkern.policies import Preset, get_preset
+from flexkern.state import State, nest, plain, require_same, stateful, within
+from flexkern.window import CacheWindow
+
+Prompt = str | Sequence[str] | Tensor
+"""A text, one for each video of a batch, or what the text encoder makes of them, [B, L, text_dim]."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """What one step made."""
+
+    index: int
+    """number of the step, from 0; -1 for what a video was given to begin with"""
+    frames: tuple[int, ...]
+    """absolute indices of its latent frames"""
+    latents: Tensor
+    """[B, F, C, h, w]"""
+    pixels: Tensor | None
+    """uint8 [B, pictures, height, width, 3]; None where the engine has no decoder"""
+
+
+class Loop(Protocol):
+    """What a session asks of its engine; see ``flexkern.engine.Engine``."""
+
+    model: VideoModel
+    backend: Backend
+    schedule: Schedule
+    chunk: int
+    first_chunk: int
+    size: tuple[int, int]
+    encoder: Encoder | None
+    decoder: Callable[[], Decoder] | None
+
+    def embed(self, prompt: Prompt, /) -> Tensor:
+        """The text encoder's output [B, L, text_dim]; a tensor is returned as it is."""
+
+    def encode(self, prompt: Prompt, /) -> Sequence[tuple[Tensor, ...]]:
+        """What the model reads of a prompt."""
+
+
+class Session:
+    """One video, chunk by chunk: iterate over it, or call ``step``. Arguments and errors are ``Engine.session``'s."""
+
+    def __init__(
+        self, engine: Loop, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0,
+        frames: int | None = None, size: tuple[int, int] | None = None, noise: Noise | None = None,
+        first_chunk: int | None = None,
+    ):  # fmt: skip
+        self.engine, self.preset, self.target = engine, get_preset(preset), frames
+        self.size = tuple(size or engine.size)
+        self.first_chunk = first_chunk or engine.first_chunk
+        if frames is not None and frames < 1:
+            raise ValueError(f"frames must be at least 1, got {frames}")
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+        model, config = engine.model, engine.model.config
+        rows, columns = model.grid(*self.size)
+        bands, heads = band_split(config.head_dim)[0], config.num_heads
+        self.preset.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
+        self._embedding = engine.embed(prompt)
+        self.text = engine.encode(self._embedding)
+        self.batch = self.text[0][0].shape[0]
+        self.window = CacheWindow(
+            self.preset, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
+            eps=config.eps, dtype=model.dtype, device=model.device, batch=self.batch, rows=rows, columns=columns,
+            target=frames,
+        )  # fmt: skip
+        shape = (config.out_dim, *self.size)
+        self.noise: Noise = noise or PolicyNoise(self.window.preset.noise, seed, self.batch, shape, frames)
+        self.decode: Decoder | None = engine.decoder() if engine.decoder else None
+        self.next_frame = 0
+        self.chunks = 0
+        self._recent: Tensor | None = None  # clean latents that a recache would run again
+        self._cut = False
+
+    def __repr__(self) -> str:
+        made = f"{self.next_frame} of {self.target if self.target is not None else 'any number of'} frames"
+        videos = f"{self.batch} video{'s' * (self.batch > 1)} of {self.size[0]}x{self.size[1]} latents"
+        return f"Session(preset {self.preset.name!r}, {made} in {self.chunks} chunks, {videos})"
+
+    @property
+    def cache(self) -> FrameCache:
+        """The frames that later chunks see."""
+        return self.window.cache
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Chunks without end, or until ``frames`` latent frames are made."""
+        while self.target is None or self.next_frame < self.target:
+            yield self.step()
+
+    @without_gradients
+    def step(self) -> Chunk:
+        """Denoise the next chunk and leave its clean keys and values in the cache."""
+        first = self.next_frame == 0
+        count = self.first_chunk if first else self.engine.chunk
+        frames = list(range(self.next_frame, self.next_frame + count))
+        memory = self._prepare(frames, cut=self._cut)
+        schedule, kind = self.engine.schedule, self.engine.model.config.prediction
+        z = self.noise.initial(frames).to(self.engine.model.device)
+        timesteps = schedule.timesteps(first_chunk=first)
+        for i, timestep in enumerate(timesteps):
+            clean = schedule.clean(z, self._predict(z, timestep, memory), timestep, kind)
+            if i + 1 < len(timesteps):
+                noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
+                z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
+        clean = ordinary(clean)
+        self._finish(clean, frames, memory)
+        pixels = ordinary(self.decode(clean)) if self.decode else None
+        chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)
+        self.chunks += 1
+        self._cut = False
+        return chunk
+
+    @without_gradients
+    def prefill(self, given: Tensor) -> Chunk:
+        """Continue from given clean latents, or from pictures, which go through the engine's encoder.
+
+        Args:
+            given: Latents [B, n, C, h, w], or pictures, uint8 [B, pictures, height, width, 3]. n, the number of latent
+                frames, must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet.
+
+        Returns:
+            What was given, as a chunk of index -1. The decoder has seen it too, so that what follows is decoded as its
+            continuation.
+
+        Raises:
+            ValueError: The shape does not fit, or there is no encoder for pictures.
+        """
+        latents = given
+        if given.dtype == torch.uint8:
+            if self.engine.encoder is None:
+                raise ValueError("this engine has no encoder for pictures: pass latents [B, n, C, h, w]")
+            latents = self.engine.encoder(given)
+        expected = [self.batch, self.engine.model.config.in_dim, *self.size]
+        if latents.dim() != 5 or [latents.shape[0], *latents.shape[2:]] != expected:
+            raise ValueError(f"latents must be [B, n, C, h, w] with B, C, h, w = {expected}, got {list(latents.shape)}")
+        sizes: list[int] = []
+        left = latents.shape[1]
+        while left > 0:
+            sizes.append(self.engine.chunk if sizes or self.next_frame else self.first_chunk)
+            left -= sizes[-1]
+        if left < 0 or not sizes:
+            raise ValueError(
+                f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
+                f"{self.first_chunk}), got {latents.shape[1]} frames"
+            )
+        latents, first = ordinary(latents.to(self.engine.model.device)), self.next_frame
+        for block in latents.split(sizes, dim=1):
+            frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
+            self._finish(block, frames, self._prepare(frames))
+        pixels = ordinary(self.decode(latents)) if self.decode else None
+        return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
+
+    @without_gradients
+    def switch(self, prompt: Prompt) -> None:
+        """Follow another prompt from the next chunk on; the preset's ``switch`` policy decides what the cache keeps.
+
+        Raises:
+            ValueError: The prompt is for another number of videos, or does not fit the model.
+        """
+        embedding = self.engine.embed(prompt)
+        text = self.engine.encode(embedding)
+        if text[0][0].shape[0] != self.batch:
+            raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
+        self._embedding, self.text = embedding, text
+        if count := self.window.switch():
+            assert self._recent is not None, "a preset that recaches remembers its last frames"
+            self._fill(self._recent[:, -count:], self.window.memory)
+
+    def cut(self) -> None:
+        """Cut to a new scene: only the next chunk is moved to the preset's ``cut_position`` (Infinity-RoPE).
+
+        Raises:
+            ValueError: The preset's positions are absolute.
+        """
+        if self.preset.position.index != "slot":
+            raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
+        self._cut = True
+
+    @without_gradients
+    def state(self) -> State:
+        """All that later chunks depend on, copied: cache, noise, decoder, prompt and counters.
+
+        Tensors are on the CPU and fit safetensors, all else fits JSON. Weights are not in it.
+
+        Raises:
+            TypeError: A noise or a decoder of one's own has no ``state``.
+        """
+        state = {
+            **nest("made_for", self._identity()), **nest("window", self.window.state()),
+            **nest("noise", stateful(self.noise, "noise").state()),
+            "embedding": self._embedding.cpu().clone(), "next_frame": self.next_frame, "chunks": self.chunks,
+            "cut": self._cut,
+        }  # fmt: skip
+        if self.decode is not None:
+            held = stateful(self.decode, "decoder").state()
+            state |= nest("decoder", {name: tensor.cpu().clone() for name, tensor in held.items()})
+        if self._recent is not None:
+            state["recent"] = self._recent.cpu().clone()
+        return state
+
+    @without_gradients
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from a ``state``, bit for bit on the same device, backend and weights.
+
+        The session must have been begun as the other was: with an equal model, preset, size, seed and length. Its
+        prompt may be any; that of the state is followed.
+
+        Raises:
+            ValueError: The state is of another session; the message names what differs.
+            TypeError: A noise or a decoder of one's own has no ``restore``.
+        """
+        require_same("session", self._identity(), within("made_for", state))
+        noise = stateful(self.noise, "noise")
+        decoder = None if self.decode is None else stateful(self.decode, "decoder")
+        noise.restore(within("noise", state))
+        self.window.restore(within("window", state))
+        if decoder is not None:
+            decoder.restore(within("decoder", state))
+        device = self.engine.model.device
+        self._embedding = state["embedding"].to(device)
+        self.text = self.engine.encode(self._embedding)
+        self._recent = state["recent"].to(device) if "recent" in state else None
+        self.next_frame, self.chunks, self._cut = state["next_frame"], state["chunks"], state["cut"]
+
+    def _identity(self) -> State:
+        """What a state must have been made with, for this session to continue from it."""
+        engine, named = self.engine, lambda thing: None if thing is None else type(thing).__name__
+        loop = {"chunk": engine.chunk, "first_chunk": self.first_chunk, "size": self.size, "frames": self.target}
+        return plain({
+            **nest("model", engine.model.config.to_dict()), **nest("preset", self.preset.describe()),
+            **nest("schedule", asdict(engine.schedule)), **loop, "batch": self.batch,
+            "noise": named(self.noise), "decoder": named(self.decode),
+        })  # fmt: skip
+
+    def _prepare(self, frames: Sequence[int], cut: bool = False) -> PagedMemory:
+        """What the passes over these frames attend through: frames evicted, pages allocated, positions planned."""
+        return self.window.prepare(frames[0], len(frames), cut=cut)
+
+    @torch.inference_mode()
+    def _predict(self, z: Tensor, timestep: float, memory: PagedMemory) -> Tensor:
+        """The model's prediction for noisy latents."""
+        prediction = self.engine.model(z, self._timesteps(z, timestep), self.text, memory)
+        assert prediction is not None, "only a pass for keys and values alone predicts nothing"
+        return prediction
+
+    @torch.inference_mode()
+    def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
+        """The clean pass: afterwards the pages hold keys and values of clean latents."""
+        timesteps = self._timesteps(clean, self.engine.schedule.context_timestep)
+        self.engine.model(clean, timesteps, self.text, memory, keys_only=True)
+
+    def _timesteps(self, z: Tensor, timestep: float) -> Tensor:
+        return torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)
+
+    def _finish(self, clean: Tensor, frames: Sequence[int], memory: PagedMemory) -> None:
+        """The clean pass, and the bookkeeping after a chunk."""
+        self._fill(clean, memory)
+        self.next_frame = frames[-1] + 1
+        if recent := self.window.recent:
+            past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)
+            self._recent = past[:, -recent:].clone()

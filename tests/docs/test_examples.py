@@ -1,0 +1,67 @@
+"""Every file of flexkern/docs/examples does what it says."""
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+import flexkern.cli
+from flexkern.engine import Session
+
+av = pytest.importorskip("av")
+pytest.importorskip("tyro")
+
+EXAMPLES = Path(__file__).parent.parent.parent / "flexkern" / "docs" / "examples"
+
+
+def run_script(name: str, monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def count_pictures(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return sum(1 for _ in container.decode(video=0))
+
+
+def test_no_example_is_untried():
+    tried = {"own_preset.py", "prompts.txt", "prompts_over_time.yaml", "render_loop.py"}
+    assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tried
+
+
+def test_the_loop_writes_its_video_and_follows_the_second_prompt(tmp_path, monkeypatch, capsys):
+    follow, asked = Session.switch, []
+    monkeypatch.setattr(Session, "switch", lambda self, prompt: asked.append(prompt) or follow(self, prompt))
+    run_script("render_loop.py", monkeypatch, "--frames", "9", "--out", str(tmp_path / "loop.mp4"))
+    assert "9 pictures of 288x288" in capsys.readouterr().out
+    assert count_pictures(tmp_path / "loop.mp4") == 9
+    assert [prompt.split()[1] for prompt in asked] == ["yellow"]
+
+
+def test_the_preset_slows_fewer_bands(monkeypatch, capsys):
+    run_script("own_preset.py", monkeypatch)
+    first, second = (line.split(":")[1].split() for line in capsys.readouterr().out.splitlines() if "bands" in line)
+    assert len(first) == len(second) == 22
+    assert first[0] == second[0] == "1.00"
+    assert sum(map(float, first)) < sum(map(float, second))
+
+
+def test_every_prompt_is_rendered_to_a_video_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ["--data_path", str(EXAMPLES / "prompts.txt"), "--output_folder", "videos"]
+    assert flexkern.cli.main(["render", *options, "--frames", "3", "--no-progress"]) == 0
+    assert [count_pictures(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [3, 3]
+
+
+def test_the_prompts_over_time_are_followed_to_the_last(tmp_path, monkeypatch):
+    follow, asked = Session.switch, []
+    monkeypatch.setattr(Session, "switch", lambda self, prompt: asked.append(prompt) or follow(self, prompt))
+    text = (EXAMPLES / "prompts_over_time.yaml").read_text()
+    assert "{at: 5," in text and "{at: 10," in text
+    path = tmp_path / "sooner.yaml"
+    path.write_text(text.replace("{at: 5,", "{at: 0.1,").replace("{at: 10,", "{at: 0.3,"))
+    options = ["--prompts", str(path), "--frames", "9", "--no-progress", "--out", str(tmp_path / "out.mp4")]
+    assert flexkern.cli.main(["render", *options]) == 0
+    assert count_pictures(tmp_path / "out.mp4") == 9
+    assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]

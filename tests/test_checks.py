@@ -1,0 +1,41 @@
+"""The one rule for the fields of frozen dataclasses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from flexkern.checks import check_fields
+
+
+@dataclass(frozen=True, kw_only=True)
+class Example:
+    size: tuple[int, int] = (4, 6)
+    names: tuple[str, ...] = ()
+    values: Mapping[str, object] | None = None
+    path: Path | None = None
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"names": ("a", "b", "c")}, {"values": {}}, {"path": Path("x"), "size": (1, 2)}]
+)
+def test_what_the_annotation_says_passes(fields):
+    check_fields(Example(**fields))
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"size": (4,)}, r"Example.size must be a tuple of 2 \(an int each\), got \(4,\)"),
+        ({"size": (4, 6, 8)}, "tuple of 2"),
+        ({"size": (4, 6.5)}, "tuple of 2"),
+        ({"size": [4, 6]}, "tuple of 2"),
+        ({"names": ("a", 1)}, r"Example.names must be a tuple \(a str each\)"),
+        ({"values": [("a", 1)]}, "Example.values must be a Mapping or None"),
+        ({"path": "x"}, "Example.path must be a Path or None, got 'x'"),
+    ],
+)
+def test_what_it_does_not_say_is_refused(fields, words):
+    with pytest.raises(TypeError, match=words):
+        check_fields(Example(**fields))
