@@ -24,6 +24,7 @@ from flexkern.model.schedule import Schedule
 from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise
 from flexkern.policies import Preset
+from flexkern.policies.position import HORIZON
 from flexkern.session import Prompt, Session
 
 
@@ -41,20 +42,22 @@ class Engine:
         size: Height and width of a latent frame, for sessions that do not name one.
         first_chunk: Latent frames of the first chunk, where it differs (1 for models trained with
             ``independent_first_frame``), for sessions that do not name it.
+        horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
 
     Raises:
-        ValueError: The chunk is empty, or the backend cannot run on the model's device.
+        ValueError: The chunk or the horizon is empty, or the backend cannot run on the model's device.
     """
 
     def __init__(
         self, model: VideoModel, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
-        first_chunk: int | None = None,
+        first_chunk: int | None = None, horizon: int = HORIZON,
     ):  # fmt: skip
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
-        self.model, self.chunk, self.size = model, chunk, size
+        for name, value in (("chunk", chunk), ("horizon", horizon)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1 frame, got {value}")
+        self.model, self.chunk, self.size, self.horizon = model, chunk, size, horizon
         self.first_chunk = first_chunk or chunk
         self.schedule = schedule or Schedule()
         self.backend, self.backend_name = get_backend(backend, model.device), backend
@@ -183,6 +186,7 @@ class Engine:
             chunk=family.chunk,
             first_chunk=family.first_chunk,
             size=family.size,
+            horizon=family.horizon,
             text_encoder=text_encoder or loaded.text_encoder,
             encoder=encoder or encode,
             decoder=decoder or loaded.decoder,

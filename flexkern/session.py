@@ -53,6 +53,7 @@ class Loop(Protocol):
     schedule: Schedule
     chunk: int
     first_chunk: int
+    horizon: int
     size: tuple[int, int]
     encoder: Encoder | None
     decoder: Callable[[], Decoder] | None
@@ -82,12 +83,13 @@ class Session:
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
         bands, heads = band_split(config.head_dim)[0], config.num_heads
-        self.preset.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
+        chosen = self.preset.for_horizon(engine.horizon)
+        chosen.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
         self._embedding = engine.embed(prompt)
         self.text = engine.encode(self._embedding)
         self.batch = self.text[0][0].shape[0]
         self.window = CacheWindow(
-            self.preset, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
+            chosen, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
             eps=config.eps, dtype=model.dtype, device=model.device, batch=self.batch, rows=rows, columns=columns,
             target=frames,
         )  # fmt: skip
@@ -254,7 +256,7 @@ class Session:
         engine, named = self.engine, lambda thing: None if thing is None else type(thing).__name__
         loop = {"chunk": engine.chunk, "first_chunk": self.first_chunk, "size": self.size, "frames": self.target}
         return plain({
-            **nest("model", engine.model.config.to_dict()), **nest("preset", self.preset.describe()),
+            **nest("model", engine.model.config.to_dict()), **nest("preset", self.window.preset.describe()),
             **nest("schedule", asdict(engine.schedule)), **loop, "batch": self.batch,
             "noise": named(self.noise), "decoder": named(self.decode),
         })  # fmt: skip
