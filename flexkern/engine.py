@@ -21,6 +21,7 @@ from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, vali
 from flexkern.model.families import Family
 from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
+from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise
 from flexkern.policies import Preset
 from flexkern.session import Prompt, Session
@@ -187,7 +188,7 @@ class Engine:
             decoder=decoder or loaded.decoder,
         )
 
-    @torch.inference_mode()
+    @without_gradients
     def embed(self, prompt: Prompt) -> Tensor:
         """The text encoder's output [B, L, text_dim] for a prompt; a tensor is returned as it is.
 
@@ -201,7 +202,7 @@ class Engine:
             raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
         if not prompts:
             raise ValueError("prompt must be a string or at least one, got none")
-        return self.text_encoder(prompts)
+        return ordinary(self.text_encoder(prompts))
 
     @torch.inference_mode()
     def encode(self, prompt: Prompt) -> Sequence[tuple[Tensor, ...]]:

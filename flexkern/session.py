@@ -20,6 +20,7 @@ from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import Decoder, Encoder, VideoModel
 from flexkern.model.schedule import Schedule
+from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise, PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -91,7 +92,7 @@ class Session:
             target=frames,
         )  # fmt: skip
         shape = (config.out_dim, *self.size)
-        self.noise: Noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
+        self.noise: Noise = noise or PolicyNoise(self.window.preset.noise, seed, self.batch, shape, frames)
         self.decode: Decoder | None = engine.decoder() if engine.decoder else None
         self.next_frame = 0
         self.chunks = 0
@@ -113,7 +114,7 @@ class Session:
         while self.target is None or self.next_frame < self.target:
             yield self.step()
 
-    @torch.inference_mode()
+    @without_gradients
     def step(self) -> Chunk:
         """Denoise the next chunk and leave its clean keys and values in the cache."""
         first = self.next_frame == 0
@@ -128,14 +129,15 @@ class Session:
             if i + 1 < len(timesteps):
                 noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
                 z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
+        clean = ordinary(clean)
         self._finish(clean, frames, memory)
-        pixels = self.decode(clean) if self.decode else None
+        pixels = ordinary(self.decode(clean)) if self.decode else None
         chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)
         self.chunks += 1
         self._cut = False
         return chunk
 
-    @torch.inference_mode()
+    @without_gradients
     def prefill(self, given: Tensor) -> Chunk:
         """Continue from given clean latents, or from pictures, which go through the engine's encoder.
 
@@ -168,14 +170,14 @@ class Session:
                 f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
                 f"{self.first_chunk}), got {latents.shape[1]} frames"
             )
-        latents, first = latents.to(self.engine.model.device), self.next_frame
+        latents, first = ordinary(latents.to(self.engine.model.device)), self.next_frame
         for block in latents.split(sizes, dim=1):
             frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
             self._finish(block, frames, self._prepare(frames))
-        pixels = self.decode(latents) if self.decode else None
+        pixels = ordinary(self.decode(latents)) if self.decode else None
         return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
 
-    @torch.inference_mode()
+    @without_gradients
     def switch(self, prompt: Prompt) -> None:
         """Follow another prompt from the next chunk on; the preset's ``switch`` policy decides what the cache keeps.
 
@@ -201,7 +203,7 @@ class Session:
             raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
         self._cut = True
 
-    @torch.inference_mode()
+    @without_gradients
     def state(self) -> State:
         """All that later chunks depend on, copied: cache, noise, decoder, prompt and counters.
 
@@ -223,7 +225,7 @@ class Session:
             state["recent"] = self._recent.cpu().clone()
         return state
 
-    @torch.inference_mode()
+    @without_gradients
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``, bit for bit on the same device, backend and weights.
 
@@ -261,12 +263,14 @@ class Session:
         """What the passes over these frames attend through: frames evicted, pages allocated, positions planned."""
         return self.window.prepare(frames[0], len(frames), cut=cut)
 
+    @torch.inference_mode()
     def _predict(self, z: Tensor, timestep: float, memory: PagedMemory) -> Tensor:
         """The model's prediction for noisy latents."""
         prediction = self.engine.model(z, self._timesteps(z, timestep), self.text, memory)
         assert prediction is not None, "only a pass for keys and values alone predicts nothing"
         return prediction
 
+    @torch.inference_mode()
     def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
         """The clean pass: afterwards the pages hold keys and values of clean latents."""
         timesteps = self._timesteps(clean, self.engine.schedule.context_timestep)
@@ -279,6 +283,6 @@ class Session:
         """The clean pass, and the bookkeeping after a chunk."""
         self._fill(clean, memory)
         self.next_frame = frames[-1] + 1
-        if self.preset.switch.kind == "recache":
+        if recent := self.window.recent:
             past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)
-            self._recent = past[:, -self.preset.switch.recent :].clone()
+            self._recent = past[:, -recent:].clone()

@@ -1,4 +1,5 @@
 import os
+import re
 
 import pytest
 import torch
@@ -8,11 +9,54 @@ if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any `import triton`
 torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; more threads only contend
 
+PORTABLE, HOPPER = (3, 4), (3, 6)  # the first Triton with triton.knobs, and with Gluon's warpgroup_mma
+TRITON = {  # test files that import kernels, and what these need
+    "bench/test_bench.py": PORTABLE,
+    "kernels/test_compile.py": HOPPER,
+    "kernels/test_frame_attention.py": PORTABLE,
+    "kernels/test_frame_attention_hopper.py": HOPPER,
+    "kernels/test_gate_residual.py": PORTABLE,
+    "kernels/test_modulate.py": PORTABLE,
+    "kernels/test_norm_rope_write.py": PORTABLE,
+    "kernels/test_rms_norm.py": PORTABLE,
+}
+
+
+def lacks_triton(needed):
+    """Why tests that need this version of Triton are skipped, None where they run."""
+    try:
+        from triton import __version__ as found
+    except ImportError as error:
+        found, version = f"none ({error})", ()
+    else:
+        version = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
+    wanted = ".".join(map(str, needed))
+    return None if version >= needed else f"needs Triton >= {wanted}, found {found}"
+
+
+class Skipped(pytest.Module):
+    """A test file that is not imported."""
+
+    def collect(self):
+        pytest.skip(lacks_triton(TRITON[self.name_in_tests]), allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    name = "/".join(module_path.parts[-2:])
+    if name in TRITON and lacks_triton(TRITON[name]):
+        skipped = Skipped.from_parent(parent, path=module_path)
+        skipped.name_in_tests = name
+        return skipped
+    return None
+
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        marker = item.get_closest_marker("triton")
+        if marker and (why := lacks_triton(marker.args)):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture

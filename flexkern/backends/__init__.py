@@ -1,5 +1,6 @@
 """Attention backends by name. Each is a module that satisfies ``Backend``; there is no silent fallback to another."""
 
+import re
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, cast
@@ -46,6 +47,7 @@ BACKENDS = {
     "xformers": "gather the pages, turn them, xformers.ops.memory_efficient_attention; needs a CUDA GPU",
     "reference": "the oracle: loops over frames, for checking, not for speed",
 }
+TRITON = 3, 4  # the first Triton with triton.knobs and triton.tools.tensor_descriptor
 ON_CUDA = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers"}  # and the package each one needs
 
 
@@ -57,6 +59,8 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
         return None
     if find_spec(ON_CUDA[name]) is None:
         return f"the package {name} is not installed"
+    if name == "triton" and (lacking := unfit_triton()):
+        return lacking
     if name == "triton" and runs_in_interpreter():
         return None
     if not torch.cuda.is_available():
@@ -67,8 +71,20 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
     return None
 
 
+def unfit_triton() -> str | None:
+    """Why the installed Triton cannot run the kernels; None where it can."""
+    try:
+        from triton import __version__ as version
+    except Exception as error:  # whatever a broken installation raises, other backends still run
+        return f"Triton cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if found < TRITON:
+        return f"it needs Triton >= {'.'.join(map(str, TRITON))} (torch 2.8), and Triton {version} is installed"
+    return None
+
+
 def runs_in_interpreter() -> bool:
-    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1); ``unfit_triton`` comes first."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)
