@@ -94,7 +94,7 @@ class LatentsFile:
             return
         with uninterrupted():
             try:
-                self._append((dtype, shape), len(rows), memoryview(rows.view(torch.uint8).numpy()).cast("B"))
+                self._append((dtype, shape), len(rows), rows.view(torch.uint8).numpy().reshape(-1).data)
             except OSError as error:
                 raise self._target.named(error) from None
 

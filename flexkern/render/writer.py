@@ -58,8 +58,8 @@ def exact_rate(fps: float | Fraction) -> int | Fraction:
     """
     if not isinstance(fps, Real) or isinstance(fps, bool) or fps != fps:
         raise ValueError(f"fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001, got {fps!r}")
-    if not 1 <= fps <= FASTEST:
-        raise ValueError(f"fps must be at least 1 and at most {FASTEST}, got {fps}")
+    if fps < 1 or fps > FASTEST:
+        raise ValueError(f"fps must be at {'least 1' if fps < 1 else f'most {FASTEST}'}, got {fps}")
     if isinstance(fps, Rational):
         rate = Fraction(int(fps.numerator), int(fps.denominator))
     else:
@@ -265,7 +265,7 @@ class VideoWriter:
             try:
                 stream.close()
             except BaseException as error:
-                self.pictures = _playable(self._target.unfinished)
+                self.pictures = _cut_to_whole(self._target.file)
                 self._target.commit() if self.pictures else self._target.discard()
                 raise self._target.named(error) if isinstance(error, OSError) else error from None
             self._target.commit()
@@ -281,13 +281,18 @@ class VideoWriter:
                 raise
 
 
-def _playable(path: Path) -> int:
-    """How many pictures of a file, which may have been cut short, can be read."""
-    av, count = _av(), 0
-    try:
-        with path.open("rb") as file, av.open(file) as video:
-            for packet in video.demux(video=0):
-                count += packet.size > 0 and not packet.is_corrupt
-    except (av.FFmpegError, IndexError):
-        pass
-    return count
+def _cut_to_whole(file: io.RawIOBase) -> int:
+    """Cut a file that could not be finished after its last whole group of pictures. Returns how many it then has."""
+    whole, size, at = 0, file.seek(0, io.SEEK_END), 0
+    while at + 16 <= size:  # ISO base media: boxes, each of 4 bytes of length, 4 of name
+        file.seek(at)
+        head = file.read(16) or b""
+        length = int.from_bytes(head[:4], "big")
+        at += int.from_bytes(head[8:], "big") if length == 1 else length or size
+        whole = at if head[4:8] == b"mdat" and at <= size else whole
+    file.truncate(whole)
+    file.seek(0)
+    if not whole:
+        return 0
+    with _av().open(file) as video:
+        return sum(packet.size > 0 for packet in video.demux(video=0))
