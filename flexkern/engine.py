@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from flexkern.backends import get_backend
+from flexkern.finite import NotFiniteError, all_finite, validate_finite
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
 from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
@@ -214,8 +215,16 @@ class Engine:
 
         Raises:
             ValueError: As ``embed``, or the embedding does not fit the model.
+            NotFiniteError: The embedding, or what the model makes of it, is not finite.
         """
-        return self.model.text_keys(self.embed(prompt).to(self.model.device), self.backend)
+        embedding = self.embed(prompt).to(self.model.device)
+        validate_finite(f"the embedding of {prompt!r:.80}" if isinstance(prompt, str) else "the embedding", embedding)
+        text = self.model.text_keys(embedding, self.backend)
+        if not all_finite(*(tensor for layer in text for tensor in layer)):
+            layer = next(index for index, tensors in enumerate(text) if not all_finite(*tensors))
+            what = "what the model reads of the prompt"
+            raise NotFiniteError(what, text[0][0].dtype, began=f"it began in layer {layer}", layer=f"blocks.{layer}")
+        return text
 
     def session(
         self, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0, frames: int | None = None,
