@@ -9,9 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-if not hasattr(triton, "knobs"):
-    raise ImportError(f"the kernels need Triton >= 3.4 (torch 2.8), and Triton {triton.__version__} is installed")
-
 LOG2_E = tl.constexpr(1.4426950408889634)  # log2(e): exponents of 2 in place of exponents of e
 LN_2 = tl.constexpr(0.6931471805599453)
 # the interpreter keeps bfloat16 as bit patterns and would multiply those: there, operands are widened first

@@ -1,15 +1,15 @@
 import os
-import re
 
 import pytest
 import torch
+
+from flexkern.kernels import HOPPER, PORTABLE, lacking
 
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any `import triton`
 torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; more threads only contend
 
-PORTABLE, HOPPER = (3, 4), (3, 6)  # the first Triton with triton.knobs, and with Gluon's warpgroup_mma
 TRITON = {  # test files that import kernels, and what these need
     "bench/test_bench.py": PORTABLE,
     "kernels/test_compile.py": HOPPER,
@@ -25,13 +25,10 @@ TRITON = {  # test files that import kernels, and what these need
 def lacks_triton(needed):
     """Why tests that need this version of Triton are skipped, None where they run."""
     try:
-        from triton import __version__ as found
+        what = lacking(needed)
     except ImportError as error:
-        found, version = f"none ({error})", ()
-    else:
-        version = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
-    wanted = ".".join(map(str, needed))
-    return None if version >= needed else f"needs Triton >= {wanted}, found {found}"
+        return f"needs Triton >= {needed[0]}.{needed[1]}, and {error}"
+    return what and f"needs {what}"
 
 
 class Skipped(pytest.Module):

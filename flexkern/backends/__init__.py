@@ -1,6 +1,5 @@
 """Attention backends by name. Each is a module that satisfies ``Backend``; there is no silent fallback to another."""
 
-import re
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Protocol, cast
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor
 
+from flexkern.kernels import lacking
 from flexkern.plan import ChunkPlan
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ BACKENDS = {
     "xformers": "gather the pages, turn them, xformers.ops.memory_efficient_attention; needs a CUDA GPU",
     "reference": "the oracle: loops over frames, for checking, not for speed",
 }
-TRITON = 3, 4  # the first Triton with triton.knobs and triton.tools.tensor_descriptor
 ON_CUDA = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers"}  # and the package each one needs
 
 
@@ -74,13 +73,10 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
 def unfit_triton() -> str | None:
     """Why the installed Triton cannot run the kernels; None where it can."""
     try:
-        from triton import __version__ as version
+        what = lacking()
     except Exception as error:  # whatever a broken installation raises, other backends still run
         return f"Triton cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
-    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-    if found < TRITON:
-        return f"it needs Triton >= {'.'.join(map(str, TRITON))} (torch 2.8), and Triton {version} is installed"
-    return None
+    return what and f"it needs {what}"
 
 
 def runs_in_interpreter() -> bool:

@@ -5,6 +5,7 @@ Checks go from cheap to dear, and torch is loaded in between, so that most mista
 
 import math
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from flexkern.checks import did_you_mean
-from flexkern.cli.errors import note, refusing, translated
+from flexkern.cli.errors import note, refuse, refusing, translated
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
 from flexkern.cli.research import Research, read_prompts, read_research
 from flexkern.policies import Preset, get_preset
@@ -122,20 +123,23 @@ class Render:
         with refusing(*bad):
             self.model = chosen_model(self.model, self.config_path, self.weights)
             orders, engine, family = self.begin()
-            from flexkern.render import prepare
+            from flexkern.finite import NotFiniteError
+            from flexkern.render import prepare, stoppable
 
             job = prepare(orders[0], engine, family)
         for number, order in enumerate(orders):
             if number:
                 with refusing(*bad):
                     job = prepare(order, engine, family)
-            with refusing(OSError, status=1):  # a full disk
-                finished = job.run(progress=self.progress)
+            try:
+                with stoppable() as signals:
+                    finished = job.run(progress=self.progress)
+            except (OSError, NotFiniteError) as error:  # a full disk, weights that overflow
+                refuse(f"{error}; {job.kept}", status=1)
             made = job.writer.pictures
             if not finished:
-                kept = f"{order.target} holds the first {made}" if made else "nothing was written"
-                note(f"interrupted: {kept} of {order.pictures} pictures")
-                return 130
+                note(f"interrupted: {job.kept}")
+                return 128 + (signals[0] if signals else signal.SIGINT)
             length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
             print(f"{order.target}: {length if self.latents is None else f'{family.frames(made)} latent frames'}")
             del job  # one cache at a time
@@ -153,7 +157,7 @@ class Render:
         import torch
 
         from flexkern.pipeline import validate_device
-        from flexkern.render import Order
+        from flexkern.render import Order, validate_encoder
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         validate_device(device, "--device")
@@ -175,6 +179,8 @@ class Render:
             )
             for video in videos
         )
+        if self.latents is None:
+            validate_encoder(*reversed(family.picture_size), family.fps)
         if is_family(self.model):
             engine = self.open_checkpoint(orders, family, device)
         else:

@@ -11,7 +11,8 @@ from flexkern.render.script import (
     validate_script,
     validate_switches,
 )
-from flexkern.render.writer import VideoWriter, validate_target
+from flexkern.render.signals import stoppable
+from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
     "Job",
@@ -24,7 +25,9 @@ __all__ = [
     "read_script",
     "render",
     "run",
+    "stoppable",
     "validate_cuts",
+    "validate_encoder",
     "validate_latents_target",
     "validate_script",
     "validate_switches",

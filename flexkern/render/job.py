@@ -31,6 +31,13 @@ class Job:
     start: "Chunk | None"
     """what the session was begun with, where there is an image"""
 
+    @property
+    def kept(self) -> str:
+        """What of the video is on disk, in words."""
+        made = self.writer.pictures
+        kept = f"{self.order.target} holds the first {made}" if made else "nothing was written"
+        return f"{kept} of {self.order.pictures} pictures"
+
     def run(self, *, progress: bool = True) -> bool:
         """Write the video and close its file, however that ends.
 
@@ -41,7 +48,8 @@ class Job:
             True, or False where Ctrl-C came first; the file then holds what was made.
 
         Raises:
-            OSError: The file cannot be written to its end.
+            OSError: The file cannot be written to its end; ``kept`` says what it holds.
+            NotFiniteError: A chunk is not finite; the file holds those before it.
         """
         with self.writer:
             return render(
@@ -124,6 +132,10 @@ def render(
 
     Returns:
         True, or False where Ctrl-C came first.
+
+    Raises:
+        OSError: The file has no room.
+        NotFiniteError: A chunk is not finite; it is not written.
     """
     made, waiting = 0, list(script)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
@@ -143,6 +155,7 @@ def render(
                         session.cut()
                     waiting = waiting[len(due) :]
                 chunk = session.step()
+                session.validate_chunks()  # the pictures are about to be waited for
                 new = _write(writer, chunk, pictures - made)
                 made += new
                 bar.set_description_str(f"chunk {chunk.index + 1}", refresh=False)
@@ -160,5 +173,5 @@ def _write(writer: VideoWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
     elif chunk.pixels is None:
         raise ValueError("the session's engine has no decoder: write its latents to a LatentsFile")
     else:
-        writer.write(chunk.pixels[0, :most].cpu().numpy())
+        writer.write(chunk.pixels[0, :most])
     return min(most, writer.pictures - before)

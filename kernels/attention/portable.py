@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import HOPPER, require_triton
 from ..common import INTERPRETED, LOG2_E, cast
 from .launch import prepare_launch, store_item, validate_inputs
 from .tiles import Config, arch_of, frame_attention_config
@@ -195,6 +196,7 @@ def frame_attention(
     tokens, heads, dim = query.shape[2:]
     config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
     if config.path == "hopper":
+        require_triton(HOPPER, by="path 'hopper' needs")
         from .hopper import frame_attention_hopper  # Gluon, which only this path needs
 
         return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, variant=config.variant)

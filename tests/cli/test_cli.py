@@ -110,7 +110,7 @@ def test_pictures_reach_the_file_while_it_is_rendered(flexkern_, monkeypatch):
 
     def watched(session):
         if session.chunks == 16:
-            seen["early"] = pictures_in("video.mp4")
+            seen["early"] = pictures_in("video.unfinished.mp4")
         return step(session)
 
     monkeypatch.setattr(Session, "step", watched)
@@ -307,7 +307,7 @@ def test_a_signal_from_outside_leaves_a_playable_file(tmp_path, tiny):
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         give_up = time.time() + 120
         while time.time() < give_up and process.poll() is None:
-            if (tmp_path / "video.mp4").exists() and (tmp_path / "video.mp4").stat().st_size > 20_000:
+            if (growing := tmp_path / "video.unfinished.mp4").exists() and growing.stat().st_size > 20_000:
                 break
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)

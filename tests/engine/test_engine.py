@@ -137,6 +137,21 @@ def test_scale_one_is_the_base_preset_bit_for_bit(engine):
     assert not torch.equal(make("flex", {"noise.kind": "iid", "position.scale": 2}), expected)
 
 
+def test_the_horizon_of_the_model_is_that_of_its_videos(model):
+    """Where the preset does not say one itself, in positions and in noise alike."""
+    make = lambda horizon, **more: drive(
+        Engine(model, size=SIZE, horizon=horizon).session(
+            prompt_of(1), preset=get_preset("flex", {"noise.kind": "freenoise", **more})
+        ),
+        4,
+    )
+    follows, says = make(5), make(21, **{"position.train_len": 5})
+    assert torch.equal(follows, says) and not torch.equal(follows, make(21))
+    assert torch.equal(make(240, **{"position.train_len": 5}), says)
+    with pytest.raises(ValueError, match="horizon must be at least 1 frame, got 0"):
+        Engine(model, horizon=0)
+
+
 def test_absolute_and_slot_positions_agree_until_the_window_fills(engine):
     absolute, slot = (drive(engine.session(prompt_of(1), preset=name), 6) for name in ("longlive", "longlive-infinite"))
     assert torch.equal(absolute[:, :12], slot[:, :12])
