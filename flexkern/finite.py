@@ -34,8 +34,8 @@ class NotFiniteError(ValueError):
         self.what, self.dtype, self.chunk, self.step, self.layer = what, dtype, chunk, step, layer
         advice = advice or (OVERFLOWS if dtype == torch.float16 else DAMAGED)
         name = str(dtype).removeprefix("torch.")
-        plural = "are" if what.split(" of ")[0].endswith("s") else "is"
-        super().__init__(f"{what} {plural} not finite in {name}{f': {began}' if began else ''}; {advice}")
+        verb = "are" if what.split(" of ")[0].endswith(("latents", "pictures")) else "is"
+        super().__init__(f"{what} {verb} not finite in {name}{f': {began}' if began else ''}; {advice}")
 
 
 def all_finite(*tensors: Tensor) -> Tensor:

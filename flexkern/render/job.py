@@ -11,7 +11,7 @@ from flexkern.checks import require
 from flexkern.render.latents import LatentsFile
 from flexkern.render.order import Order
 from flexkern.render.script import PromptSwitch, validate_switches
-from flexkern.render.writer import VideoWriter
+from flexkern.render.writer import VideoWriter, validate_encoder
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
     from flexkern.engine import Engine
@@ -78,6 +78,9 @@ def prepare(order: Order, engine: "Engine", family: "Family") -> Job:
 
     decodes = order.writes == "latents" or engine.decoder is not None
     require(decodes, "this engine has no decoder: an order for it must write latents")
+    order.validate_files()
+    if order.writes == "video":
+        validate_encoder(*reversed(family.picture_size), family.fps)
     first, *later = order.script
     frames = family.frames(order.pictures)
     session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
@@ -173,5 +176,5 @@ def _write(writer: VideoWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
     elif chunk.pixels is None:
         raise ValueError("the session's engine has no decoder: write its latents to a LatentsFile")
     else:
-        writer.write(chunk.pixels[0, :most])
+        writer.write(chunk.pixels[0, :most].cpu().numpy())
     return min(most, writer.pictures - before)

@@ -61,7 +61,7 @@ class LatentsFile:
         self._target = Target(path)
         self._form: tuple[str, list[int]] | None = None  # dtype, and shape of a frame
         self._header = 0  # length of the header
-        self._closed = False
+        self._begun = self._closed = False
 
     @property
     def pictures(self) -> int:
@@ -101,6 +101,7 @@ class LatentsFile:
     def _append(self, form: tuple[str, list[int]], frames: int, data: memoryview) -> None:
         if self._form is None:
             self._target.begin()
+            self._begun = True
             empty = self._described(form, 0, 0)
             self._header = -(-(len(empty) + DIGITS) // 8) * 8
             self._put(0, self._framed(empty))
@@ -139,7 +140,7 @@ class LatentsFile:
             self._closed = True
             if self.frames:
                 self._target.commit()
-            elif self._form is not None:
+            elif self._begun:
                 self._target.discard()
             else:
                 self._target.release()

@@ -11,6 +11,7 @@ Bytes: the index of the file, some 100 per picture, is all that grows in memory.
 
 import importlib
 import io
+import re
 import sys
 from fractions import Fraction
 from functools import lru_cache
@@ -107,7 +108,7 @@ def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf
 def _av() -> Any:
     """PyAV. Raises ImportError where it is not there, or is too old."""
     av = importlib.import_module("av")
-    if tuple(int(part) for part in av.__version__.split(".")[:2]) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise ImportError(f"writing video needs av {oldest} or newer, got {av.__version__}: pip install 'av>={oldest}'")
     return av
