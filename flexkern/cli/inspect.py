@@ -127,7 +127,7 @@ def use(path: Path, container: str) -> str:
     from flexkern.pipeline import Checkpoint, MissingPart, check
 
     model, others = chosen_model(path, container)
-    command = f"flexkern render --model {model} --weights {shlex.quote(str(path))} --prompt {shlex.quote(PROMPT)}"
+    command = f"flexkern render --weights {shlex.quote(str(path))} --prompt {shlex.quote(PROMPT)} --model {model}"
     checkpoint, lacks = Checkpoint(weights=path, family=model), list[str]()
     while True:
         prompts = () if "text encoder" in lacks else (PROMPT,)

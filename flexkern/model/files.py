@@ -167,8 +167,8 @@ def select_group(
     for name in (*groups, "flat") if flat else groups:
         if named.get(name):
             return name, named[name], tuple(other for other in named if other != name)
-    expected = " | ".join((*groups, "flat tensors") if flat else groups)
-    raise ValueError(f"{path} does not hold {expected}; it holds {', '.join(named) or 'no tensors'}")
+    known = [*groups[:3], *["..."] * (len(groups) > 3), *["flat tensors"] * flat]
+    raise ValueError(f"{path} does not hold {' | '.join(known)}; it holds {', '.join(named) or 'no tensors'}")
 
 
 def _groups_of(content: Mapping[Any, Any], groups: Sequence[str], heads: set[str]) -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = re.compile(r"(.+)\.(scale_weight|weight_scale)")
 UNUSED = re.compile(r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")  # markers, and scales of activations
+SPIECE = "spiece_model"  # the tensor of bytes that holds a tokenizer in ComfyUI's files
 SIGNS = {  # what only the tensors of a quantised form are called
     "svdq (nunchaku)": r".+\.(wscales|smooth_factor|smooth_factor_orig|proj_down|wcscales)",
     "nf4 or fp4 (bitsandbytes)": r".+\.(quant_map|nested_absmax|quant_state\.bitsandbytes__\w+|absmax)",
@@ -29,13 +30,19 @@ SUPPORTED = "supported: float32, bfloat16, float16, and float8 with a scale per 
 
 
 def refuse_quantized(state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Raises NotImplementedError that names the form of quantisation, where it is none that is read."""
+    """Raises for weights that are not floating point: NotImplementedError where their form is known by name.
+
+    ValueError: Names the tensor.
+    """
     found = form_of(state)
     integers = [key for key, tensor in state.items() if key.endswith("weight") and tensor.dtype == torch.int8]
     if found is None and integers and any(SCALES.fullmatch(key) for key in state):
         found = "int8 with scales", integers[0]
     if found is not None:
         raise NotImplementedError(f"{path} is quantised as {found[0]} ({found[1]}); {SUPPORTED}")
+    for key, tensor in state.items():
+        if not tensor.is_floating_point() and not UNUSED.fullmatch(key) and key != SPIECE:
+            raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point, not quantised weights")
 
 
 def form_of(names: Iterable[str]) -> tuple[str, str] | None:
@@ -48,17 +55,14 @@ def split_scales(state: Mapping[str, Tensor], where: str | Path) -> tuple[dict[s
     """The weights alone, and the scale of each that has one, by the weight's name.
 
     Raises:
-        ValueError: A scale is that of no tensor.
-        NotImplementedError: A weight is not floating point, or its scale is none per tensor or row.
+        ValueError: A scale is that of no tensor, or a weight is not floating point.
+        NotImplementedError: Weights are quantised otherwise.
     """
     refuse_quantized(state, where)
     weights = {key: tensor for key, tensor in state.items() if not UNUSED.fullmatch(key)}
     scales: dict[str, Tensor] = {}
     for key in [key for key in weights if SCALES.fullmatch(key)]:
         scales[SCALES.sub(r"\1.weight", key)] = weights.pop(key)
-    for key, tensor in weights.items():
-        if not tensor.is_floating_point():
-            raise ValueError(f"{where}: {key} is {tensor.dtype}; expected floating point, not quantised weights")
     for key, scale in scales.items():
         if key not in weights:
             raise ValueError(f"{where} holds a scale of {key}, and no such tensor")

@@ -19,6 +19,7 @@ from flexkern.model.embeddings import KnownPrompts, SavedEmbeddings, padded, sav
 from flexkern.model.files import find_files, read_tensor, some_of
 from flexkern.model.intact import raise_absent
 from flexkern.model.load import declared, fill, fitting, need, read_part
+from flexkern.model.quantized import SPIECE
 from flexkern.model.spiece import tokenizer_of
 
 __all__ = ["KnownPrompts", "SavedEmbeddings", "WanTextEncoder", "load_text_encoder", "save_embeddings"]
@@ -42,7 +43,6 @@ WAN_NAMES = {
 }
 TIES = {"encoder.embed_tokens.weight": "shared.weight"}
 UNSEEN = ("relative_attention_max_distance", "layer_norm_epsilon", "feed_forward_proj")  # what no shape shows
-SPIECE = "spiece_model"  # the tensor that holds a tokenizer in ComfyUI's files
 PURPOSE = "the text encoder"
 
 

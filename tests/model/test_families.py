@@ -130,7 +130,7 @@ def test_what_cannot_be_found_is_said(tmp_path):
         find_parts(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"lora.pt is not a VAE or tiny VAE: there is 1: lora.pt \(LoRA\)"):
         find_part(models / "lora.pt", ("VAE", "tiny VAE"))
-    with pytest.raises(FileNotFoundError, match="there is no VAE at"):
+    with pytest.raises(FileNotFoundError, match="no VAE at"):
         find_part(tmp_path / "nowhere", ("VAE",))
 
 
