@@ -108,8 +108,9 @@ def _hollow(slice_: Any) -> Tensor:
 def _read_pickle(file: Path, *, mapped: bool) -> dict[Any, Any]:
     """What torch.save wrote, read without running code of the file."""
     try:  # only the zip format can be mapped
-        with torch.serialization.safe_globals(_harmless(file, mapped=mapped)):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        with torch.serialization.safe_globals(_harmless(file, mapped=mapped)), file.open("rb") as stream:
+            named = mapped and file.suffix.lower() != ".safetensors"  # which torch takes at its word
+            content = torch.load(file if named else stream, map_location="cpu", weights_only=True, mmap=named)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
         found = re.search(r"(GLOBAL|Unsupported operand) \S+", str(error))
         reason = found[0] if found else re.split(r"\.\s|\n", str(error))[0] or "end of file"

@@ -41,14 +41,15 @@ def validate_form(file: Path) -> Form:
         start = stream.read(512)
         if file.suffix.lower() in PARTIAL:
             raise ValueError(f"{file} is a download that has not finished; {AGAIN}")
-        _refuse_other(file, start, size)
+        if _begins_safetensors(start):  # first, for the number that it begins with may look like anything else
+            _validate_safetensors(file, stream, size)
+            return "safetensors"
         if start.startswith(b"PK"):
             _validate_zip(file, stream, size)
             return "zip"
         if start.startswith(b"\x80"):
             return "pickle"
-        _validate_safetensors(file, stream, start, size)
-        return "safetensors"
+        _raise_other(file, start, size)
 
 
 def looks_like_weights(file: Path) -> bool:
@@ -90,7 +91,7 @@ def _command(repository: str, file: str = "") -> str:
     return f"hf download {repository}{only} --local-dir {repository.partition('/')[2]}"
 
 
-def _refuse_other(file: Path, start: bytes, size: int) -> None:
+def _raise_other(file: Path, start: bytes, size: int) -> NoReturn:
     """Raises for what is no container of torch or safetensors."""
     if not start:
         raise ValueError(f"{file} is empty; {AGAIN}")
@@ -110,18 +111,22 @@ def _refuse_other(file: Path, start: bytes, size: int) -> None:
     if not any(byte < 9 or 13 < byte < 32 or byte == 127 for byte in start):
         words = start[:60].decode("utf-8", "replace").strip()
         raise ValueError(f"{file} is a text of {size} bytes that begins {words!r}, not weights")
+    begins = start[:8].hex(" ")
+    raise ValueError(f"{file} is neither a safetensors file nor torch's: it begins with the bytes {begins}")
 
 
-def _validate_safetensors(file: Path, stream: BinaryIO, start: bytes, size: int) -> None:
-    """Raises ValueError where the file is none, or shorter than its header says."""
-    length = struct.unpack("<Q", start[:8].ljust(8, b"\0"))[0]
-    if len(start) < 9 or start[8:9] != b"{" or not 2 <= length <= MOST_HEADER:
-        begins = start[:8].hex(" ")
-        raise ValueError(f"{file} is neither a safetensors file nor torch's: it begins with the bytes {begins}")
+def _begins_safetensors(start: bytes) -> bool:
+    """Whether a file begins with the length of a header, and the header with a brace."""
+    return start[8:9] == b"{" and 2 <= struct.unpack("<Q", start[:8])[0] <= MOST_HEADER
+
+
+def _validate_safetensors(file: Path, stream: BinaryIO, size: int) -> None:
+    """Raises ValueError where the file is shorter than its header says."""
+    stream.seek(0)
+    length = struct.unpack("<Q", stream.read(8))[0]
     if size < 8 + length:
-        raise ValueError(
-            f"{file} is cut off within its header: at least {8 + length - size:,} bytes are missing; {AGAIN}"
-        )
+        missing = f"at least {8 + length - size:,} bytes are missing"
+        raise ValueError(f"{file} is cut off within its header: {missing}; {AGAIN}")
     stream.seek(8)
     try:
         header = json.loads(stream.read(length))
@@ -162,6 +167,9 @@ class Nothing:
 
     def __init__(self, *_: Any, **__: Any):
         pass
+
+    def __call__(self, *_: Any, **__: Any) -> "Nothing":
+        return self
 
     def __setstate__(self, state: Any) -> None:
         pass

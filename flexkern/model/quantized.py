@@ -47,7 +47,8 @@ def refuse_quantized(state: Mapping[str, Tensor], path: str | Path) -> None:
 
 def form_of(names: Iterable[str]) -> tuple[str, str] | None:
     """The form of quantisation that gives itself away by a tensor's name, and that name."""
-    matches = ((form, name) for name in names for form, sign in SIGNS.items() if re.fullmatch(sign, name))
+    names = list(names)
+    matches = ((form, name) for form, sign in SIGNS.items() for name in names if re.fullmatch(sign, name))
     return next(matches, None)
 
 

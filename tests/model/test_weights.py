@@ -2,9 +2,11 @@
 
 import json
 import os
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -40,6 +42,15 @@ def save_as(name, save=torch.save):
     return lambda build: lambda state, folder: (save(build(state), folder / name), folder / name)[1]
 
 
+def linked(state, folder):
+    """A link whose name tells nothing to a file that cannot be written to."""
+    file = folder / "with spaces (1).safetensors"
+    save_file(state, file)
+    file.chmod(0o444)
+    (folder / "a link").symlink_to(file.name)
+    return folder / "a link"
+
+
 pt, st = save_as("any name.pt"), save_as("any name.safetensors", save_file)
 old_format = save_as("old.ckpt", lambda state, file: torch.save(state, file, _use_new_zipfile_serialization=False))
 FSDP = "_fsdp_wrapped_module."
@@ -62,6 +73,30 @@ CONTAINERS = {
     "comfy, short": st(lambda s: prefixed(s, "diffusion_model.")),
     "compiled and checkpointed": save_as("x.pth")(lambda s: prefixed(s, "_orig_mod.", "_checkpoint_wrapped_module.")),
     "old torch format": old_format(dict),
+    "DDP": pt(lambda s: {"model": prefixed(s, "module.model.")}),
+    "DDP, compiled, flat": save_as("x.bin")(lambda s: prefixed(s, "module._orig_mod.")),
+    "lightning": save_as("epoch=3.ckpt")(lambda s: {"state_dict": prefixed(s, "model."), "epoch": 3, "loops": {}}),
+    "lightning, several": pt(
+        lambda s: {"state_dict": prefixed(s, "generator.model.") | prefixed(scrambled(s), "critic."), "callbacks": {}}
+    ),
+    "lightning, averaged": pt(lambda s: {"state_dict": prefixed(scrambled(s), "model.") | prefixed(s, "ema_model.")}),
+    "deepspeed": pt(lambda s: {"module": s, "optimizer": None, "global_steps": 7}),
+    "averaged": pt(lambda s: {"model": scrambled(s), "ema": s, "opt": {"state": {0: {"step": torch.ones(1)}}}}),
+    "averaged, two deep": pt(lambda s: {"net": scrambled(s), "ema": {"decay": 0.99, "shadow": prefixed(s, "module.")}}),
+    "torch's AveragedModel": pt(lambda s: {"n_averaged": torch.tensor(5)} | prefixed(s, "module.")),
+    "ema_pytorch": pt(
+        lambda s: prefixed(s, "ema_model.") | prefixed(scrambled(s), "online_model.") | {"step": torch.tensor([3])}
+    ),
+    "numbers of NumPy": pt(
+        lambda s: {"generator": s, "step": np.int64(5), "loss": np.float32(0.1), "state": np.random.get_state()[1]}
+    ),
+    "old numbers of NumPy": old_format(lambda s: {"generator": s, "loss": np.float64(0.1)}),
+    "arguments of the run": pt(lambda s: {"model": s, "args": Namespace(lr=0.1, out=Path("x"), names=["a"])}),
+    "upper case": save_as("WEIGHTS.SAFETENSORS", save_file)(dict),
+    "no suffix": save_as("9f8e7d", save_file)(dict),
+    "safetensors in a .pt": save_as("a.pt", save_file)(dict),
+    "zip in a .safetensors": save_as("a.safetensors")(dict),
+    "spaces, a link, read only": lambda s, p: linked(s, p),
     "bare": save_as("bare.bin")(dict),
 }
 
