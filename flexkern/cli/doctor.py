@@ -178,7 +178,7 @@ def told(extra: str, packages: dict[str, Found]) -> Iterator[str]:
 def examine_versions() -> Found:
     from flexkern.cli.requirements import unfit
 
-    return {"unfit": list(unfit())}
+    return {"unfit": [need.sentence for need in unfit()]}
 
 
 def tell_versions(found: Found) -> Iterator[str]:

@@ -29,7 +29,7 @@ def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
             refuse(str(error), status)
         refuse_unfit(error, status)
         raise
-    except (AttributeError, TypeError) as error:  # what calling an old version raises
+    except Exception as error:
         refuse_unfit(error, status)
         raise
 
@@ -73,10 +73,10 @@ def missing(module: str) -> str | None:
 
 
 def refuse_unfit(error: Exception, status: int) -> None:
-    """Refuse by naming the installed packages that are outside flexkern's bounds, where any is."""
-    from flexkern.cli.requirements import unfit
+    """Refuse where the error may be due to packages that are outside flexkern's bounds, by naming them."""
+    from flexkern.cli.requirements import comes_from, unfit
 
-    if sentences := "; ".join(unfit()):
+    if sentences := "; ".join(need.sentence for need in unfit() if comes_from(error, need)):
         refuse(f"{sentences} ({type(error).__name__}: {error})", status)
 
 

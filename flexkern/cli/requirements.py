@@ -3,6 +3,7 @@
 Read from the metadata of the installed package, so that pyproject.toml is the only place that names versions.
 """
 
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -34,6 +35,12 @@ class Need:
             return SpecifierSet(self.bounds).contains(Version(self.installed).base_version)
         except InvalidVersion:  # somebody's own build
             return True
+
+    @property
+    def sentence(self) -> str:
+        """What is installed and what is needed; of use where it does not fit."""
+        who, wanted = f"flexkern[{self.extra}]" if self.extra else "flexkern", f"{self.package}{self.bounds}"
+        return f'{self.package} {self.installed} is installed, {who} needs {wanted}: pip install "{wanted}"'
 
     @property
     def advice(self) -> str:
@@ -72,13 +79,19 @@ def need_of(module: str) -> Need | None:
     return next((need for need in needs() if need.package.lower().replace("_", "-") == package.replace("_", "-")), None)
 
 
-def unfit() -> Iterator[str]:
-    """One sentence for each package that is installed in a version outside the bounds."""
+def unfit() -> Iterator[Need]:
+    """Each package that is installed in a version outside the bounds, once."""
     told = set()
     for need in needs():
         if need.installed is None or need.extra in OF_DEVELOPERS or need.package in told or need.fits:
             continue
         told.add(need.package)
-        who = f"flexkern[{need.extra}]" if need.extra else "flexkern"
-        wanted = f"{need.package}{need.bounds}"
-        yield f'{need.package} {need.installed} is installed, {who} needs {wanted}: pip install "{wanted}"'
+        yield need
+
+
+def comes_from(error: BaseException, need: Need) -> bool:
+    """Whether an error may be due to that package: it is one of its own, passed through it, or is how calls misfit."""
+    modules = [type(error).__module__]
+    modules += [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    packages = {NAMES.get(module.partition(".")[0], module.partition(".")[0]) for module in modules}
+    return isinstance(error, (ImportError, AttributeError, TypeError)) or need.package in packages
