@@ -19,6 +19,8 @@ def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
     """Errors of these kinds, and a missing package of an extra, become one line and the exit status."""
     try:
         yield
+    except BrokenPipeError:  # of our own output, not the user's fault
+        raise
     except kinds as error:
         refuse(str(error), status)
     except ModuleNotFoundError as error:

@@ -190,7 +190,7 @@ REFUSED = {
         "--model wan.safetensors --weights wan.safetensors",
         "give --model FILE or --weights FILE, not both",
     ),
-    "negative seed": ("--seed -1", "seed must be a whole number >= 0, got -1"),
+    "negative seed": ("--seed -1", r"seed must be a whole number >= 0 and below 2\^64, got -1"),
     "no threads": ("--threads 0", "--threads must be at least 1, got 0"),
     "missing weights": ("--weights none.safetensors", "there are no weights at none.safetensors"),
     "missing model": (
