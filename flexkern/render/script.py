@@ -139,9 +139,9 @@ def validate_shown(script: Sequence[PromptSwitch], pictures: int, pace: Pace) ->
             length = f"{pictures} pictures, {pictures / pace.fps:g} seconds"
             raise ValueError(f"{never}: the video has {length}, and its last chunk begins at {begins:g}")
         if after is not None and pace.chunk_at(after.at) == chunk:
-            length = (pace.start(chunk + 1) - pace.start(chunk)) / pace.fps
+            takes = (pace.start(chunk + 1) - pace.start(chunk)) / pace.fps
             both = f"that at {after.at:g} begins with the same chunk"
-            raise ValueError(f"{never}: {both}; a chunk takes {length:g} seconds")
+            raise ValueError(f"{never}: {both}; a chunk takes {takes:g} seconds")
 
 
 def spread(

@@ -7,6 +7,7 @@ key twice; JSON and JSON lines are read as such.
 
 import codecs
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def parse_time(value: Any) -> float:
         return value
     for form in TIMES if isinstance(value, str) else ():
         if (found := form.fullmatch(value.strip().lower())) is not None:
-            seconds = sum(UNITS[unit] * float(count) for unit, count in found.groupdict(default="0").items())
+            seconds = math.fsum(UNITS[unit] * float(count) for unit, count in found.groupdict(default="0").items())
             return int(seconds) if seconds.is_integer() else seconds
     raise ValueError(f"at must be {EXAMPLES}, got {value!r}")
 
@@ -150,4 +151,4 @@ FORMS = {  # tag: what a plain word must look like, and how it may begin
 }
 for tag, (form, first) in FORMS.items():
     Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{form})$"), first)
-Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten
