@@ -35,6 +35,8 @@ class Render(Flags):
 
             for prompt in dict.fromkeys(prompt for order in orders for prompt in order.prompts):
                 engine.embed(prompt)  # one that the model cannot follow is told before the first video
+            if self.output_folder is not None:
+                self.output_folder.mkdir(parents=True, exist_ok=True)
             job = prepare(orders[0], engine, family)
         for number, order in enumerate(orders):
             if number:
@@ -95,8 +97,6 @@ class Render(Flags):
             engine = self.open_checkpoint(orders, family, device)
         else:
             engine = open_demo(weights, self.backend, device)
-        if self.output_folder is not None:
-            self.output_folder.mkdir(parents=True, exist_ok=True)
         return orders, engine, family
 
     def follow_research(self) -> Research | None:

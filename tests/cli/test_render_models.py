@@ -17,7 +17,6 @@ pytest.importorskip("transformers", reason='needs pip install "flexkern[model]"'
 import layouts
 
 import flexkern.render
-from flexkern.cli import main
 from flexkern.cli.policies import with_policies
 from flexkern.cli.render import Render
 from flexkern.model.families import FAMILIES
@@ -28,34 +27,6 @@ from flexkern.session import Session
 
 FIRST = ("self-forcing", "@self-forcing")
 SMALL = ("--size", "32x48", "--dtype", "float32", "--no-progress")
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    """A folder with every layout under the name of its family, and the embeddings of two prompts."""
-    root = tmp_path_factory.mktemp("disk")
-    for name, save in layouts.LAYOUTS.items():
-        save(root / name)
-    layouts.save_prompts(root / "prompts.safetensors")
-    torch.save(layouts.tiny_vae(), root / "vae.pth")
-    save_file(layouts.tiny_transformer(), root / "bare.safetensors")
-    Image.new("RGB", (64, 40), (200, 30, 30)).save(root / "red.png")
-    return root
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys, disk):
-    """Runs the command in a folder of its own beside the files of ``disk``: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            status = main([str(argument).replace("@", f"{disk}/") for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def tiny_render(command, model="self-forcing", weights="@self-forcing", *more):
