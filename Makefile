@@ -16,12 +16,11 @@ $(1) torch
 endef
 
 unexport PYTHONPATH
-# `python -m` puts the repository root on sys.path, where kernels/ would shadow Hugging Face's package
-demo train-demo: export PYTHONSAFEPATH := 1
 
-.PHONY: help test lint docs demo train-demo mutate compile
+.PHONY: help test lint docs demo train-demo mutate compile matrix matrix-floor matrix-kernels matrix-newest
 help:
 	@echo "make test | lint | docs | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
+	@echo "make matrix-floor | matrix-kernels | matrix-newest    the suite at other versions; make matrix runs all three"
 	@echo "make mutate | compile                          for a nightly run: break the kernels; compile them with Triton 3.6.0"
 
 # torch first and alone, at its pin, so that no other requirement chooses its build
@@ -65,3 +64,16 @@ compile:
 	$(OTHER_INSTALL) --constraint .ci/constraints.txt numpy setuptools
 	$(OTHER_INSTALL) --no-deps triton==$(TRITON)
 	$(OTHER)/bin/python tests/support/compile_kernels.py $(ARGS)
+
+# The suite with other versions, each in an environment of its own: all lower bounds of pyproject.toml at once (the
+# kernels are skipped there), the oldest torch and Triton that run the kernels, the newest releases that were tried.
+# `make matrix-newest VERSIONS=/dev/null` takes whatever is newest today.
+matrix: matrix-floor matrix-kernels matrix-newest
+matrix-floor matrix-kernels matrix-newest: matrix-%:
+	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
+	$(call install_torch,$(MATRIX_INSTALL))
+	$(MATRIX_INSTALL) --upgrade setuptools
+	$(MATRIX_INSTALL) --upgrade --no-build-isolation --editable '.[model,video,metrics,test]'
+	.venv-$*/bin/python -m pytest $(ARGS)
+matrix-%: VERSIONS ?= .ci/$*.txt
+matrix-%: MATRIX_INSTALL = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)

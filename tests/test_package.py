@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 import flexkern
 
 ROOT = Path(__file__).parent.parent
 DATA = {".csv", ".json", ".safetensors", ".typed"}
-EXTRAS = {"bench", "cluster", "docs", "flash-attn", "metrics", "model", "test", "video", "xformers"}
+EXTRAS = {"bench", "docs", "metrics", "model", "test", "video", "xformers"}
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 import flexkern, flexkern.kernels, flexkern.kernels.reference
@@ -148,6 +150,38 @@ def test_install_gives_flexkern_and_no_kernels(package, kind):
     assert found["command"]
 
 
+def lower_bounds(*extras: str) -> dict[str, str]:
+    """The oldest version that pyproject.toml allows, by package, for flexkern itself and these extras."""
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    listed = [*project["dependencies"], *(one for extra in extras for one in project["optional-dependencies"][extra])]
+    found: dict[str, str] = {}
+    for requirement in map(Requirement, listed):
+        (bound,) = requirement.specifier  # one lower bound each, and nothing above
+        assert bound.operator == ">=", f"{requirement}: expected a lower bound"
+        assert found.setdefault(requirement.name, bound.version) == bound.version, f"{requirement.name} has two bounds"
+    return found
+
+
+def pins(name: str) -> dict[str, str]:
+    lines = (ROOT / f".ci/{name}.txt").read_text().splitlines()
+    return dict(line.partition(";")[0].strip().split("==") for line in lines if line and not line.startswith("#"))
+
+
+def test_the_floor_of_the_matrix_is_what_pyproject_says():
+    declared = lower_bounds("video", "model", "metrics")
+    floor = pins("floor")
+    assert floor.keys() == declared.keys()
+    assert {name for name in floor if Version(floor[name]) != Version(declared[name])} == set()
+
+
+def test_every_requirement_has_a_lower_bound_and_what_was_tried_is_above_it():
+    declared = lower_bounds("video", "model", "metrics", "bench", "xformers")
+    for name in ("constraints", "kernels", "newest"):
+        below = [f"{p}=={v}" for p, v in pins(name).items() if p in declared and Version(v) < Version(declared[p])]
+        assert not below, f".ci/{name}.txt: {', '.join(below)}"
+
+
 def test_importing_it_costs_nothing_and_dir_shows_what_is_public():
     code = "import sys, flexkern; print(*dir(flexkern)); sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -164,8 +198,53 @@ def test_a_type_checker_knows_what_is_public():
     assert "-> flexkern.engine.Engine" in found and "query: torch._tensor.Tensor" in found
 
 
-def test_the_folder_refuses_the_name_of_another_package():
-    code = "import sys; sys.path.insert(0, '.'); import kernels"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0
-    assert "ImportError" in done.stderr and "`flexkern.kernels`" in done.stderr
+def run_in_the_root(code: str, *, path: str = "") -> str:
+    """What Python prints that stands in the root of the clone, where kernels/ is the first folder of that name."""
+    clean = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=clean | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_in_the_root_the_folder_is_not_hugging_faces_package():
+    code = """
+import importlib.util, kernels
+print(kernels.__file__, kernels.__version__, dir(kernels), importlib.util.find_spec("kernels.attention"))
+try:
+    from kernels import rms_norm
+except ImportError as error:
+    print("refused:", error)
+try:
+    kernels.rms_norm
+except AttributeError as error:
+    print(error)
+import flexkern.kernels
+print(flexkern.kernels.reference.__name__)
+"""
+    if "packages" in (found := run_in_the_root("import kernels; print(kernels.__file__)")):
+        pytest.skip(f"Hugging Face's package is installed: {found}")
+    told = run_in_the_root(code).splitlines()
+    assert told[0] == "None 0 [] None" and told[1].startswith("refused: cannot import name 'rms_norm'")
+    assert "this folder is flexkern.kernels" in told[2] and told[3] == "flexkern.kernels.reference"
+
+
+def test_in_the_root_hugging_faces_package_is_found_where_it_is_installed(tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels/__init__.py").write_text("__version__ = '9.9'\ndef get_kernel(): return __file__\n")
+    (tmp_path / "kernels/layer.py").write_text("name = __name__\n")
+    code = "import kernels, kernels.layer; from kernels import get_kernel; print(get_kernel(), kernels.layer.name)"
+    assert run_in_the_root(code, path=str(tmp_path)) == f"{tmp_path}/kernels/__init__.py kernels.layer\n"
+
+
+def test_in_the_root_diffusers_and_transformers_can_be_imported():
+    for package in ("diffusers", "transformers"):
+        pytest.importorskip(package, reason='needs pip install "flexkern[model]"')
+    code = """
+from diffusers import AutoencoderKLWan, WanPipeline
+from transformers import UMT5EncoderModel
+import flexkern.model.vae
+print(flexkern.model.vae.__name__)
+"""
+    assert run_in_the_root(code).endswith("flexkern.model.vae\n")

@@ -4,17 +4,23 @@ Bad input gets one line on stderr and exit status 2, before any work; Ctrl-C giv
 traceback. What is heavy is imported by the command that needs it, so that errors and help come at once.
 """
 
+import ast
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import make_dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from flexkern import __version__
-from flexkern.cli.doctor import Doctor
-from flexkern.cli.errors import refuse, refusing
+from flexkern.cli.errors import leaving_quietly, refuse, refusing
+
+COMMANDS = ("render", "inspect", "metrics", "sheet", "presets", "doctor")  # modules; the one that is named is loaded
 
 
+@leaving_quietly()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv as in ``sys.argv[1:]``. Returns the exit status, or raises SystemExit with it."""
     argv = sys.argv[1:] if argv is None else list(argv)
@@ -31,30 +37,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def run_command(argv: list[str]) -> int:
+def run_command(argv: Sequence[str]) -> int:
     """The exit status of the command that argv names."""
     with refusing(ValueError, OSError):
         import tyro
 
-        from flexkern.cli.argv import validate_words
-        from flexkern.cli.inspect import Inspect
-        from flexkern.cli.metrics import Metrics
-        from flexkern.cli.policies import with_policies
-        from flexkern.cli.presets import Presets
-        from flexkern.cli.render import Render
-        from flexkern.cli.sheet import Sheet
+        if argv and argv[0] in COMMANDS:
+            from flexkern.cli.argv import validate_words
 
-        render = with_policies(Render, argv if argv[:1] == ["render"] else [])
-        commands: dict[str, Any] = {
-            "render": render, "inspect": Inspect, "metrics": Metrics, "sheet": Sheet, "presets": Presets,
-            "doctor": Doctor,
-        }  # fmt: skip
-        if argv and argv[0] in commands:
-            validate_words(commands[argv[0]], argv[1:])
-    about = "Video of any length from autoregressive diffusion models."
-    command = tyro.extras.subcommand_cli_from_dict(commands, prog="flexkern", description=about, args=argv)
+            named = command_class(argv[0], argv)
+            validate_words(named, argv[1:])
+            command = tyro.cli(named, prog=f"flexkern {argv[0]}", args=argv[1:])
+        else:
+            listed: dict[str, Any] = {name: stand_in(name) for name in COMMANDS}
+            about = "Video of any length from autoregressive diffusion models."
+            tyro.extras.subcommand_cli_from_dict(listed, prog="flexkern", description=about, args=argv)
+            raise AssertionError(f"{argv} names no command, and was not refused")
     status: int = command.run()
     return status
+
+
+def command_class(name: str, argv: Sequence[str]) -> Any:
+    """The dataclass of a command; that of ``render`` has the policies that argv names as options."""
+    found = getattr(import_module(f"flexkern.cli.{name}"), name.capitalize())
+    if name != "render":
+        return found
+    from flexkern.cli.policies import with_policies
+
+    return with_policies(found, argv)
+
+
+def stand_in(name: str) -> type:
+    """An empty command under the docstring of the real one, which is read and not imported: a list needs no more."""
+    file = Path(__file__).with_name(f"{name}.py")
+    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
+    (doc,) = [ast.get_docstring(node) for node in classes if node.name == name.capitalize()]
+    made = make_dataclass(name.capitalize(), [])
+    made.__doc__ = doc
+    return made
 
 
 @contextmanager

@@ -1,12 +1,13 @@
 """What the command line says beside its output: notes and refusals, one line each on stderr."""
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-VIDEO = {"av": "av", "tqdm": "tqdm", "tyro": "tyro", "yaml": "pyyaml", "PIL": "pillow"}  # module: package
-VIDEO |= {"safetensors": "safetensors"}
 FLAGS = {  # that a missing part can be given with
     "VAE": "give --vae PATH (Wan2.1_VAE.pth or a vae folder), or --latents FILE to write latents instead",
     "text encoder": "give --text-encoder PATH (models_t5_umt5-xxl-enc-bf16.pth or a text_encoder folder), or "
@@ -16,21 +17,69 @@ FLAGS = {  # that a missing part can be given with
 
 @contextmanager
 def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
-    """Errors of these kinds, and a missing package of an extra, become one line and the exit status."""
+    """Errors of these kinds, and a package that is missing or too old, become one line and the exit status."""
     try:
         yield
     except BrokenPipeError:  # of our own output, not the user's fault
         raise
     except kinds as error:
         refuse(str(error), status)
-    except ModuleNotFoundError as error:
-        if error.name not in VIDEO:
-            raise
-        refuse(f'the package {VIDEO[error.name]!r} is not installed: pip install "flexkern[video]"', status)
     except ImportError as error:
-        if error.name is not None:  # not the sentence of a part that needs another extra
-            raise
-        refuse(str(error), status)
+        if isinstance(error, ModuleNotFoundError) and error.name and (advice := missing(error.name)):
+            refuse(advice, status)
+        if error.name is None:  # the sentence of a part that needs another extra
+            refuse(str(error), status)
+        refuse_unfit(error, status)
+        raise
+    except Exception as error:
+        refuse_unfit(error, status)
+        raise
+
+
+@contextmanager
+def leaving_quietly() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, but while torch or NumPy loads it ends the process at once, with one line.
+
+    In their C++ parts the exception would be an abort and a core dump, and there is nothing to save yet.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        if any(is_loading(name) for name in ("numpy", "torch")):
+            note("interrupted")
+            sys.stderr.flush()
+            os._exit(130)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_loading(module: str) -> bool:
+    """Whether a module is being imported right now."""
+    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
+
+
+def missing(module: str) -> str | None:
+    """What to install for a module that is not there, None where nothing of flexkern asks for it."""
+    from flexkern.cli.requirements import need_of
+
+    need = need_of(module)
+    return None if need is None else f"the package {need.package!r} is not installed: {need.advice}"
+
+
+def refuse_unfit(error: Exception, status: int) -> None:
+    """Refuse where the error may be due to packages that are outside flexkern's bounds, by naming them."""
+    from flexkern.cli.requirements import comes_from, unfit
+
+    if sentences := "; ".join(need.sentence for need in unfit() if comes_from(error, need)):
+        refuse(f"{sentences} ({type(error).__name__}: {error})", status)
 
 
 def refuse(message: str, status: int) -> NoReturn:

@@ -5,12 +5,12 @@ x_t = (1 - sigma) * x0 + sigma * noise,   sigma = shift * s / (1 + (shift - 1) *
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from flexkern.checks import check_fields, require
+
+if TYPE_CHECKING:  # torch takes seconds to load, and the command line names families before
+    from torch import Tensor
 
 Prediction = Literal["flow", "x0"]
 """What a model's head outputs: flow (noise - x0), or x0 itself."""
@@ -55,8 +55,10 @@ class Schedule:
             require(whole, f"{name} must be whole numbers where warp is on, got {list(steps)}")
 
     @cached_property
-    def sigmas(self) -> Tensor:
+    def sigmas(self) -> "Tensor":
         """Noise levels of the 1000 training timesteps, float32, falling."""
+        import torch
+
         s = torch.linspace(1, 0, 1001)[:-1]
         return self.shift * s / (1 + (self.shift - 1) * s)
 
@@ -65,6 +67,8 @@ class Schedule:
         steps = self.first_steps if first_chunk and self.first_steps else self.steps
         if not self.warp:
             return [float(s) for s in steps]
+        import torch
+
         table = torch.cat((self.sigmas * 1000, torch.zeros(1)))
         return [table[1000 - int(s)].item() for s in steps]
 
@@ -72,18 +76,18 @@ class Schedule:
         """Noise level of the training timestep nearest to ``timestep``."""
         return float(self.sigmas[(self.sigmas * 1000 - timestep).abs().argmin()])
 
-    def clean(self, noisy: Tensor, prediction: Tensor, timestep: float, kind: Prediction) -> Tensor:
+    def clean(self, noisy: "Tensor", prediction: "Tensor", timestep: float, kind: Prediction) -> "Tensor":
         """x0 from the model's output of that kind at ``timestep``, computed in float64."""
         if kind == "x0":
             return prediction.to(noisy.dtype)
         return (noisy.double() - self.sigma(timestep) * prediction.double()).to(noisy.dtype)
 
-    def noise(self, noisy: Tensor, clean: Tensor, timestep: float) -> Tensor:
+    def noise(self, noisy: "Tensor", clean: "Tensor", timestep: float) -> "Tensor":
         """The noise that turns ``clean`` into ``noisy`` at ``timestep``."""
         sigma = self.sigma(timestep)
         return (noisy.float() - (1 - sigma) * clean.float()) / sigma
 
-    def noisy(self, clean: Tensor, noise: Tensor, timestep: float) -> Tensor:
+    def noisy(self, clean: "Tensor", noise: "Tensor", timestep: float) -> "Tensor":
         """x0 with noise, at the level of ``timestep``."""
         sigma = self.sigma(timestep)
         return ((1 - sigma) * clean.float() + sigma * noise.float()).to(clean.dtype)

@@ -1,22 +1,29 @@
-"""From an order to a video file: what is ordered, the job that makes it, and the writers that it fills."""
+"""From an order to a video file: what is ordered, the job that makes it, and the writers that it fills.
 
-from flexkern.render.job import Job, prepare, render, run
-from flexkern.render.latents import LatentsFile, validate_latents_target
-from flexkern.render.order import Order
-from flexkern.render.prompts import PromptList, read_prompts
-from flexkern.render.script import (
-    Pace,
-    PromptSwitch,
-    parse_script,
-    read_script,
-    seconds_needed,
-    spread,
-    validate_cuts,
-    validate_script,
-    validate_shown,
-    validate_switches,
-)
-from flexkern.render.writer import VideoWriter, validate_target
+A name is imported from its module when it is first asked for: a script is read without the encoder, and without torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flexkern.render.job import Job, prepare, render, run
+    from flexkern.render.latents import LatentsFile, validate_latents_target
+    from flexkern.render.order import Order
+    from flexkern.render.prompts import PromptList, read_prompts
+    from flexkern.render.script import (
+        Pace,
+        PromptSwitch,
+        parse_script,
+        read_script,
+        seconds_needed,
+        spread,
+        validate_cuts,
+        validate_script,
+        validate_shown,
+        validate_switches,
+    )
+    from flexkern.render.writer import VideoWriter, validate_target
 
 __all__ = [
     "Job",
@@ -41,3 +48,34 @@ __all__ = [
     "validate_switches",
     "validate_target",
 ]
+
+_HOMES = {  # module: what it holds
+    "job": ("Job", "prepare", "render", "run"),
+    "latents": ("LatentsFile", "validate_latents_target"),
+    "order": ("Order",),
+    "prompts": ("PromptList", "read_prompts"),
+    "script": (
+        "Pace",
+        "PromptSwitch",
+        "parse_script",
+        "read_script",
+        "seconds_needed",
+        "spread",
+        "validate_cuts",
+        "validate_script",
+        "validate_shown",
+        "validate_switches",
+    ),
+    "writer": ("VideoWriter", "validate_target"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"flexkern.render.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,5 +1,6 @@
 """flexkern doctor: what this machine has, what it lacks and why."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,21 +9,22 @@ from pathlib import Path
 import torch
 
 from flexkern import backends, demo
-from flexkern.cli import doctor, main
+from flexkern.cli import doctor, main, requirements
 
 
 def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(doctor, "installed_version", lambda package: None if package == "ray" else "1.0")
+    monkeypatch.setattr(requirements, "installed_version", lambda package: None if package == "xformers" else "99.0")
     monkeypatch.setattr(demo, "WEIGHTS", Path(__file__))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert f"torch        {torch.__version__}, built for" in out and "\nsdpa: " not in out
-    assert re.search(r"^backends +triton: ", out, re.MULTILINE) and " sdpa: " in out
+    assert re.search(r"^backends +triton(:| not available:) ", out, re.MULTILINE) and " sdpa: " in out
     for name in backends.BACKENDS:
         why = backends.why_not(name)
         assert (f" {name} not available: {why}" if why else f" {name}: {backends.BACKENDS[name]}") in out
-    assert 'cluster: not installed: ray (pip install "flexkern[cluster]")' in out
-    assert re.search(r"^ +video: av 1.0, .*tyro 1.0$", out, re.MULTILINE)
+    assert 'xformers: not installed: xformers (pip install "flexkern[xformers]")' in out
+    assert re.search(r"^ +video: av 99.0, .*tqdm 99.0", out, re.MULTILINE)
+    assert re.search(r"^versions +what is installed is new enough$", out, re.MULTILINE)
     assert f"demo         {__file__}, " in out
     assert torch.cuda.is_available() or re.search(r"^gpu +no CUDA GPU", out, re.MULTILINE)
 
@@ -46,10 +48,12 @@ def test_doctor_describes_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: Properties)
     monkeypatch.setattr(doctor, "nvidia_driver", lambda: "580.1")
-    one, two = doctor.examine_gpus()
+    one, two = doctor.tell_gpus(doctor.examine_gpus())
     assert one == "cuda:0 NVIDIA H200, 140 GiB, compute capability 9.0, driver 580.1" and two.startswith("cuda:1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert list(doctor.examine_gpus()) == ["no CUDA GPU; but NVIDIA's driver 580.1 is there: is torch built for CUDA?"]
+    assert list(doctor.tell_gpus(doctor.examine_gpus())) == [
+        "no CUDA GPU; but NVIDIA's driver 580.1 is there: is torch built for CUDA?"
+    ]
 
 
 def test_the_driver_is_asked_of_nvidia_smi(monkeypatch):
@@ -62,6 +66,19 @@ def test_the_driver_is_asked_of_nvidia_smi(monkeypatch):
         assert doctor.nvidia_driver() == told
 
 
-def test_the_command_line_is_there_before_torch():
-    code = "import sys, flexkern.cli, flexkern.cli.render, flexkern.render; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+def test_doctor_answers_in_json(monkeypatch, capsys):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1 / 0)
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert list(found) == ["flexkern", *doctor.EXAMINATIONS]
+    assert found["torch"]["version"] == torch.__version__ and found["torch"]["cuda"] == torch.version.cuda
+    assert found["cpu"] == {"broken": "ZeroDivisionError: division by zero"}
+    for name, backend in found["backends"].items():
+        assert backend == {
+            "available": backends.why_not(name) is None,
+            "about": backends.BACKENDS[name],
+            "why_not": backends.why_not(name),
+        }
+    assert {"needs", "installed", "fits"} == set(found["packages"]["flexkern"]["torch"])
+    assert len(found["gpu"]["devices"]) == torch.cuda.device_count()
+    assert found["demo"] == {"weights": str(demo.WEIGHTS), "bytes": demo.WEIGHTS.stat().st_size}
