@@ -85,8 +85,9 @@ class Session:
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
         bands, heads = band_split(config.head_dim)[0], config.num_heads
+        most, least = max(engine.chunk, self.first_chunk), engine.chunk if noise is None else None
         chosen = self.preset.for_horizon(engine.horizon)
-        chosen.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
+        chosen.validate(chunk=most, least=least, bands=bands, heads=heads, target=frames)
         self._embedding = engine.embed(prompt)
         self.text = engine.encode(self._embedding)
         self.batch = self.text[0][0].shape[0]

@@ -101,7 +101,8 @@ def too_long(source: str) -> bool:
 
 def test_every_module_has_a_floor():
     homeless = [name for name in map(module_name, SOURCES) if height(name) == ROOF]
-    homeless = [name for name in homeless if name != "flexkern" and not f"{name}.".startswith("flexkern.cli.")]
+    roof = ("flexkern", "flexkern.__main__")
+    homeless = [name for name in homeless if name not in roof and not f"{name}.".startswith("flexkern.cli.")]
     assert not homeless, f"not in FLOORS: {', '.join(homeless)}"
 
 

@@ -81,6 +81,10 @@ class NoisePolicy:
             found |= dict(zip(("window", "stride"), self.runs(horizon), strict=True))
         return replace(self, **found)
 
+    def validate(self, *, chunk: int) -> None:
+        """Raise ValueError where there is no such noise for chunks of so many frames."""
+        require(self.kind != "zero_sum" or chunk > 1, f"zero_sum needs chunks of at least 2 frames, got {chunk}")
+
     def source(self, seed: int, *, shape: tuple[int, ...], target: int | None = None) -> "NoiseSource":
         """The noise of one video.
 
@@ -169,7 +173,7 @@ class NoiseSource:
             eps = (a * self._shared(first, level) + eps) / math.sqrt(1 + a * a)
         elif kind == "zero_sum":
             count = len(frames)
-            require(count > 1, "zero_sum needs chunks of at least 2 frames, got 1")
+            self.policy.validate(chunk=count)
             eps = (eps - eps.mean(0)) * math.sqrt(count / (count - 1))
         elif kind == "high_pass":
             eps = self._difference(first, eps, level)

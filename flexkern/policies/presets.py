@@ -87,7 +87,7 @@ class Preset:
             switch=self.switch.resolve(window),
         )  # fmt: skip
 
-    def validate(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
+    def validate(self, *, chunk: int, bands: int, heads: int, target: int | None, least: int | None = None) -> None:
         """Raise unless the preset can run with a model and a length of video.
 
         Args:
@@ -95,10 +95,14 @@ class Preset:
             bands: Temporal frequency pairs of a head.
             heads: Heads of the model.
             target: Latent frames of the video, None for no end.
+            least: The fewest frames that the preset's noise is drawn for together; None where it is not used.
 
         Raises:
-            ValueError: The window is too small for the chunk, or positions fit neither the model nor the length.
+            ValueError: The window is too small for the chunk, positions fit neither the model nor the length, or
+                there is no such noise for so few frames.
         """
+        if least is not None:
+            self.noise.validate(chunk=least)
         self.retention.keep([], chunk)
         self.position.phases(query=[0], visible=[0], bands=bands, heads=heads, target=target)
 

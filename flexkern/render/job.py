@@ -10,7 +10,7 @@ from tqdm import tqdm
 from flexkern.checks import require
 from flexkern.render.latents import LatentsFile
 from flexkern.render.order import Order
-from flexkern.render.script import PromptSwitch, validate_switches
+from flexkern.render.script import Pace, PromptSwitch, validate_shown, validate_switches
 from flexkern.render.writer import VideoWriter, validate_encoder
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
@@ -85,6 +85,8 @@ def prepare(order: Order, engine: "Engine", family: "Family") -> Job:
     frames = family.frames(order.pictures)
     session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
     validate_switches(session, later)
+    pace = Pace(chunk=engine.chunk, first_chunk=engine.first_chunk, per_frame=family.pictures_per_frame, fps=family.fps)
+    validate_shown(order.script, order.pictures, pace)
     start = None if order.image is None else session.prefill(read_image(order.image, *family.picture_size))
     return Job(order=order, session=session, writer=_writer(order, family), start=start)
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flexkern.finite import NotFiniteError
-from flexkern.render import PromptSwitch, VideoWriter, read_script, render, validate_switches
+from flexkern.render import PromptSwitch, VideoWriter, render, validate_switches
 from flexkern.render.writer import SAME_EVERYWHERE, uninterrupted
 
 SIDE = 64
@@ -256,47 +256,3 @@ def test_validate_switches_encodes_every_prompt_and_knows_what_can_cut():
     session.preset.position.index = "slot"
     validate_switches(session, switches)
     assert session.asked == ["a", "b"] * 2
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["- {at: 0, prompt: one}\n- {at: 2.5, prompt: two, cut: true}", "[{prompt: one, at: 0.0}, {at: 2.5, prompt: two}]"]
-    + ["0: one\n2.5: two"],
-)
-def test_scripts_have_two_forms(tmp_path, text):
-    (tmp_path / "s.yaml").write_text(text)
-    one, two = read_script(tmp_path / "s.yaml")
-    assert (one.at, one.prompt, one.cut) == (0, "one", False)
-    assert (two.at, two.prompt, two.cut) == (2.5, "two", "cut" in text)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("0: [", "s.yaml is not YAML: .*, line 1$"),
-        (b"\xff\xfe\x00", "s.yaml is not YAML"),
-        ("", "expected a list .* got nothing"),
-        ("just text", "expected a list .* got str"),
-        ("1: late", "the first prompt must be at 0 seconds, got 1"),
-        ("{0: a, 5: b, 4: c}", "times must ascend, got 4 after 5"),
-        ("[{at: 0, prompt: a}, {at: 0, prompt: b}]", "times must ascend"),
-        ("[{at: 0, prompt: a, cut: true}]", "the first prompt cannot cut"),
-        ("[{at: 0, text: a}]", "entry 1: expected {at: seconds, prompt: text}"),
-        ("[{at: 0, prompt: a, blend: 3}]", "entry 1: expected"),
-        ("[a, b]", "entry 1: expected"),
-        ("{0: a, soon: b}", "entry 2: PromptSwitch.at must be a finite number, got 'soon'"),
-        ("{0: a, .inf: b}", "entry 2: PromptSwitch.at must be a finite number, got inf"),
-        ("{-1: a}", "entry 1: at must be a number of seconds >= 0, got -1"),
-        ("{0: 7}", "entry 1: PromptSwitch.prompt must be a str, got 7"),
-        ("[{at: 0, prompt: a}, {at: 1, prompt: b, cut: 1}]", "entry 2: PromptSwitch.cut must be a bool, got 1"),
-    ],
-)
-def test_wrong_scripts_are_refused(tmp_path, text, words):
-    (tmp_path / "s.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=words):
-        read_script(tmp_path / "s.yaml")
-
-
-def test_a_missing_script_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no prompt file"):
-        read_script(tmp_path / "s.yaml")
