@@ -19,10 +19,11 @@ unexport PYTHONPATH
 # `python -m` puts the repository root on sys.path, where kernels/ would shadow Hugging Face's package
 demo train-demo: export PYTHONSAFEPATH := 1
 
-.PHONY: help test lint docs demo train-demo mutate compile
+.PHONY: help test slow lint docs demo train-demo mutate compile
 help:
 	@echo "make test | lint | docs | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
-	@echo "make mutate | compile                          for a nightly run: break the kernels; compile them with Triton 3.6.0"
+	@echo "make slow | mutate | compile                   for a nightly run: tests of every combination; break the kernels;"
+	@echo "                                               compile them with Triton 3.6.0"
 
 # torch first and alone, at its pin, so that no other requirement chooses its build
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
@@ -34,6 +35,9 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
+
+slow: $(STAMP)
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
