@@ -19,6 +19,7 @@ from torch import Tensor
 from flexkern.backends import get_backend
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
+from flexkern.model.lora import Loras
 from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
 from flexkern.noise import Noise
@@ -85,7 +86,7 @@ class Engine:
         decoder: Callable[[], Decoder] | None = None,
         pixels: bool | None = None,
         text: bool | None = None,
-        lora: str | Path | None = None,
+        lora: Loras | None = None,
         lora_scale: float = 1.0,
         ema: bool | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -111,8 +112,8 @@ class Engine:
             decoder: One of your own, called without arguments for each session; then no VAE is looked for.
             pixels: True insists on a VAE, False leaves it out.
             text: True insists on a text encoder or embeddings, False leaves them out.
-            lora: LoRA of the transformer, file or folder.
-            lora_scale: Times alpha / rank of the LoRA.
+            lora: LoRA of the transformer, file or folder; or several, as paths or as pairs of a path and its scale.
+            lora_scale: Times the scale of each LoRA, which is times alpha / rank.
             ema: None takes the averaged weights where there are any, True insists on them, False takes the raw ones.
             dtype: Of the transformer's weights: bfloat16, float16 or float32.
             device: cpu, cuda or cuda:N.

@@ -105,9 +105,9 @@ def chosen_model(model: str, config: str | Path | None, weights: str | Path | No
     """The model; where only a configuration of a research repository is given, the family that its name tells."""
     if model != DEMO or config is None:
         return model
-    from flexkern.model.families import guess_family
+    from flexkern.model.families import family_of, guess_family
 
-    return guess_family(Path(config).name) or guess_family(Path(weights or "").name) or "self-forcing"
+    return guess_family(Path(config).name) or (family_of(weights) if weights else None) or "self-forcing"
 
 
 def is_family(model: str) -> bool:

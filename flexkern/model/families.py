@@ -7,8 +7,10 @@ All are text-to-video Wan 2.1 with few-step sampling, at 480x832 and 16 pictures
 Source: the inference configs of Self-Forcing, LongLive (branch v1.0), CausVid, Rolling Forcing and FastVideo.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flexkern.checks import check_fields, did_you_mean, require
@@ -193,6 +195,19 @@ def get_family(name: str) -> Family:
     known = f"expected one of {', '.join(FAMILIES)}"
     require(name in FAMILIES, f"no family {name!r}: {known}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
+
+
+def family_of(path: str | Path) -> str | None:
+    """The family that a file or folder is named after, by its own name, its folder's, or its repository's on the Hub.
+
+    A link has the say before what it points to: in the Hub's cache, that is a file whose name is a hash.
+    """
+    for given in (Path(os.path.abspath(path)), Path(path).resolve()):
+        repository = [folder.name for folder in given.parents if folder.name.startswith("models--")]
+        names = [given.name, given.parent.name, *repository]
+        if found := next((family for name in names if (family := guess_family(name))), None):
+            return found
+    return None
 
 
 def guess_family(name: str) -> str | None:

@@ -217,8 +217,8 @@ def test_what_is_missing_or_wrong_is_said(wan, state, tokenizer, tmp_path):
         load_text_encoder(broken(state | {"norm.weight": torch.ones(7)}))
     with pytest.raises(ValueError, match="is no UMT5 encoder: it lacks some of shared.weight"):
         load_text_encoder(broken({"patch_embedding.weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match="norm.weight is torch.float8_e4m3fn; expected floating point, not quantised"):
-        load_text_encoder(broken(state | {"norm.weight": torch.ones(24).to(torch.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match="norm.weight is torch.int32; expected floating point, not quantised"):
+        load_text_encoder(broken(state | {"norm.weight": torch.ones(24, dtype=torch.int32)}))
     with pytest.raises(ValueError, match="has 34 tokens, .* embeds 20"):
         load_text_encoder(broken(state | {"token_embedding.weight": torch.ones(20, 24)}))
 
@@ -227,7 +227,7 @@ def test_a_missing_tokenizer_is_named(state, wan, tmp_path):
     torch.save(state, tmp_path / FILE)
     with pytest.raises(FileNotFoundError, match="google/umt5-xxl, .*; pass its folder as tokenizer"):
         load_text_encoder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer .* in /nowhere; pass its folder"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at /nowhere"):
         load_text_encoder(tmp_path, tokenizer="/nowhere")
     load_text_encoder(tmp_path, tokenizer=wan / "google/umt5-xxl")
 
@@ -275,7 +275,7 @@ def test_other_files_and_inputs_are_refused(encoder, tmp_path):
     (tmp_path / "text.safetensors").write_text("nothing of the kind")
     with pytest.raises(ValueError, match="does not say which prompts it holds; expected a file of save_embeddings"):
         SavedEmbeddings(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+    with pytest.raises(ValueError, match="is a text of 19 bytes that begins 'nothing of the kind', not weights"):
         SavedEmbeddings(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError):
         SavedEmbeddings(tmp_path / "absent.safetensors")
