@@ -77,7 +77,8 @@ def validate_preset(parts: Parts, preset: str | Preset, frames: int | None, *, b
     family, bands = parts.family, band_split(parts.config.head_dim)[0]
     most = max(family.chunk, family.first_chunk)
     least = family.chunk if begins else min(family.chunk, family.first_chunk)
-    get_preset(preset).validate(chunk=most, least=least, bands=bands, heads=parts.config.num_heads, target=frames)
+    chosen = get_preset(preset).for_horizon(family.horizon)
+    chosen.validate(chunk=most, least=least, bands=bands, heads=parts.config.num_heads, target=frames)
 
 
 def load(

@@ -1,5 +1,6 @@
 """``flexkern inspect``: what a weight file or folder is, whether anything of it is missing, and how to render it."""
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -35,28 +36,29 @@ class Inspect:
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """weight file, folder of Wan or diffusers, or a research repository"""
 
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print JSON: a list of the parts, each with its path and the names and texts that are printed otherwise"""
+
     def run(self) -> int:
         with refusing(ValueError, OSError, NotImplementedError):
             from flexkern.model.find import holdings
 
             found = [held for held in holdings(self.path) if held.kind or held.why]
-        if not found:
-            there = "its tensors have other names" if self.path.is_file() else "no weights in it"
-            print(f"{self.path}\n  {'is':12} nothing that flexkern knows: {there}")
-            for name, text in unknown_lines(self.path):
-                print(f"  {name:12} {text}")
-            return 1
-        fine = True
-        for number, held in enumerate(found):
-            print(f"{held.path}" if number == 0 else f"\n{held.path}")
-            for name, text in report(held.kind, held.path) if held.kind else unreadable(held.why):
-                fine = fine and not (name == "complete" and text.startswith("no:"))
-                print(f"  {name:12} {text}")
+        told = [(held.path, dict(report(held.kind, held.path))) for held in found if held.kind]
+        told += [(held.path, dict(unreadable(held.why))) for held in found if not held.kind]
         kinds = {held.kind for held in found}
         if "transformer" in kinds and self.path.is_dir():
-            for needed in (needed for needed in NEEDED if needed not in kinds):
-                print(f"\n{self.path}\n  {'lacks':12} {needed}: {NEEDED[needed]}")
-        return 0 if fine else 1
+            told += [(self.path, {"lacks": f"{part}: {NEEDED[part]}"}) for part in NEEDED if part not in kinds]
+        if not found:
+            told = [(self.path, dict(unknown_lines(self.path)))]
+        if self.json:
+            print(json.dumps([{"path": str(path), **lines} for path, lines in told], indent=1))
+        else:
+            parts = (
+                f"{path}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items()) for path, lines in told
+            )
+            print("\n\n".join(parts))
+        return 0 if found and not any(lines.get("complete", "").startswith("no:") for _, lines in told) else 1
 
 
 def unreadable(why: str) -> Lines:
@@ -186,33 +188,36 @@ def sizes_of(config: "WanConfig") -> tuple[int, int, int, int]:
 
 
 def lora_lines(path: Path) -> Lines:
+    from flexkern.model.files import some_of
     from flexkern.model.lora import read_lora
+    from flexkern.model.names import is_known
 
     updates = read_lora(path)
-    pairs = {name: change for name, changes in updates.items() for change in changes if change.down is not None}
-    ranks = Counter(change.down.shape[0] for change in pairs.values() if change.down is not None)
-    alphas = sorted(
-        {round(change.scale * change.down.shape[0], 4) for change in pairs.values() if change.down is not None}
-    )
-    inputs = {size for changes in updates.values() for change in changes for size in (change.shape() or [])}
-    size = next((name for name, dim in (("14B", 5120), ("1.3B", 1536)) if dim in inputs), "another size")
+    every = [change for changes in updates.values() for change in changes]
+    ranks = [change.down.shape[0] for change in every if change.down is not None]
+    alphas = sorted({round(change.scale * change.down.shape[0], 4) for change in every if change.down is not None})
+    sizes = {size for change in every for size in (change.shape() or [])}
+    size = next((name for name, dim in (("14B", 5120), ("1.3B", 1536)) if dim in sizes), "another size")
     yield "is", f"LoRA of a Wan transformer, for {size}"
-    if pairs:
-        yield "rank", counted(ranks)
-        yield (
-            "alpha",
-            ", ".join(f"{alpha:g}" for alpha in alphas) + ", which is the rank where the file does not say it",
-        )
-    if whole := sum(change.down is None for changes in updates.values() for change in changes):
-        yield "differences", f"{whole} of whole tensors, without a rank"
+    if ranks:
+        yield "rank", counted(Counter(ranks))
+        listed = ", ".join(f"{alpha:g}" for alpha in alphas)
+        yield "alpha", f"{listed}, which is the rank where the file does not say it"
+    if len(ranks) < len(every):
+        yield "differences", f"{len(every) - len(ranks)} of whole tensors, without a rank"
     modules = Counter(target.split(".", 2)[2].removesuffix(".weight") for target in updates if target.count(".") > 2)
     yield "targets", f"{len(updates)}: " + ", ".join(f"{name} in {count} blocks" for name, count in modules.items())
     yield from data_lines(tensors_of(path))
+    if unknown := [target for target in updates if not is_known(target)]:
+        yield "complete", f"no: a transformer of Wan 2.1 has no {some_of(unknown)}"
+        return
     yield "complete", "yes; whether it fits a transformer is checked where both are given"
     yield "use", beside_weights("--lora", path)
 
 
 def vae_lines(path: Path) -> Lines:
+    from flexkern.model.checkpoint import validate_latents
+    from flexkern.model.families import FAMILIES
     from flexkern.model.vae import validate_vae
 
     state = tensors_of(path)
@@ -220,18 +225,21 @@ def vae_lines(path: Path) -> Lines:
     yield "is", f"VAE of Wan, {'Wan' if original else 'diffusers'} keys"
     yield from data_lines(state)
     form = validate_vae(path)
+    validate_latents(path, form, FAMILIES["self-forcing"])
     yield "latents", f"{form.channels} channels, strides {form.temporal} in time, {form.spatial} in space"
     yield "complete", "yes"
     yield "use", beside_weights("--vae", path)
 
 
 def tiny_lines(path: Path) -> Lines:
+    from flexkern.model.checkpoint import validate_latents
+    from flexkern.model.families import FAMILIES
     from flexkern.model.tiny_decoder import validate_tiny_decoder
 
     state = tensors_of(path)
     yield "is", "tiny decoder (TAEHV): a preview of what the VAE shows; encodes nothing here"
     yield from data_lines(state)
-    validate_tiny_decoder(path)
+    validate_latents(path, validate_tiny_decoder(path), FAMILIES["self-forcing"])
     yield "complete", "yes"
     yield "use", beside_weights("--vae", path)
 
@@ -261,6 +269,8 @@ def embeddings_lines(path: Path) -> Lines:
 
 
 def unknown_lines(path: Path) -> Lines:
+    there = "its tensors have other names" if path.is_file() else "no weights in it"
+    yield "is", f"nothing that flexkern knows: {there}"
     if path.is_file():
         try:
             state = tensors_of(path)

@@ -3,13 +3,14 @@
 Checks go from cheap to dear, and torch is loaded in between, so that most mistakes are told at once.
 """
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean
-from flexkern.cli.errors import note, refusing, translated
+from flexkern.cli.errors import note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
 from flexkern.cli.research import Research, read_research
@@ -31,7 +32,8 @@ class Render(Flags):
         bad = ValueError, OSError, NotImplementedError
         with refusing(*bad):
             orders, engine, family = self.begin()
-            from flexkern.render import prepare
+            from flexkern.finite import NotFiniteError
+            from flexkern.render import prepare, stoppable
 
             for prompt in dict.fromkeys(prompt for order in orders for prompt in order.prompts):
                 engine.embed(prompt)  # one that the model cannot follow is told before the first video
@@ -42,13 +44,15 @@ class Render(Flags):
             if number:
                 with refusing(*bad):
                     job = prepare(order, engine, family)
-            with refusing(OSError, status=1):  # a full disk
-                finished = job.run(progress=self.progress)
+            try:
+                with stoppable() as signals:
+                    finished = job.run(progress=self.progress)
+            except (OSError, NotFiniteError) as error:  # a full disk, weights that overflow
+                refuse(f"{error}; {job.kept}", status=1)
             made = job.writer.pictures
             if not finished:
-                kept = f"{order.target} holds the first {made}" if made else "nothing was written"
-                note(f"interrupted: {kept} of {order.pictures} pictures")
-                return 130
+                note(f"interrupted: {job.kept}")
+                return 128 + (signals[0] if signals else signal.SIGINT)
             length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
             print(f"{order.target}: {length if self.latents is None else f'{family.frames(made)} latent frames'}")
             del job  # one cache at a time
@@ -70,7 +74,7 @@ class Render(Flags):
         import torch
 
         from flexkern.pipeline import validate_device
-        from flexkern.render import Order
+        from flexkern.render import Order, validate_encoder
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         validate_device(device, "--device")
@@ -93,6 +97,8 @@ class Render(Flags):
             )
             for video in videos
         )
+        if self.latents is None:
+            validate_encoder(*reversed(family.picture_size), family.fps)
         if is_family(self.model):
             engine = self.open_checkpoint(orders, family, device)
         else:

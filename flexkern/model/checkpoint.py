@@ -207,7 +207,7 @@ def validate_checkpoint(
     _validate_text(checkpoint, embeddings, encoder, prompts, model.config)
     if vae is not None:
         validate_channels(found.transformer, model.config)
-        _validate_form(vae, validate_vae(vae) if kind == "VAE" else validate_tiny_decoder(vae), family)
+        validate_latents(vae, validate_vae(vae) if kind == "VAE" else validate_tiny_decoder(vae), family)
     return Parts(
         checkpoint=checkpoint,
         family=family,
@@ -330,7 +330,7 @@ def _validate_text(
         raise ValueError(f"{path} {verb} embeddings of {width} channels; the transformer takes {config.text_dim}")
 
 
-def _validate_form(path: Path, form: LatentForm, family: Family) -> None:
+def validate_latents(path: Path, form: LatentForm, family: Family) -> None:
     """Raises ValueError for a VAE of other latents than the family's."""
     expected = LatentForm(CHANNELS, family.stride, family.pictures_per_frame)
     if form != expected:

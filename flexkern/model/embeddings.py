@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from flexkern.model.files import some_of
-from flexkern.model.finite import is_finite
 from flexkern.model.intact import raise_absent, validate_form
+from flexkern.model.merge import is_finite
 
 NAMES = {
     torch.float32: "F32",

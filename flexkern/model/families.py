@@ -15,6 +15,7 @@ from typing import Any
 
 from flexkern.checks import check_fields, did_you_mean, require
 from flexkern.model.schedule import SCHEDULES, Schedule
+from flexkern.policies.position import HORIZON
 
 CHANNELS = 16  # of a latent of Wan 2.1
 STRIDE = 8  # pixels of a picture for one of the latent's, in Wan's VAE
@@ -41,6 +42,8 @@ class Family:
     """height or width of a picture, divided by that of its latent frame"""
     pictures_per_frame: int = PICTURES_PER_FRAME
     """pictures that a latent frame decodes to, except the first, which gives one"""
+    horizon: int = HORIZON
+    """latent frames that it was trained on, for presets whose ``position.train_len`` is None"""
     fps: int = 16
     """pictures per second"""
     files: tuple[str, ...] = ()
@@ -51,7 +54,7 @@ class Family:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("chunk", "first_chunk", "stride", "pictures_per_frame", "fps"):
+        for name in ("chunk", "first_chunk", "stride", "pictures_per_frame", "horizon", "fps"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(min(self.size) >= 1, f"size must be at least 1x1, got {self.size[0]}x{self.size[1]}")
 
@@ -162,6 +165,7 @@ _ALL = (
         name="longlive",
         schedule=SCHEDULES["longlive"],
         preset="longlive",
+        horizon=240,
         files=("longlive_base.pt",),
         doc="Trained for long video and for changing prompts with a sink of 3 frames and a window of 12.",
         source="NVlabs/LongLive v1.0, configs/longlive_inference.yaml; its LoRA is a file of its own, lora.pt",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexkern.model.files import Module, finished, read_files, read_json, select_group, validate_fit
-from flexkern.model.finite import validate_finite
+from flexkern.model.merge import validate_finite
 from flexkern.model.names import RAW_GROUPS, clean_name
 from flexkern.model.quantized import dequantized, refuse_quantized, split_scales
 

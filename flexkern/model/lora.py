@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 from torch import Tensor
 
 from flexkern.model.files import find_files, read_files, read_json, select_group, some_of
-from flexkern.model.finite import Update
 from flexkern.model.intact import raise_absent
+from flexkern.model.merge import Update
 from flexkern.model.names import clean_lora_name, is_diffusers, original_name, unflattened
 
 LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "lora.pt")

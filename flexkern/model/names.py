@@ -91,6 +91,12 @@ def unflattened(module: str) -> str:
     return module if found is None else found.replace("*", block[1] if block else "")
 
 
+def is_known(name: str) -> bool:
+    """Whether a parameter of that name is in a Wan transformer of any number of layers."""
+    known = {pattern for module in _flat_names().values() for pattern in (module, f"{module}.weight", f"{module}.bias")}
+    return re.sub(r"^blocks\.\d+(?=\.)", "blocks.*", name) in known
+
+
 @cache
 def _flat_names() -> dict[str, str]:
     """Wan's name of every module, * for the number of its block, by that name and diffusers' with underscores."""

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from flexkern.model.files import find_files, finished, read_files, read_json, select_group, some_of, validate_fit
-from flexkern.model.finite import Update, validate_finite
 from flexkern.model.intact import raise_absent
 from flexkern.model.lora import Loras, read_loras, validate_updates
+from flexkern.model.merge import Update, validate_finite
 from flexkern.model.names import (
     COUNTERS,
     EMA_GROUPS,

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
         validate_shown,
         validate_switches,
     )
-    from flexkern.render.writer import VideoWriter, validate_target
+    from flexkern.render.signals import stoppable
+    from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
     "Job",
@@ -41,7 +42,9 @@ __all__ = [
     "run",
     "seconds_needed",
     "spread",
+    "stoppable",
     "validate_cuts",
+    "validate_encoder",
     "validate_latents_target",
     "validate_script",
     "validate_shown",
@@ -66,7 +69,8 @@ _HOMES = {  # module: what it holds
         "validate_shown",
         "validate_switches",
     ),
-    "writer": ("VideoWriter", "validate_target"),
+    "signals": ("stoppable",),
+    "writer": ("VideoWriter", "validate_encoder", "validate_target"),
 }
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from flexkern.finite import NotFiniteError
 from flexkern.render import PromptSwitch, VideoWriter, render, validate_switches
 from flexkern.render.writer import SAME_EVERYWHERE, uninterrupted
 
@@ -106,7 +107,7 @@ def test_pictures_reach_the_file_as_they_are_written(tmp_path):
         counts = []
         for start in range(0, 160, 40):
             writer.write(moving(160)[start : start + 40])
-            counts.append(len(decoded(tmp_path / "v.mp4")) if start else 0)
+            counts.append(len(decoded(tmp_path / "v.unfinished.mp4")) if start else 0)
     assert all(40 * (k + 1) - LOST <= count for k, count in enumerate(counts)) and counts[-1] < 160
     assert len(decoded(tmp_path / "v.mp4")) == 160
 
@@ -116,7 +117,7 @@ def test_a_killed_process_leaves_what_was_finished(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "v.mp4"), str(tmp_path / "pixels.npy")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = decoded(tmp_path / "v.mp4")
+    left = decoded(tmp_path / "v.unfinished.mp4")
     assert 120 - LOST <= len(left) < 120 and close_enough(left, moving(120)[: len(left)])
 
 
@@ -176,7 +177,9 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
         VideoWriter(tmp_path / "v.mp4", SIDE, SIDE)
 
 
-@pytest.mark.parametrize("pixels", [moving(2)[..., :2], moving(2)[:, 1:], moving(2)[0], moving(2).astype(np.float32)])
+@pytest.mark.parametrize(
+    "pixels", [moving(2)[..., :2], moving(2)[:, 1:], moving(2)[None], moving(2).astype(np.float32)]
+)
 def test_wrong_pixels_are_refused(tmp_path, pixels):
     with VideoWriter(tmp_path / "v.mp4", SIDE, SIDE) as writer, pytest.raises(ValueError, match="pixels must be uint8"):
         writer.write(pixels)
@@ -185,8 +188,8 @@ def test_wrong_pixels_are_refused(tmp_path, pixels):
 class FakeSession:
     """Chunks of three pictures; remembers what was asked of it, and how many chunks were alive at once."""
 
-    def __init__(self, pictures=60, interrupt=None):
-        self.pixels, self.interrupt = torch.from_numpy(moving(pictures)), interrupt
+    def __init__(self, pictures=60, interrupt=None, spoilt=None):
+        self.pixels, self.interrupt, self.spoilt = torch.from_numpy(moving(pictures)), interrupt, spoilt
         self.chunks, self.asked, self.most = 0, [], 0
         self.alive = weakref.WeakSet()
         self.engine = SimpleNamespace(encode=lambda prompt: self.asked.append(prompt))
@@ -194,6 +197,10 @@ class FakeSession:
 
     def switch(self, prompt):
         self.asked.append((self.chunks, prompt))
+
+    def validate_chunks(self):
+        if self.chunks - 1 == self.spoilt:
+            raise NotFiniteError("the latents of a chunk", torch.float16)
 
     def cut(self):
         self.asked.append((self.chunks, "cut"))
@@ -223,6 +230,13 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, capsys):
     with VideoWriter(tmp_path / "v.mp4", SIDE, SIDE) as writer:
         assert not render(FakeSession(interrupt=4), writer, pictures=50, progress=False)
     assert len(decoded(tmp_path / "v.mp4")) == 12 and not capsys.readouterr().err
+
+
+def test_a_chunk_that_is_not_finite_is_not_written(tmp_path):
+    writer = VideoWriter(tmp_path / "v.mp4", SIDE, SIDE)
+    with pytest.raises(NotFiniteError), writer:
+        render(FakeSession(spoilt=4), writer, pictures=50, progress=False)
+    assert len(decoded(tmp_path / "v.mp4")) == writer.pictures == 12
 
 
 def test_switches_wait_for_the_next_chunk(tmp_path):

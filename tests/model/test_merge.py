@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from state_dicts import scaled_float8
 
-from flexkern.model.finite import is_finite
+from flexkern.model.merge import is_finite
 from flexkern.model.weights import load_transformer
 
 FILE = Path(__file__).parent.parent / "data" / "tiny_wan.safetensors"

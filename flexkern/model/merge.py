@@ -1,4 +1,7 @@
-"""Weights that become numbers: each tensor is rounded once and looked at once, which costs less than rounding it."""
+"""From a tensor of a file to one of the model: what LoRAs add to it, and whether it is finite once it is rounded.
+
+Each tensor is looked at once, as it is made, which costs less than rounding it.
+"""
 
 from collections.abc import Sequence
 from typing import NamedTuple
