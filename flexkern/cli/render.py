@@ -201,10 +201,6 @@ class Render(Flags):
 
         if self.weights is None:
             raise ValueError(f"--model {self.model} needs --weights PATH, a file or a folder")
-        loras = self.loras()
-        lora: dict[str, Any] = {"lora": loras}
-        if len(loras) < 2:
-            lora = {"lora": None} if not loras else {"lora": loras[0][0], "lora_scale": loras[0][1]}
         return Checkpoint(
             weights=self.weights,
             family=family,
@@ -212,7 +208,7 @@ class Render(Flags):
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             embeddings=self.embeddings,
-            **lora,
+            lora=self.loras() or None,
             ema=True if self.ema else False if self.no_ema else None,
             dtype=self.dtype or "bfloat16",
         )
