@@ -34,7 +34,12 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
     ),
     "attention": (
         "Attention functions",
-        ["flexkern.functional.attention", "flexkern.functional.paged_attention", "flexkern.functional.frame_turns"],
+        [
+            "flexkern.functional.attention",
+            "flexkern.functional.paged_attention",
+            "flexkern.functional.frame_turns",
+            "flexkern.functional.turn_place",
+        ],
     ),
     "policies": (
         "Policies and presets",

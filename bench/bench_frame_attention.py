@@ -1,9 +1,10 @@
-"""Time frame_attention: alone, beside libraries and other designs of the turn, or with every tile.
+"""Time frame_attention: alone, beside libraries and other designs of the turn, or with every tile or loop.
 
 python bench/bench_frame_attention.py --save                     # ours alone: frame_attention.csv
 python bench/bench_frame_attention.py --what hopper --save       # beside the Hopper kernel
 python bench/bench_frame_attention.py --what peers --save        # and libraries, and the designs: also designs.csv
 python bench/bench_frame_attention.py --what tiles --save        # every tile that might be the best: tiles.csv
+python bench/bench_frame_attention.py --what variants --save     # loops of the Hopper kernel, to decide: variants.csv
 python bench/bench_frame_attention.py --what once                # two launches, for a profiler
 """
 
@@ -11,16 +12,21 @@ import argparse
 import contextlib
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
 import harness
 import torch
+from correctness import count_differing
 from designs import EVERY, PASSES, SHORT, TINY, Problem, Shape
 from harness import Case, Provider, Row
 from peers import PEERS, first, get_peer
 from roofs import DEVICE, measure_roofs
 
+from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 from flexkern.kernels.attention.portable import frame_attention
 from flexkern.kernels.attention.tiles import Config, arch_of, frame_attention_config, multiprocessors
 
@@ -29,6 +35,11 @@ QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coars
 COMPILERS = 8  # processes that compile tiles side by side
 HOPPER = "flexkern.kernels.attention.hopper"
 PROVIDERS = ("triton", *PEERS)
+# where a loop is chosen: the shape that is rendered most, one-frame chunks, many heads, long frames
+DECISIVE = [shape for shape in SHORT if shape.read == 21 and shape.model != "5B"]
+RIVALS = ("sdpa cudnn", "flash-attn 4")
+TRIAL = 80.0  # seconds that a variant has to compile and to come back
+REPEATS = 50  # of each variant and shape, bit by bit
 
 
 def ours(problem: Problem, **options) -> Provider:
@@ -37,15 +48,21 @@ def ours(problem: Problem, **options) -> Provider:
     return Provider(call=call, result=problem.sample, everything=lambda out: out)
 
 
-def hopper(problem: Problem) -> Provider | str:
+def without_hopper() -> str:
+    """Why the Hopper kernel cannot run here, "" where it can."""
     if find_spec(HOPPER) is None:
         return "no such kernel in this version"
-    if DEVICE == "cpu" or torch.cuda.get_device_capability() != (9, 0):
-        return "needs a GPU of compute capability 9.0"
+    is_hopper = DEVICE == "cuda" and torch.cuda.get_device_capability() == (9, 0)
+    return "" if is_hopper else "needs a GPU of compute capability 9.0"
+
+
+def hopper(problem: Problem, variant: str = SELECTED) -> Provider | str:
+    if absent := without_hopper():
+        return absent
     from flexkern.kernels.attention.hopper import frame_attention_hopper
 
     arguments = problem.arguments(problem.turn)
-    call = lambda: first(frame_attention_hopper(*arguments))
+    call = lambda: first(frame_attention_hopper(*arguments, variant=variant))
     return Provider(call=call, result=problem.sample, everything=lambda out: out)
 
 
@@ -139,6 +156,52 @@ def warm_tiles() -> None:
             child.wait()
 
 
+def try_variant(name: str, shapes: Sequence[Shape]) -> None:
+    """A variant is in Triton's cache, and has come back from every shape."""
+    for shape in shapes:
+        hopper(Problem(shape, DEVICE), name).call()
+        torch.cuda.synchronize()
+
+
+def try_variants(names: Sequence[str], *options: str) -> dict[str, str]:
+    """Try all side by side, each in a process of its own: by name, why one must not be timed ("" where it may).
+
+    A fault in a protocol of barriers hangs, and would take the whole bench with it.
+    """
+    if absent := without_hopper():
+        return dict.fromkeys(names, absent)
+    faults, end = {}, time.monotonic() + TRIAL
+    command = [sys.executable, __file__, *options, "--what", "try", "--variant"]
+    with contextlib.ExitStack() as files:
+        logs = {name: files.enter_context(tempfile.TemporaryFile()) for name in names}
+        children = {name: subprocess.Popen([*command, name], stdout=log, stderr=log) for name, log in logs.items()}
+        for name, child in children.items():
+            faults[name] = ""
+            try:
+                code = child.wait(timeout=max(end - time.monotonic(), 1.0))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.wait()
+                faults[name] = f"did not come back in {TRIAL:.0f} s"
+            else:
+                logs[name].seek(0)
+                said = logs[name].read().decode(errors="replace").split("\n")
+                faults[name] = f"exit code {code}: {' '.join(said[-4:])[:300]}" if code else ""
+    return faults
+
+
+def build_variants(shape: Shape, faults: dict[str, str]) -> Case:
+    """Every loop of the Hopper kernel, and what it is written to beat. One whose repeats differ is not timed."""
+    problem = Problem(shape, DEVICE)
+    ours = {f"hopper {name}": fault or hopper(problem, name) for name, fault in faults.items()}
+    case = case_of("frame_attention variants", problem, ours | {name: library(problem, name) for name in RIVALS})
+    for name in ours:
+        if isinstance(case.providers[name], Provider) and not harness.judge(case, case.providers[name])[1]:
+            differing = count_differing(case, name, REPEATS)
+            case.providers[name] = f"{differing} of {REPEATS} repeats differ" if differing else case.providers[name]
+    return case
+
+
 def run_peers(args: argparse.Namespace, shapes: list[Shape]) -> None:
     """Time libraries and designs, shape by shape, so that a run that is cut off has whole shapes."""
     out, roof = harness.folder(args), measure_roofs()
@@ -155,17 +218,26 @@ def run_peers(args: argparse.Namespace, shapes: list[Shape]) -> None:
             harness.save(designs, out / "designs.csv")
 
 
+CHOICES = ("ours", "hopper", "peers", "tiles", "variants", "once", "compile", "try")
+
+
 def main() -> None:
     parser = harness.arguments(__doc__)
-    parser.add_argument("--what", choices=("ours", "hopper", "peers", "tiles", "once", "compile"), default="ours")
+    parser.add_argument("--what", choices=CHOICES, default="ours")
     parser.add_argument("--start", type=int, default=0, help=f"of every {COMPILERS}th tile to compile")
+    parser.add_argument("--variant", choices=VARIANTS, default=SELECTED, help="of --what try")
     args = parser.parse_args()
-    shapes = harness.shapes_for(args, SHORT, EVERY, TINY)
+    shapes, decisive = (harness.shapes_for(args, short, EVERY, TINY) for short in (SHORT, DECISIVE))
     if args.what == "peers":
         run_peers(args, shapes)
     elif args.what == "tiles":
         warm_tiles()
         harness.run(args, "tiles", [shape for shape in shapes if shape.frames != 1][:2], build_tiles)
+    elif args.what == "variants":
+        faults = try_variants(list(VARIANTS), *(["--tiny"] if args.tiny else []))
+        harness.run(args, "variants", decisive, lambda shape: build_variants(shape, faults))
+    elif args.what == "try":
+        try_variant(args.variant, decisive)
     elif args.what == "once":
         call = ours(Problem(shapes[0], DEVICE)).call
         print(call().shape, call().shape)

@@ -79,6 +79,8 @@ def make_queue(out: Path) -> list[Item]:
     checks = [
         Item(name="correctness frame_attention", doc="against float64 on real shapes, 10,000 repeats bitwise equal",
              command=correctness("frame_attention"), estimate=45, limit=150),
+        Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
+             command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
         *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)
           for kernel in KERNELS),
         Item(name="correctness hopper", doc="the warp-specialised kernel: a fault may make it hang",

@@ -4,8 +4,8 @@ python bench/tables.py             # rewrites what stands between <!-- table: NA
 python bench/tables.py --check     # exits with 1 where that would change a file
 python bench/tables.py --results DIR    # prints the tables of other CSVs, in DIR or in a folder of it; writes nothing
 
-Names: correctness, roofs, attention, tiles, designs, targets, pointwise, end_to_end; compiled, from
-tests/data/compile.csv.
+Names: correctness, roofs, attention, tiles, designs, targets, pointwise, end_to_end; compiled and variants, from
+tests/data/compile*.csv.
 """
 
 import argparse
@@ -19,6 +19,8 @@ from pathlib import Path
 import machine
 from correctness import Verdict
 from harness import Row, load
+
+from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 
 FILES = ("README.md", "kernels/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.S)
@@ -150,13 +152,29 @@ def targets(rows: dict[str, list[Row]]) -> str:
 def compiled(path: Path = machine.ROOT / "tests" / "data" / "compile.csv") -> str:
     """What ptxas makes of the kernels that multiply; needs no GPU."""
     with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["matrix"]]
+        rows = [row for row in csv.DictReader(file) if row["matrix"] and row["variant"] not in VARIANTS]
     columns = ("registers", "spill_stores", "shared", "matrix", "exponentials", "loops")
     name = lambda row: f"{row['kernel']} sm_{row['arch']} {row['dtype']} D={row['head_dim']} {row['variant']}".strip()
     head = ["configuration", "registers", "spill at edges, B", "shared, B", "matrix", "exp2", "loop, instructions"]
     return f"Triton {rows[0]['triton']}:\n\n" + grid(head, [[name(row), *(row[c] for c in columns)] for row in rows])
 
 
+def variants(folder: Path = machine.ROOT / "tests" / "data") -> str:
+    """What ptxas makes of every loop of the Hopper kernel, by Triton; needs no GPU."""
+    shape, found = {"kernel": "frame_attention_hopper", "dtype": "bfloat16", "head_dim": "128"}, {}
+    for path in folder.glob("compile*.csv"):
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                if row["matrix"] and shape.items() <= row.items():
+                    name = row["variant"] or SELECTED
+                    found[name, row["triton"]] = f"{row['loops']}, {row['barriers']}, {row['spill_stores']}"
+    versions = sorted({version for _, version in found})
+    lines = [[name, *(found.get((name, version), "") for version in versions)] for name in VARIANTS]
+    head = ["instructions of both loops, barriers a step, spill at edges in B", *(f"Triton {v}" for v in versions)]
+    return grid(head, lines)
+
+
+COMPILED = {"compiled": compiled, "variants": variants}  # from tests/data
 TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, from which CSVs
     "correctness": (correctness, ("correctness",)),
     "roofs": (roofs, ("roofs",)),
@@ -181,10 +199,10 @@ def caption(rows: list) -> str:
 
 def table(name: str, results: Path) -> str:
     """The table of that name, one for each GPU that was measured."""
-    if name == "compiled":
-        return compiled()
+    if name in COMPILED:
+        return COMPILED[name]()
     if name not in TABLES:
-        raise ValueError(f"no table {name!r}: there is {', '.join(TABLES)}, compiled")
+        raise ValueError(f"no table {name!r}: there is {', '.join([*TABLES, *COMPILED])}")
     make, files = TABLES[name]
     kind = Verdict if name == "correctness" else Row
     found = []

@@ -5,21 +5,33 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flexkern.engine import Engine
-    from flexkern.functional import attention, frame_turns, paged_attention
+    from flexkern.finite import NotFiniteError
+    from flexkern.functional import attention, frame_turns, paged_attention, turn_place
     from flexkern.pipeline import Checkpoint
     from flexkern.session import Session
 
 __version__ = "0.1.0"
 
-__all__ = ["Checkpoint", "Engine", "Session", "attention", "frame_turns", "paged_attention"]
+__all__ = [
+    "Checkpoint",
+    "Engine",
+    "NotFiniteError",
+    "Session",
+    "attention",
+    "frame_turns",
+    "paged_attention",
+    "turn_place",
+]
 
 _HOMES = {
     "Checkpoint": "flexkern.pipeline",
     "Engine": "flexkern.engine",
+    "NotFiniteError": "flexkern.finite",
     "Session": "flexkern.session",
     "attention": "flexkern.functional",
     "frame_turns": "flexkern.functional",
     "paged_attention": "flexkern.functional",
+    "turn_place": "flexkern.functional",
 }
 
 

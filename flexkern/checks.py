@@ -42,8 +42,9 @@ def is_index(value: Any, low: int = 0) -> bool:
 
 def did_you_mean(got: Any, known: Iterable[str]) -> str:
     """The tail of an error message that names the closest known word, or an empty string."""
-    close = get_close_matches(str(got), list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    plain = {word.lower().replace("_", "-"): word for word in known}  # CAPITALS and under_scores are near as well
+    close = get_close_matches(str(got).lower().replace("_", "-"), plain, n=1)
+    return f"; did you mean {plain[close[0]]!r}?" if close else ""
 
 
 def _fits(value: Any, hint: Any) -> bool:

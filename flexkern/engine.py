@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from flexkern.backends import get_backend
+from flexkern.finite import NotFiniteError, all_finite, validate_finite
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
+from flexkern.model.lora import Loras
 from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
+from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise
 from flexkern.policies import Preset
+from flexkern.policies.position import HORIZON
 from flexkern.session import Prompt, Session
 
 
@@ -40,20 +44,22 @@ class Engine:
         size: Height and width of a latent frame, for sessions that do not name one.
         first_chunk: Latent frames of the first chunk, where it differs (1 for models trained with
             ``independent_first_frame``), for sessions that do not name it.
+        horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
 
     Raises:
-        ValueError: The chunk is empty, or the backend cannot run on the model's device.
+        ValueError: The chunk or the horizon is empty, or the backend cannot run on the model's device.
     """
 
     def __init__(
         self, model: VideoModel, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
-        first_chunk: int | None = None,
+        first_chunk: int | None = None, horizon: int = HORIZON,
     ):  # fmt: skip
-        if chunk < 1:
-            raise ValueError(f"chunk must be at least 1 frame, got {chunk}")
-        self.model, self.chunk, self.size = model, chunk, size
+        for name, value in (("chunk", chunk), ("horizon", horizon)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1 frame, got {value}")
+        self.model, self.chunk, self.size, self.horizon = model, chunk, size, horizon
         self.first_chunk = first_chunk or chunk
         self.schedule = schedule or Schedule()
         self.backend, self.backend_name = get_backend(backend, model.device), backend
@@ -85,7 +91,7 @@ class Engine:
         decoder: Callable[[], Decoder] | None = None,
         pixels: bool | None = None,
         text: bool | None = None,
-        lora: str | Path | None = None,
+        lora: Loras | None = None,
         lora_scale: float = 1.0,
         ema: bool | None = None,
         dtype: torch.dtype = torch.bfloat16,
@@ -111,8 +117,8 @@ class Engine:
             decoder: One of your own, called without arguments for each session; then no VAE is looked for.
             pixels: True insists on a VAE, False leaves it out.
             text: True insists on a text encoder or embeddings, False leaves them out.
-            lora: LoRA of the transformer, file or folder.
-            lora_scale: Times alpha / rank of the LoRA.
+            lora: LoRA of the transformer, file or folder; or several, as paths or as pairs of a path and its scale.
+            lora_scale: Times the scale of each LoRA, which is times alpha / rank.
             ema: None takes the averaged weights where there are any, True insists on them, False takes the raw ones.
             dtype: Of the transformer's weights: bfloat16, float16 or float32.
             device: cpu, cuda or cuda:N.
@@ -182,12 +188,13 @@ class Engine:
             chunk=family.chunk,
             first_chunk=family.first_chunk,
             size=family.size,
+            horizon=family.horizon,
             text_encoder=text_encoder or loaded.text_encoder,
             encoder=encoder or encode,
             decoder=decoder or loaded.decoder,
         )
 
-    @torch.inference_mode()
+    @without_gradients
     def embed(self, prompt: Prompt) -> Tensor:
         """The text encoder's output [B, L, text_dim] for a prompt; a tensor is returned as it is.
 
@@ -201,7 +208,7 @@ class Engine:
             raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
         if not prompts:
             raise ValueError("prompt must be a string or at least one, got none")
-        return self.text_encoder(prompts)
+        return ordinary(self.text_encoder(prompts))
 
     @torch.inference_mode()
     def encode(self, prompt: Prompt) -> Sequence[tuple[Tensor, ...]]:
@@ -209,8 +216,16 @@ class Engine:
 
         Raises:
             ValueError: As ``embed``, or the embedding does not fit the model.
+            NotFiniteError: The embedding, or what the model makes of it, is not finite.
         """
-        return self.model.text_keys(self.embed(prompt).to(self.model.device), self.backend)
+        embedding = self.embed(prompt).to(self.model.device)
+        validate_finite(f"the embedding of {prompt!r:.80}" if isinstance(prompt, str) else "the embedding", embedding)
+        text = self.model.text_keys(embedding, self.backend)
+        if not all_finite(*(tensor for layer in text for tensor in layer)):
+            layer = next(index for index, tensors in enumerate(text) if not all_finite(*tensors))
+            what = "what the model reads of the prompt"
+            raise NotFiniteError(what, text[0][0].dtype, began=f"it began in layer {layer}", layer=f"blocks.{layer}")
+        return text
 
     def session(
         self, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0, frames: int | None = None,

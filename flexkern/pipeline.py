@@ -61,21 +61,24 @@ def check(
     """
     parts = validate_checkpoint(checkpoint, prompts=prompts, image=image, pixels=pixels, backend=backend, device=device)
     validate_channels(parts.transformer, parts.config)
-    validate_preset(parts, parts.family.preset if preset is None else preset, frames)
+    validate_preset(parts, parts.family.preset if preset is None else preset, frames, begins=image is not None)
     return parts
 
 
-def validate_preset(parts: Parts, preset: str | Preset, frames: int | None) -> None:
+def validate_preset(parts: Parts, preset: str | Preset, frames: int | None, *, begins: bool = False) -> None:
     """Raises ValueError for a preset that fits not the model or the length.
 
     Args:
         parts: What ``check`` returned.
         preset: The method, a name or a ``Preset``.
         frames: Latent frames of the video, None for no end.
+        begins: Whether a picture is given to begin with, so that no noise is drawn for the first chunk.
     """
     family, bands = parts.family, band_split(parts.config.head_dim)[0]
     most = max(family.chunk, family.first_chunk)
-    get_preset(preset).validate(chunk=most, bands=bands, heads=parts.config.num_heads, target=frames)
+    least = family.chunk if begins else min(family.chunk, family.first_chunk)
+    chosen = get_preset(preset).for_horizon(family.horizon)
+    chosen.validate(chunk=most, least=least, bands=bands, heads=parts.config.num_heads, target=frames)
 
 
 def load(

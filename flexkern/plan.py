@@ -26,15 +26,22 @@ def turns(angle: Tensor) -> Tensor:
     return torch.stack((angle.cos(), angle.sin()), dim=-1).float()
 
 
-def place_turns(rows: int, columns: int, head_dim: int) -> Tensor:
-    """(cos, sin) [rows * columns, row pairs + column pairs, 2], float32: the part of 3D RoPE that never changes."""
+def place_angles(rows: int, columns: int, head_dim: int, device: torch.device | str = "cpu") -> Tensor:
+    """Angles of row and column pairs at each place: float64 [rows * columns, row pairs + column pairs]."""
     _, *pairs = band_split(head_dim)
-    places = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    places = torch.meshgrid(
+        torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+    )  # fmt: skip
     angles = [
-        place.flatten().double()[:, None] * torch.pow(BASE, -torch.arange(n, dtype=torch.float64) / n)
+        place.flatten().double()[:, None] * torch.pow(BASE, -torch.arange(n, dtype=torch.float64, device=device) / n)
         for place, n in zip(places, pairs, strict=True)
     ]
-    return turns(torch.cat(angles, dim=-1))
+    return torch.cat(angles, dim=-1)
+
+
+def place_turns(rows: int, columns: int, head_dim: int) -> Tensor:
+    """(cos, sin) [rows * columns, row pairs + column pairs, 2], float32: the part of 3D RoPE that never changes."""
+    return turns(place_angles(rows, columns, head_dim))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

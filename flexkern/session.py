@@ -10,6 +10,7 @@ pipeline/interactive_causal_inference.py.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from flexkern.backends import Backend
 from flexkern.cache import FrameCache
+from flexkern.finite import Watch, validate_finite
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import Decoder, Encoder, VideoModel
 from flexkern.model.schedule import Schedule
+from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise, PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -52,6 +55,7 @@ class Loop(Protocol):
     schedule: Schedule
     chunk: int
     first_chunk: int
+    horizon: int
     size: tuple[int, int]
     encoder: Encoder | None
     decoder: Callable[[], Decoder] | None
@@ -81,22 +85,25 @@ class Session:
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
         bands, heads = band_split(config.head_dim)[0], config.num_heads
-        self.preset.validate(chunk=max(engine.chunk, self.first_chunk), bands=bands, heads=heads, target=frames)
+        most, least = max(engine.chunk, self.first_chunk), engine.chunk if noise is None else None
+        chosen = self.preset.for_horizon(engine.horizon)
+        chosen.validate(chunk=most, least=least, bands=bands, heads=heads, target=frames)
         self._embedding = engine.embed(prompt)
         self.text = engine.encode(self._embedding)
         self.batch = self.text[0][0].shape[0]
         self.window = CacheWindow(
-            self.preset, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
+            chosen, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
             eps=config.eps, dtype=model.dtype, device=model.device, batch=self.batch, rows=rows, columns=columns,
             target=frames,
         )  # fmt: skip
         shape = (config.out_dim, *self.size)
-        self.noise: Noise = noise or PolicyNoise(self.preset.noise, seed, self.batch, shape, frames)
+        self.noise: Noise = noise or PolicyNoise(self.window.preset.noise, seed, self.batch, shape, frames)
         self.decode: Decoder | None = engine.decoder() if engine.decoder else None
         self.next_frame = 0
         self.chunks = 0
         self._recent: Tensor | None = None  # clean latents that a recache would run again
         self._cut = False
+        self._watch = Watch(model)
 
     def __repr__(self) -> str:
         made = f"{self.next_frame} of {self.target if self.target is not None else 'any number of'} frames"
@@ -112,10 +119,17 @@ class Session:
         """Chunks without end, or until ``frames`` latent frames are made."""
         while self.target is None or self.next_frame < self.target:
             yield self.step()
+        self.validate_chunks()
 
-    @torch.inference_mode()
+    @without_gradients
     def step(self) -> Chunk:
-        """Denoise the next chunk and leave its clean keys and values in the cache."""
+        """Denoise the next chunk and leave its clean keys and values in the cache.
+
+        Raises:
+            NotFiniteError: This chunk is not finite; on a GPU, where that is known only later, one before it was not.
+        """
+        self._watch.validate(wait=False)
+        self._watch.moved_on()
         first = self.next_frame == 0
         count = self.first_chunk if first else self.engine.chunk
         frames = list(range(self.next_frame, self.next_frame + count))
@@ -123,19 +137,37 @@ class Session:
         schedule, kind = self.engine.schedule, self.engine.model.config.prediction
         z = self.noise.initial(frames).to(self.engine.model.device)
         timesteps = schedule.timesteps(first_chunk=first)
+        passes = []
         for i, timestep in enumerate(timesteps):
+            passes.append((z, timestep))
             clean = schedule.clean(z, self._predict(z, timestep, memory), timestep, kind)
             if i + 1 < len(timesteps):
                 noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
                 z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
+        clean = ordinary(clean)
         self._finish(clean, frames, memory)
-        pixels = self.decode(clean) if self.decode else None
+        pixels = ordinary(self.decode(clean)) if self.decode else None
         chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)
+        predict = partial(self._predict, memory=memory)
+        self._watch.add(f"chunk {chunk.index}", clean, self.decode, index=chunk.index, passes=passes, predict=predict)
         self.chunks += 1
         self._cut = False
+        self._watch.validate(wait=False)
         return chunk
 
-    @torch.inference_mode()
+    @without_gradients
+    def validate_chunks(self) -> None:
+        """Wait for the chunks so far, and raise where one is not finite.
+
+        ``step`` does so without waiting: on a CPU at once, on a GPU once the device has told, at the next step at the
+        earliest. Who reads a chunk's pictures waits for them anyway and should call this before using them.
+
+        Raises:
+            NotFiniteError: Says where it began.
+        """
+        self._watch.validate(wait=True)
+
+    @without_gradients
     def prefill(self, given: Tensor) -> Chunk:
         """Continue from given clean latents, or from pictures, which go through the engine's encoder.
 
@@ -149,7 +181,9 @@ class Session:
 
         Raises:
             ValueError: The shape does not fit, or there is no encoder for pictures.
+            NotFiniteError: What is given, or what encoder or decoder make of it, is not finite.
         """
+        self.validate_chunks()
         latents = given
         if given.dtype == torch.uint8:
             if self.engine.encoder is None:
@@ -168,20 +202,25 @@ class Session:
                 f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
                 f"{self.first_chunk}), got {latents.shape[1]} frames"
             )
-        latents, first = latents.to(self.engine.model.device), self.next_frame
+        validate_finite("the given latents" if latents is given else "the latents of the given pictures", latents)
+        latents, first = ordinary(latents.to(self.engine.model.device)), self.next_frame
         for block in latents.split(sizes, dim=1):
             frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
             self._finish(block, frames, self._prepare(frames))
-        pixels = self.decode(latents) if self.decode else None
+        pixels = ordinary(self.decode(latents)) if self.decode else None
+        self._watch.add("what the video begins with", latents, self.decode)
+        self.validate_chunks()
         return Chunk(index=-1, frames=tuple(range(first, self.next_frame)), latents=latents, pixels=pixels)
 
-    @torch.inference_mode()
+    @without_gradients
     def switch(self, prompt: Prompt) -> None:
         """Follow another prompt from the next chunk on; the preset's ``switch`` policy decides what the cache keeps.
 
         Raises:
             ValueError: The prompt is for another number of videos, or does not fit the model.
+            NotFiniteError: Its embedding, or a chunk so far, is not finite.
         """
+        self.validate_chunks()
         embedding = self.engine.embed(prompt)
         text = self.engine.encode(embedding)
         if text[0][0].shape[0] != self.batch:
@@ -201,7 +240,7 @@ class Session:
             raise ValueError(f"a cut needs position.index 'slot', the preset {self.preset.name!r} has 'absolute'")
         self._cut = True
 
-    @torch.inference_mode()
+    @without_gradients
     def state(self) -> State:
         """All that later chunks depend on, copied: cache, noise, decoder, prompt and counters.
 
@@ -209,7 +248,9 @@ class Session:
 
         Raises:
             TypeError: A noise or a decoder of one's own has no ``state``.
+            NotFiniteError: A chunk so far is not finite.
         """
+        self.validate_chunks()
         state = {
             **nest("made_for", self._identity()), **nest("window", self.window.state()),
             **nest("noise", stateful(self.noise, "noise").state()),
@@ -223,7 +264,7 @@ class Session:
             state["recent"] = self._recent.cpu().clone()
         return state
 
-    @torch.inference_mode()
+    @without_gradients
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a ``state``, bit for bit on the same device, backend and weights.
 
@@ -246,13 +287,14 @@ class Session:
         self.text = self.engine.encode(self._embedding)
         self._recent = state["recent"].to(device) if "recent" in state else None
         self.next_frame, self.chunks, self._cut = state["next_frame"], state["chunks"], state["cut"]
+        self._watch = Watch(self.engine.model)
 
     def _identity(self) -> State:
         """What a state must have been made with, for this session to continue from it."""
         engine, named = self.engine, lambda thing: None if thing is None else type(thing).__name__
         loop = {"chunk": engine.chunk, "first_chunk": self.first_chunk, "size": self.size, "frames": self.target}
         return plain({
-            **nest("model", engine.model.config.to_dict()), **nest("preset", self.preset.describe()),
+            **nest("model", engine.model.config.to_dict()), **nest("preset", self.window.preset.describe()),
             **nest("schedule", asdict(engine.schedule)), **loop, "batch": self.batch,
             "noise": named(self.noise), "decoder": named(self.decode),
         })  # fmt: skip
@@ -261,12 +303,14 @@ class Session:
         """What the passes over these frames attend through: frames evicted, pages allocated, positions planned."""
         return self.window.prepare(frames[0], len(frames), cut=cut)
 
+    @torch.inference_mode()
     def _predict(self, z: Tensor, timestep: float, memory: PagedMemory) -> Tensor:
         """The model's prediction for noisy latents."""
         prediction = self.engine.model(z, self._timesteps(z, timestep), self.text, memory)
         assert prediction is not None, "only a pass for keys and values alone predicts nothing"
         return prediction
 
+    @torch.inference_mode()
     def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
         """The clean pass: afterwards the pages hold keys and values of clean latents."""
         timesteps = self._timesteps(clean, self.engine.schedule.context_timestep)
@@ -279,6 +323,6 @@ class Session:
         """The clean pass, and the bookkeeping after a chunk."""
         self._fill(clean, memory)
         self.next_frame = frames[-1] + 1
-        if self.preset.switch.kind == "recache":
+        if recent := self.window.recent:
             past = clean if self._recent is None else torch.cat((self._recent, clean), dim=1)
-            self._recent = past[:, -self.preset.switch.recent :].clone()
+            self._recent = past[:, -recent:].clone()

@@ -24,7 +24,7 @@ class CacheWindow:
     Every page is allocated at once, so that a lack of memory shows before any work.
 
     Args:
-        preset: Its position, retention and switch policies act.
+        preset: Its position, retention and switch policies act, with the values in use (``Preset.resolve``).
         backend: The module that computes.
         layers: Layers of the model.
         heads: Heads of a layer.
@@ -49,7 +49,7 @@ class CacheWindow:
         self, preset: Preset, backend: Backend, *, layers: int, heads: int, head_dim: int, eps: float,
         dtype: torch.dtype, device: torch.device, batch: int, rows: int, columns: int, target: int | None = None,
     ):  # fmt: skip
-        self.preset, self.backend, self.eps = preset, backend, eps
+        self.preset, self.backend, self.eps = preset.resolve(), backend, eps
         self.heads, self.bands = heads, band_split(head_dim)[0]
         self.shape = batch, rows, columns
         preset.position.multipliers(1.0, self.bands, heads)
@@ -114,6 +114,12 @@ class CacheWindow:
         self.cache.keep(kept.indices)
         return self._plan(frames, self.cache.allocate(frames), cut)
 
+    @property
+    def recent(self) -> int:
+        """How many of the last frames, clean, the loop must have at hand for a change of prompt; 0 for none."""
+        policy = self.preset.switch
+        return policy.recent or 0 if policy.kind == "recache" else 0
+
     def switch(self) -> int:
         """Do to the cache what the preset does at a change of prompt.
 
@@ -122,9 +128,10 @@ class CacheWindow:
         policy, pinned = self.preset.switch, self.preset.retention.pinned
         listed = len(self.cache.listed)
         if policy.kind == "flush":
-            self.cache.keep([i for i in range(listed) if i < pinned or i >= listed - policy.recent])
+            first = listed - (policy.recent or listed)
+            self.cache.keep([i for i in range(listed) if i < pinned or i >= first])
             self._memory, self._written = None, []  # pages of its plan are gone
-        count = min(policy.recent, listed) if policy.kind == "recache" else 0
+        count = min(self.recent, listed)
         if not count:
             return 0
         end = self.frames.stop

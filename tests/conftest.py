@@ -3,16 +3,57 @@ import os
 import pytest
 import torch
 
+from flexkern.kernels import HOPPER, PORTABLE, lacking
+
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any `import triton`
 torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; more threads only contend
+
+TRITON = {  # test files that import kernels, and what these need
+    "bench/test_bench.py": PORTABLE,
+    "kernels/test_compile.py": HOPPER,
+    "kernels/test_frame_attention.py": PORTABLE,
+    "kernels/test_frame_attention_hopper.py": HOPPER,
+    "kernels/test_gate_residual.py": PORTABLE,
+    "kernels/test_modulate.py": PORTABLE,
+    "kernels/test_norm_rope_write.py": PORTABLE,
+    "kernels/test_rms_norm.py": PORTABLE,
+}
+
+
+def lacks_triton(needed):
+    """Why tests that need this version of Triton are skipped, None where they run."""
+    try:
+        what = lacking(needed)
+    except ImportError as error:
+        return f"needs Triton >= {needed[0]}.{needed[1]}, and {error}"
+    return what and f"needs {what}"
+
+
+class Skipped(pytest.Module):
+    """A test file that is not imported."""
+
+    def collect(self):
+        pytest.skip(lacks_triton(TRITON[self.name_in_tests]), allow_module_level=True)
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    name = "/".join(module_path.parts[-2:])
+    if name in TRITON and lacks_triton(TRITON[name]):
+        skipped = Skipped.from_parent(parent, path=module_path)
+        skipped.name_in_tests = name
+        return skipped
+    return None
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
         if not CUDA and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        marker = item.get_closest_marker("triton")
+        if marker and (why := lacks_triton(marker.args)):
+            item.add_marker(pytest.mark.skip(reason=why))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor
 
+from flexkern.kernels import lacking
 from flexkern.plan import ChunkPlan
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
         return None
     if find_spec(ON_CUDA[name]) is None:
         return f"the package {name} is not installed"
+    if name == "triton" and (lacking := unfit_triton()):
+        return lacking
     if name == "triton" and runs_in_interpreter():
         return None
     if not torch.cuda.is_available():
@@ -67,8 +70,17 @@ def why_not(name: str, device: torch.device | str | None = None) -> str | None:
     return None
 
 
+def unfit_triton() -> str | None:
+    """Why the installed Triton cannot run the kernels; None where it can."""
+    try:
+        what = lacking()
+    except Exception as error:  # whatever a broken installation raises, other backends still run
+        return f"Triton cannot be imported: {type(error).__name__}: {' '.join(str(error).split())}"
+    return what and f"it needs {what}"
+
+
 def runs_in_interpreter() -> bool:
-    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1)."""
+    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1); ``unfit_triton`` comes first."""
     from triton import knobs
 
     return bool(knobs.runtime.interpret)

@@ -20,6 +20,8 @@ def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
     """Errors of these kinds, and a package that is missing or too old, become one line and the exit status."""
     try:
         yield
+    except BrokenPipeError:  # of our own output, not the user's fault
+        raise
     except kinds as error:
         refuse(str(error), status)
     except ImportError as error:

@@ -1,5 +1,6 @@
 """``flexkern inspect``: what a weight file or folder is, whether anything of it is missing, and how to render it."""
 
+import json
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -35,29 +36,34 @@ class Inspect:
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="PATH")]
     """weight file, folder of Wan or diffusers, or a research repository"""
 
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """print JSON: a list of the parts, each with its path and the names and texts that are printed otherwise"""
+
     def run(self) -> int:
         with refusing(ValueError, OSError, NotImplementedError):
             from flexkern.model.find import holdings
 
-            found = holdings(self.path)
-            known = [(kind, path) for kind, path in found if kind is not None]
-        if not known:
-            there = "its tensors have other names, or it cannot be read" if self.path.is_file() else "no weights in it"
-            print(f"{self.path}\n  {'is':12} nothing that flexkern knows: {there}")
-            for name, text in unknown_lines(self.path):
-                print(f"  {name:12} {text}")
-            return 1
-        fine = True
-        for number, (kind, path) in enumerate(known):
-            print(f"{path}" if number == 0 else f"\n{path}")
-            for name, text in report(kind, path):
-                fine = fine and not (name == "complete" and text.startswith("no:"))
-                print(f"  {name:12} {text}")
-        kinds = {kind for kind, _ in known}
+            found = [held for held in holdings(self.path) if held.kind or held.why]
+        told = [(held.path, dict(report(held.kind, held.path))) for held in found if held.kind]
+        told += [(held.path, dict(unreadable(held.why))) for held in found if not held.kind]
+        kinds = {held.kind for held in found}
         if "transformer" in kinds and self.path.is_dir():
-            for needed in (needed for needed in NEEDED if needed not in kinds):
-                print(f"\n{self.path}\n  {'lacks':12} {needed}: {NEEDED[needed]}")
-        return 0 if fine else 1
+            told += [(self.path, {"lacks": f"{part}: {NEEDED[part]}"}) for part in NEEDED if part not in kinds]
+        if not found:
+            told = [(self.path, dict(unknown_lines(self.path)))]
+        if self.json:
+            print(json.dumps([{"path": str(path), **lines} for path, lines in told], indent=1))
+        else:
+            parts = (
+                f"{path}\n" + "\n".join(f"  {name:12} {text}" for name, text in lines.items()) for path, lines in told
+            )
+            print("\n\n".join(parts))
+        return 0 if found and not any(lines.get("complete", "").startswith("no:") for _, lines in told) else 1
+
+
+def unreadable(why: str) -> Lines:
+    yield "is", "nothing that flexkern can read"
+    yield "complete", f"no: {one_line(why)}"
 
 
 def report(kind: str, path: Path) -> Lines:
@@ -80,7 +86,7 @@ def report(kind: str, path: Path) -> Lines:
 
 
 def transformer_lines(path: Path) -> Lines:
-    from flexkern.model.families import CHANNELS, FAMILIES, PATCH, guess_family
+    from flexkern.model.families import CHANNELS, FAMILIES, PATCH, family_of
     from flexkern.model.weights import read_state_dict
 
     found = read_state_dict(path, headers=True)
@@ -89,8 +95,8 @@ def transformer_lines(path: Path) -> Lines:
     yield "container", f"{found.container}{others}"
     if found.wrappers:
         yield "prefix", " ".join(found.wrappers)
-    averaged = found.groups[0] == "generator_ema"
-    yield "EMA", ("yes, it is taken" if averaged else "no") + averaged * (len(found.groups) > 1) * "; not with --no-ema"
+    other = "; not with --no-ema" if found.averaged and len(found.groups) > 1 else ""
+    yield "EMA", f"yes, it is taken{other}" if found.averaged else "no"
     yield from data_lines(found.tensors)
     wrong = what_is_wrong(path)
     yield "complete", f"no: {wrong}" if wrong else "yes"
@@ -102,7 +108,7 @@ def transformer_lines(path: Path) -> Lines:
         tokens = height * width // PATCH**2
         megabytes = 2 * 2 * found.config.num_layers * found.config.dim * tokens / 1e6
         yield "cache", f"{megabytes:,.1f} MB per cached frame of 480x832 in bfloat16"
-    if path.is_dir() and guess_family(path.name) is None:
+    if path.is_dir() and family_of(path) is None:
         yield "note", "Wan's own weights look the same, but are not distilled: they need 50 steps"
     yield "use", "it cannot be rendered: it is not complete" if wrong else use(path, found.container)
 
@@ -123,7 +129,7 @@ def use(path: Path, container: str) -> str:
     from flexkern.pipeline import Checkpoint, MissingPart, check
 
     model, others = chosen_model(path, container)
-    command = f"flexkern render --model {model} --weights {shlex.quote(str(path))} --prompt {shlex.quote(PROMPT)}"
+    command = f"flexkern render --weights {shlex.quote(str(path))} --prompt {shlex.quote(PROMPT)} --model {model}"
     checkpoint, lacks = Checkpoint(weights=path, family=model), list[str]()
     while True:
         prompts = () if "text encoder" in lacks else (PROMPT,)
@@ -156,10 +162,9 @@ def chosen_model(path: Path, container: str) -> tuple[str, str]:
 
     Keys do not show how a model was distilled.
     """
-    from flexkern.model.families import FAMILIES, guess_family
+    from flexkern.model.families import FAMILIES, family_of
 
-    whole = path.resolve()
-    if told := guess_family(whole.name) or guess_family(whole.parent.name):
+    if told := family_of(path):
         return told, ""
     if "diffusers" in container:
         return "wan-diffusers", ""
@@ -183,25 +188,36 @@ def sizes_of(config: "WanConfig") -> tuple[int, int, int, int]:
 
 
 def lora_lines(path: Path) -> Lines:
-    from flexkern.model.weights import read_lora
+    from flexkern.model.files import some_of
+    from flexkern.model.lora import read_lora
+    from flexkern.model.names import is_known
 
     updates = read_lora(path)
-    ranks = Counter(down.shape[0] for _, down, _ in updates.values())
-    alphas = sorted({round(scale * down.shape[0], 4) for _, down, scale in updates.values()})
-    inputs = {down.shape[1] for _, down, _ in updates.values()}
-    size = next((name for name, dim in (("1.3B", 1536), ("14B", 5120)) if dim in inputs), "another size")
+    every = [change for changes in updates.values() for change in changes]
+    ranks = [change.down.shape[0] for change in every if change.down is not None]
+    alphas = sorted({round(change.scale * change.down.shape[0], 4) for change in every if change.down is not None})
+    sizes = {size for change in every for size in (change.shape() or [])}
+    size = next((name for name, dim in (("14B", 5120), ("1.3B", 1536)) if dim in sizes), "another size")
     yield "is", f"LoRA of a Wan transformer, for {size}"
-    yield "rank", counted(ranks)
-    yield "alpha", ", ".join(f"{alpha:g}" for alpha in alphas) + ", which is the rank where the file does not say it"
+    if ranks:
+        yield "rank", counted(Counter(ranks))
+        listed = ", ".join(f"{alpha:g}" for alpha in alphas)
+        yield "alpha", f"{listed}, which is the rank where the file does not say it"
+    if len(ranks) < len(every):
+        yield "differences", f"{len(every) - len(ranks)} of whole tensors, without a rank"
     modules = Counter(target.split(".", 2)[2].removesuffix(".weight") for target in updates if target.count(".") > 2)
     yield "targets", f"{len(updates)}: " + ", ".join(f"{name} in {count} blocks" for name, count in modules.items())
-    halves = {f"{name} up": up for name, (up, _, _) in updates.items()}
-    yield from data_lines(halves | {f"{name} down": down for name, (_, down, _) in updates.items()})
+    yield from data_lines(tensors_of(path))
+    if unknown := [target for target in updates if not is_known(target)]:
+        yield "complete", f"no: a transformer of Wan 2.1 has no {some_of(unknown)}"
+        return
     yield "complete", "yes; whether it fits a transformer is checked where both are given"
     yield "use", beside_weights("--lora", path)
 
 
 def vae_lines(path: Path) -> Lines:
+    from flexkern.model.checkpoint import validate_latents
+    from flexkern.model.families import FAMILIES
     from flexkern.model.vae import validate_vae
 
     state = tensors_of(path)
@@ -209,18 +225,21 @@ def vae_lines(path: Path) -> Lines:
     yield "is", f"VAE of Wan, {'Wan' if original else 'diffusers'} keys"
     yield from data_lines(state)
     form = validate_vae(path)
+    validate_latents(path, form, FAMILIES["self-forcing"])
     yield "latents", f"{form.channels} channels, strides {form.temporal} in time, {form.spatial} in space"
     yield "complete", "yes"
     yield "use", beside_weights("--vae", path)
 
 
 def tiny_lines(path: Path) -> Lines:
+    from flexkern.model.checkpoint import validate_latents
+    from flexkern.model.families import FAMILIES
     from flexkern.model.tiny_decoder import validate_tiny_decoder
 
     state = tensors_of(path)
     yield "is", "tiny decoder (TAEHV): a preview of what the VAE shows; encodes nothing here"
     yield from data_lines(state)
-    validate_tiny_decoder(path)
+    validate_latents(path, validate_tiny_decoder(path), FAMILIES["self-forcing"])
     yield "complete", "yes"
     yield "use", beside_weights("--vae", path)
 
@@ -238,8 +257,8 @@ def text_lines(path: Path) -> Lines:
 
 
 def embeddings_lines(path: Path) -> Lines:
+    from flexkern.model.embeddings import SavedEmbeddings
     from flexkern.model.files import some_of
-    from flexkern.model.text import SavedEmbeddings
 
     saved = SavedEmbeddings(path)
     yield "is", "saved embeddings of prompts"
@@ -250,11 +269,13 @@ def embeddings_lines(path: Path) -> Lines:
 
 
 def unknown_lines(path: Path) -> Lines:
+    there = "its tensors have other names" if path.is_file() else "no weights in it"
+    yield "is", f"nothing that flexkern knows: {there}"
     if path.is_file():
         try:
             state = tensors_of(path)
-        except ValueError as error:
-            yield "complete", f"no: {error}"
+        except (ValueError, OSError, NotImplementedError) as error:
+            yield "complete", f"no: {one_line(str(error))}"
             return
         yield from data_lines(state)
         yield "names", ", ".join(list(state)[:8])

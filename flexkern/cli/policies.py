@@ -18,6 +18,16 @@ from flexkern.policies.presets import POLICIES
 
 DEMO = "demo"  # the model where none is named
 PRESET = "flex"
+ABOUT = {  # what stands above the options of a policy
+    "position": "Where in time every frame sits. The model counts time in bands, each of which turns at a speed of its "
+    "own. r_j: turns of band j in train_len frames. s: how many times longer than training the video is. g, g_j: the "
+    "share of band j that stays as trained; the rest is slowed by s. T: number of bands. flexkern presets NAME says in "
+    "words what a preset does.",
+    "retention": "Which frames stay visible, counted in latent frames: four pictures each.",
+    "noise": "What a frame is denoised from. eps_t: noise of frame t alone. eta: noise that all frames share. rho, w, "
+    "a: how much of it is shared. F: frames of a chunk.",
+    "switch": "What a new prompt does to the frames that are remembered.",
+}
 
 
 def field_docs(cls: type) -> dict[str, str]:
@@ -31,15 +41,18 @@ def field_docs(cls: type) -> dict[str, str]:
     return docs
 
 
-def policy_arguments(policy: Any) -> type:
+def policy_arguments(policy: Any, about: str) -> type:
     """A dataclass with the fields of a policy, its values as defaults, that tyro makes options of.
 
-    Values are checked where the preset is made, so that what is wrong is told in one line.
+    about: what stands above them. Values are checked where the preset is made, so that what is wrong is told in one
+    line.
     """
     hints, docs = get_type_hints(type(policy)), field_docs(type(policy))
     typed = {name: Annotated[hint, tyro.conf.arg(help=docs.get(name))] for name, hint in hints.items()}
     entries = [(f.name, typed[f.name], field(default=getattr(policy, f.name))) for f in fields(policy)]
-    return make_dataclass(type(policy).__name__, entries, kw_only=True)
+    made = make_dataclass(type(policy).__name__, entries, kw_only=True)
+    made.__doc__ = about
+    return made
 
 
 def with_policies(command: type, argv: Sequence[str]) -> type:
@@ -51,11 +64,13 @@ def with_policies(command: type, argv: Sequence[str]) -> type:
     scan.add_argument("--preset", nargs="?")
     scan.add_argument("--model", nargs="?", default=DEMO)
     scan.add_argument("--config-path", "--config_path", nargs="?")
-    scan.add_argument("--weights", "--checkpoint-path", "--checkpoint_path", nargs="?")
+    folders = "--checkpoint-folder", "--checkpoint_folder"
+    scan.add_argument("--weights", "--checkpoint-path", "--checkpoint_path", *folders, nargs="?")
     found, _ = scan.parse_known_args(argv)
     research = read_research(found.config_path) if found.config_path else None
-    preset = base_preset(found.preset, chosen_model(found.model or DEMO, found.config_path, found.weights), research)
-    made = {name: policy_arguments(getattr(preset, name)) for name in POLICIES}
+    weights = found.weights or (research.flags.get("weights") if research else None)
+    preset = base_preset(found.preset, chosen_model(found.model or DEMO, found.config_path, weights), research)
+    made = {name: policy_arguments(getattr(preset, name), ABOUT[name]) for name in POLICIES}
     entries = [(name, arguments, field(default_factory=arguments)) for name, arguments in made.items()]
     extended = make_dataclass(command.__name__, entries, bases=(command,), kw_only=True)
     extended.__doc__ = command.__doc__
@@ -76,7 +91,9 @@ def chosen_overrides(given: Any, base: Preset, research: Research | None) -> dic
 
 
 def base_preset(name: str | None, model: str, research: Research | None) -> Preset:
-    """The preset of that name, else the model's, with what a configuration says of it."""
+    """The preset of that name, else the configuration's or the model's, with what a configuration says of it."""
+    if name is None and research is not None:
+        name = research.preset
     if name is None and is_family(model):
         from flexkern.model.families import FAMILIES
 
@@ -88,9 +105,9 @@ def chosen_model(model: str, config: str | Path | None, weights: str | Path | No
     """The model; where only a configuration of a research repository is given, the family that its name tells."""
     if model != DEMO or config is None:
         return model
-    from flexkern.model.families import guess_family
+    from flexkern.model.families import family_of, guess_family
 
-    return guess_family(Path(config).name) or guess_family(Path(weights or "").name) or "self-forcing"
+    return guess_family(Path(config).name) or (family_of(weights) if weights else None) or "self-forcing"
 
 
 def is_family(model: str) -> bool:

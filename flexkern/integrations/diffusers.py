@@ -1,6 +1,7 @@
 """diffusers' ``WanTransformer3DModel`` with our self-attention: longer clips with a preset, or video without end.
 
-    patch(pipe.transformer, preset="riflex")      # whole clips, as diffusers makes them; .undo() takes it back
+    patch(pipe.transformer, preset="riflex")      # whole clips, as diffusers makes them
+    unpatch(pipe.transformer)
 
     for chunk in causal(pipe.transformer).session(prompt_embeds, preset="flex"):   # chunk by chunk, over a paged cache
         ...
@@ -62,10 +63,10 @@ class PagedProcessor:
 class MemoryRope(nn.Module):
     """Replaces the transformer's ``rope``: gives each forward its memory instead of cosines and sines."""
 
-    def __init__(self, own: nn.Module, memory: Callable[[Tensor], Memory]):
+    def __init__(self, own: nn.Module, memory: Callable[[Tensor], Memory], handle: "Patch"):
         super().__init__()
         self.own = own  # moves with the model, for when it is put back
-        self.memory = memory
+        self.memory, self.handle = memory, handle
 
     def forward(self, latents: Tensor) -> Memory:
         return self.memory(latents)
@@ -78,7 +79,7 @@ class Patch:
         self.transformer, self.rope = transformer, transformer.rope
         self.attentions = [block.attn1 for block in transformer.blocks]
         self.processors = [attn.processor for attn in self.attentions]
-        transformer.rope = MemoryRope(self.rope, memory)
+        transformer.rope = MemoryRope(self.rope, memory, self)
         for attn, layer in zip(self.attentions, layers, strict=True):
             attn.set_processor(PagedProcessor(layer))
 
@@ -185,7 +186,7 @@ class CausalTransformer:
 
 
 def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: str = "sdpa") -> Patch:
-    """Run every forward of a ``WanTransformer3DModel`` with the preset's temporal positions, until ``undo``.
+    """Run every forward of a ``WanTransformer3DModel`` with the preset's temporal positions, until ``unpatch``.
 
     Whole clips, every frame attending to every other, at any length: the horizon extension of the preset follows the
     number of latent frames. Under torch.no_grad() only.
@@ -196,7 +197,7 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
         backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
-        A handle, which may be used as a context manager.
+        A handle with ``undo``, which may be used as a context manager.
 
     Raises:
         TypeError: The transformer, or one of its self-attentions, is of another class. Nothing has changed.
@@ -207,6 +208,23 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
     config = _config(transformer)
     get_backend(backend)
     return Patch(transformer, ClipMemory(config, chosen, backend), [0] * config.num_layers)
+
+
+def unpatch(transformer: nn.Module) -> None:
+    """Give the transformer back what ``patch`` replaced.
+
+    Args:
+        transformer: The one that ``patch`` was called with.
+
+    Raises:
+        ValueError: It is not patched.
+    """
+    handle = getattr(getattr(transformer, "rope", None), "handle", None)
+    if not isinstance(handle, Patch):
+        hint = "; pass its .transformer" if hasattr(transformer, "transformer") else ""
+        got = f"an unpatched {type(transformer).__name__}{hint}"
+        raise ValueError(f"transformer must be one that patch was called with, got {got}")
+    handle.undo()
 
 
 def causal(

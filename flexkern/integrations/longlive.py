@@ -26,6 +26,7 @@ LONGLIVE = Upstream(
     attention=(*ATTENTION, "sink_recache_after_switch"),
     initialize=(*SELF_FORCING.initialize, "kv_cache_size_override"),
     returns_update=True,
+    horizon=240,
 )
 
 

@@ -40,6 +40,8 @@ class Upstream:
     """arguments of its self-attention's forward"""
     initialize: tuple[str, ...]
     """arguments of the pipeline's _initialize_kv_cache"""
+    horizon: int = 21
+    """latent frames that its model was trained on, for presets that do not say"""
     returns_update: bool = False
     """whether its self-attention also returns updates of the cache, which its model would apply"""
 
@@ -130,7 +132,8 @@ class Patch:
     """What was replaced in a pipeline, and how to undo it. Leaving it as a context manager undoes it."""
 
     def __init__(self, pipeline: Any, upstream: Upstream, preset: str | Preset, seed: int | None, backend: str):
-        self.pipeline, self.upstream, self.preset, self.seed = pipeline, upstream, get_preset(preset), seed
+        self.pipeline, self.upstream, self.seed = pipeline, upstream, seed
+        self.preset = get_preset(preset).for_horizon(upstream.horizon).resolve()
         if seed is not None and (not isinstance(seed, int) or seed < 0):
             raise ValueError(f"seed must be a whole number >= 0, or None, got {seed!r}")
         model = recognise(pipeline, upstream)

@@ -92,7 +92,7 @@ def _open(path: Path) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"there is no video {path}")
     try:
-        container = av.open(str(path))
+        container = av.open(f"file:{path.absolute()}")  # a path, whatever it looks like: take-12:30.mp4 is no URL
     except av.FFmpegError as error:
         raise ValueError(f"{path} is no video that FFmpeg reads: {error}") from error
     if not container.streams.video:

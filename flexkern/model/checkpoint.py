@@ -9,6 +9,7 @@ both: it adds preset and length, and makes an engine of what was loaded.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,18 +18,13 @@ import torch
 from flexkern.backends import get_backend
 from flexkern.checks import check_fields, require
 from flexkern.model.decoder import ChunkDecoder, LatentForm
-from flexkern.model.families import CHANNELS, FAMILIES, Family, get_family, guess_family
+from flexkern.model.embeddings import KnownPrompts, SavedEmbeddings, embeddings_file, encoded_rows
+from flexkern.model.families import CHANNELS, FAMILIES, Family, family_of, get_family
 from flexkern.model.find import Found, find_part, find_parts
 from flexkern.model.image import validate_image
+from flexkern.model.lora import Lora, listed
 from flexkern.model.schedule import Schedule
-from flexkern.model.text import (
-    KnownPrompts,
-    SavedEmbeddings,
-    WanTextEncoder,
-    load_text_encoder,
-    save_embeddings,
-    validate_text_encoder,
-)
+from flexkern.model.text import WanTextEncoder, load_text_encoder, validate_text_encoder
 from flexkern.model.tiny_decoder import load_tiny_decoder, validate_tiny_decoder
 from flexkern.model.vae import WanVAE, load_vae, validate_vae
 from flexkern.model.wan import CausalWan, WanConfig
@@ -68,10 +64,10 @@ class Checkpoint:
     """folder of the tokenizer, where it is not beside the text encoder"""
     embeddings: str | Path | None = None
     """file of saved embeddings, in place of a text encoder; where it is not there yet, the encoder's are saved to it"""
-    lora: str | Path | None = None
-    """LoRA of the transformer, file or folder"""
+    lora: str | Path | Sequence[str | Path | tuple[str | Path, float]] | None = None
+    """LoRA of the transformer, file or folder, or several: a sequence of paths, or of pairs of a path and its scale"""
     lora_scale: float = 1.0
-    """times alpha / rank of the LoRA"""
+    """times the scale of each LoRA, which is times alpha / rank"""
     ema: bool | None = None
     """None takes the averaged weights where there are any, True insists on them, False takes the raw ones"""
     dtype: Dtype = "bfloat16"
@@ -82,6 +78,13 @@ class Checkpoint:
         if isinstance(self.family, str):
             get_family(self.family)
         self.chosen_family()
+        if self.lora is not None and not isinstance(self.lora, str | Path):
+            object.__setattr__(self, "lora", tuple(listed(self.lora)))
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """Path and scale of every LoRA, ``lora_scale`` included."""
+        return listed(self.lora, self.lora_scale)
 
     def chosen_family(self) -> Family:
         """The family, with the schedule, chunk, first chunk and size that are named here."""
@@ -92,8 +95,7 @@ class Checkpoint:
 
     def guessed_family(self) -> str | None:
         """The family that the weights' file or folder is named after."""
-        path = Path(self.weights).resolve()
-        return guess_family(path.name) or guess_family(path.parent.name)
+        return family_of(self.weights)
 
 
 class MissingPart(ValueError):
@@ -140,7 +142,10 @@ class Parts:
         """One line: the family, and which files are taken."""
         embeddings = None if self.saves_embeddings else self.embeddings
         used = {"transformer": f"{self.transformer} ({self.container})", "VAE": self.vae}
-        used |= {"text encoder": self.text_encoder, "embeddings": embeddings, "LoRA": self.checkpoint.lora}
+        loras = " + ".join(
+            f"{lora.path} times {lora.scale:g}" if lora.scale != 1 else f"{lora.path}" for lora in self.checkpoint.loras
+        )
+        used |= {"text encoder": self.text_encoder, "embeddings": embeddings, "LoRA": loras}
         return f"{self.family.name}: {', '.join(f'{name} {path}' for name, path in used.items() if path)}"
 
 
@@ -197,12 +202,12 @@ def validate_checkpoint(
         validate_image(image)
         require(kind == "VAE", "an image needs Wan's VAE to encode it; a tiny decoder only decodes")
     embeddings, encoder = _find_text(checkpoint, found, prompts, text)
-    held, model = validate_transformer(found.transformer, ema=checkpoint.ema, lora=checkpoint.lora)
+    held, model = validate_transformer(found.transformer, ema=checkpoint.ema, lora=checkpoint.loras)
     model.grid(*family.size)
     _validate_text(checkpoint, embeddings, encoder, prompts, model.config)
     if vae is not None:
         validate_channels(found.transformer, model.config)
-        _validate_form(vae, validate_vae(vae) if kind == "VAE" else validate_tiny_decoder(vae), family)
+        validate_latents(vae, validate_vae(vae) if kind == "VAE" else validate_tiny_decoder(vae), family)
     return Parts(
         checkpoint=checkpoint,
         family=family,
@@ -243,8 +248,7 @@ def load_parts(parts: Parts) -> Loaded:
     model = load_transformer(
         parts.transformer,
         ema=checkpoint.ema,
-        lora=checkpoint.lora,
-        lora_scale=checkpoint.lora_scale,
+        lora=checkpoint.loras,
         dtype=dtype,
         device=device,
     )
@@ -276,10 +280,15 @@ def _find_vae(
     if pixels is False and not encodes:
         return None, None
     if path is None and (pixels or encodes):
-        why = "pixels need a VAE and none was found beside the weights"
+        why = f"pixels need a VAE and none was found beside the weights{_unread(found)}"
         named = "name one as vae (Wan2.1_VAE.pth or a vae folder), or take latents, with pixels=False"
         raise MissingPart("VAE", why, named)
     return (None, None) if path is None else find_part(path, ("VAE", "tiny VAE"))
+
+
+def _unread(found: Found) -> str:
+    """In brackets, which files beside the weights cannot be read, and why."""
+    return f" ({'; '.join(found.unread[:3])})" if found.unread else ""
 
 
 def _find_text(
@@ -301,7 +310,7 @@ def _find_text(
     require(given is None or bool(prompts), f"{absent}to save them, give the prompts")
     encoder = checkpoint.text_encoder or found.text_encoder
     if encoder is None and (prompts or text):
-        why = f"{absent}a prompt needs a text encoder and none was found beside the weights"
+        why = f"{absent}a prompt needs a text encoder and none was found beside the weights{_unread(found)}"
         named = "name one as text_encoder (models_t5_umt5-xxl-enc-bf16.pth or a text_encoder folder), or a file of "
         raise MissingPart("text encoder", why, f"{named}embeddings")
     return given, None if encoder is None else find_part(encoder, ("text encoder",))[1]
@@ -314,15 +323,14 @@ def _validate_text(
     if encoder is not None:
         path, verb, width = encoder, "makes", validate_text_encoder(encoder, tokenizer=checkpoint.tokenizer)
     elif embeddings is not None:
-        saved = SavedEmbeddings(embeddings)
-        path, verb, width = embeddings, "holds", saved(tuple(prompts) or saved.prompts[:1]).shape[-1]
+        path, verb, width = embeddings, "holds", SavedEmbeddings(embeddings).width(prompts)
     else:
         return
     if width != config.text_dim:
         raise ValueError(f"{path} {verb} embeddings of {width} channels; the transformer takes {config.text_dim}")
 
 
-def _validate_form(path: Path, form: LatentForm, family: Family) -> None:
+def validate_latents(path: Path, form: LatentForm, family: Family) -> None:
     """Raises ValueError for a VAE of other latents than the family's."""
     expected = LatentForm(CHANNELS, family.stride, family.pictures_per_frame)
     if form != expected:
@@ -340,7 +348,7 @@ def _notes(checkpoint: Checkpoint, family: Family, found: Found) -> list[str]:
     if told and family.size != trained.size:
         height, width = trained.picture_size
         notes.append(f"{family.name} was trained with pictures of {height}x{width}")
-    if checkpoint.lora is None and found.loras:
+    if not checkpoint.loras and found.loras:
         notes.append(
             f"{', '.join(map(str, found.loras))} is a LoRA; it is used with --lora PATH only, lora=PATH in Python"
         )
@@ -348,15 +356,16 @@ def _notes(checkpoint: Checkpoint, family: Family, found: Found) -> list[str]:
 
 
 def _load_text(parts: Parts) -> WanTextEncoder | SavedEmbeddings | KnownPrompts | None:
+    """What turns prompts into embeddings; a file of them is begun before the encoder is loaded, and grows with it."""
     if parts.text_encoder is None:
-        if parts.embeddings is None:
-            return None
-        saved = SavedEmbeddings(parts.embeddings)
-        return KnownPrompts(parts.prompts, saved(parts.prompts)) if parts.prompts else saved
-    encoder = load_text_encoder(parts.text_encoder, tokenizer=parts.checkpoint.tokenizer, device=parts.device)
+        return None if parts.embeddings is None else SavedEmbeddings(parts.embeddings)
+    load = partial(load_text_encoder, parts.text_encoder, tokenizer=parts.checkpoint.tokenizer, device=parts.device)
     if not parts.prompts:
-        return encoder
+        return load()
     if parts.embeddings is None:
-        return KnownPrompts(parts.prompts, encoder(parts.prompts).cpu())
-    save_embeddings(parts.embeddings, encoder, parts.prompts)
-    return KnownPrompts(parts.prompts, SavedEmbeddings(parts.embeddings)(parts.prompts))
+        return KnownPrompts.encoded(load(), parts.prompts)
+    with embeddings_file(parts.embeddings, parts.prompts) as add:
+        encoder = load()
+        for prompt in parts.prompts:
+            add(*encoded_rows(encoder, prompt))
+    return SavedEmbeddings(parts.embeddings)

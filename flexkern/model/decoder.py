@@ -21,8 +21,11 @@ class LatentForm(NamedTuple):
 class ChunkDecoder(ABC):
     """Decodes one session's latents chunk by chunk; the pictures do not depend on where the chunks end.
 
-    channels, spatial, temporal: those of ``LatentForm``.
+    channels, spatial, temporal: those of ``LatentForm``. finite: whether the pictures of the last call were, a bool on
+    the device; None before the first.
     """
+
+    finite: Tensor | None = None
 
     def __init__(self, *, channels: int, spatial: int, temporal: int, dtype: torch.dtype, device: torch.device):
         self.channels, self.spatial, self.temporal = channels, spatial, temporal
@@ -74,9 +77,11 @@ class ChunkDecoder(ABC):
         count = frames * self.temporal - (self.temporal - 1 if past is None else 0)
         shape = batch, count, 3, height * self.spatial, width * self.spatial
         pictures = torch.empty(shape, dtype=dtype, device=self.device)
-        done = 0
+        done, finite = 0, []
         for i, frame in enumerate(latents.unbind(1)):
             made = self._step(frame.to(self.device), first=past is None and i == 0)
+            finite.append(torch.isfinite(made).all())  # before clamping and rounding hide it
             pictures[:, done : done + made.shape[1]] = convert(made.clamp(-1, 1))
             done += made.shape[1]
+        self.finite = torch.stack(finite).all()
         return pictures

@@ -7,12 +7,15 @@ All are text-to-video Wan 2.1 with few-step sampling, at 480x832 and 16 pictures
 Source: the inference configs of Self-Forcing, LongLive (branch v1.0), CausVid, Rolling Forcing and FastVideo.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from flexkern.checks import check_fields, did_you_mean, require
 from flexkern.model.schedule import SCHEDULES, Schedule
+from flexkern.policies.position import HORIZON
 
 CHANNELS = 16  # of a latent of Wan 2.1
 STRIDE = 8  # pixels of a picture for one of the latent's, in Wan's VAE
@@ -39,6 +42,8 @@ class Family:
     """height or width of a picture, divided by that of its latent frame"""
     pictures_per_frame: int = PICTURES_PER_FRAME
     """pictures that a latent frame decodes to, except the first, which gives one"""
+    horizon: int = HORIZON
+    """latent frames that it was trained on, for presets whose ``position.train_len`` is None"""
     fps: int = 16
     """pictures per second"""
     files: tuple[str, ...] = ()
@@ -49,7 +54,7 @@ class Family:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("chunk", "first_chunk", "stride", "pictures_per_frame", "fps"):
+        for name in ("chunk", "first_chunk", "stride", "pictures_per_frame", "horizon", "fps"):
             require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
         require(min(self.size) >= 1, f"size must be at least 1x1, got {self.size[0]}x{self.size[1]}")
 
@@ -160,6 +165,7 @@ _ALL = (
         name="longlive",
         schedule=SCHEDULES["longlive"],
         preset="longlive",
+        horizon=240,
         files=("longlive_base.pt",),
         doc="Trained for long video and for changing prompts with a sink of 3 frames and a window of 12.",
         source="NVlabs/LongLive v1.0, configs/longlive_inference.yaml; its LoRA is a file of its own, lora.pt",
@@ -193,6 +199,19 @@ def get_family(name: str) -> Family:
     known = f"expected one of {', '.join(FAMILIES)}"
     require(name in FAMILIES, f"no family {name!r}: {known}{did_you_mean(name, FAMILIES)}")
     return FAMILIES[name]
+
+
+def family_of(path: str | Path) -> str | None:
+    """The family that a file or folder is named after, by its own name, its folder's, or its repository's on the Hub.
+
+    A link has the say before what it points to: in the Hub's cache, that is a file whose name is a hash.
+    """
+    for given in (Path(os.path.abspath(path)), Path(path).resolve()):
+        repository = [folder.name for folder in given.parents if folder.name.startswith("models--")]
+        names = [given.name, given.parent.name, *repository]
+        if found := next((family for name in names if (family := guess_family(name))), None):
+            return found
+    return None
 
 
 def guess_family(name: str) -> str | None:

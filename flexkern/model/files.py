@@ -1,9 +1,9 @@
 """Weight files of any part of a model: found in a folder, read without unpickling code, fitted into a module."""
 
+import importlib
 import json
 import pickle
 import re
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -13,10 +13,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+from flexkern.model.intact import Nothing, raise_absent, validate_form
+
+CONFIGURATIONS = (
+    "argparse.",
+    "pathlib.",
+    "omegaconf.",
+    "easydict.",
+    "ml_collections.",
+    "lightning",
+    "pytorch_lightning",
+)
 Module = TypeVar("Module", bound=nn.Module)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
-DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I16": torch.int16}
+DTYPES |= {"I32": torch.int32, "I64": torch.int64, "BOOL": torch.bool}
 
 
 def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
@@ -31,7 +42,7 @@ def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
         FileNotFoundError: Nothing fits, or a shard that the index beside them names is not there.
     """
     if not path.exists():
-        raise FileNotFoundError(f"no weights at {path}")
+        raise_absent(path, "weights")
     if path.is_file():
         return [path]
     within = path / folder if (path / folder).is_dir() else path
@@ -54,14 +65,16 @@ def read_files(files: list[Path], *, headers: bool = False) -> tuple[dict[Any, A
         headers: Read tensors of safetensors without their data, on the device "meta".
 
     Raises:
-        ValueError: A file cannot be read as tensors alone, or repeats keys of another one.
+        ValueError: A file is something else, cut off, cannot be read as tensors alone, or repeats keys of another one.
+        NotImplementedError: A format that is not read.
         OSError: A file cannot be mapped.
     """
     content: dict[Any, Any] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        safe = file.suffix == ".safetensors"
-        held, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file), {})
+        form = validate_form(file)
+        safe = form == "safetensors"
+        held, notes = _read_safetensors(file, headers) if safe else (_read_pickle(file, mapped=form == "zip"), {})
         if twice := content.keys() & held.keys():
             raise ValueError(f"{file} repeats keys of another shard, {some_of(sorted(twice))}")
         content, metadata = content | held, metadata | notes
@@ -79,17 +92,26 @@ def _read_safetensors(file: Path, headers: bool) -> tuple[dict[str, Tensor], dic
         raise OSError(f"{file} cannot be mapped: {error}") from error
 
 
+def read_tensor(file: Path, name: str) -> Tensor | None:
+    """The tensor of that name of a safetensors file, whatever wrapper its name has; None where there is none."""
+    with safe_open(file, framework="pt") as handle:
+        found = [key for key in handle.keys() if f".{key}".endswith(f".{name}")]  # noqa: SIM118
+        tensor: Tensor | None = handle.get_tensor(found[0]) if found else None
+        return tensor
+
+
 def _hollow(slice_: Any) -> Tensor:
     """A tensor of the size and dtype of a slice of a safetensors file; of an unknown dtype as 8-bit integers."""
     return torch.empty(slice_.get_shape(), dtype=DTYPES.get(slice_.get_dtype(), torch.uint8), device="meta")
 
 
-def _read_pickle(file: Path) -> dict[Any, Any]:
-    if file.suffix not in PICKLES:
-        raise ValueError(f"{file}: expected .safetensors, {', '.join(PICKLES)}, got {file.suffix!r}")
-    try:  # only the zip format of torch.save can be mapped
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+def _read_pickle(file: Path, *, mapped: bool) -> dict[Any, Any]:
+    """What torch.save wrote, read without running code of the file."""
+    try:  # only the zip format can be mapped
+        with torch.serialization.safe_globals(_harmless(file, mapped=mapped)), file.open("rb") as stream:
+            named = mapped and file.suffix.lower() != ".safetensors"  # which torch takes at its word
+            content = torch.load(file if named else stream, map_location="cpu", weights_only=True, mmap=named)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, AttributeError) as error:
         found = re.search(r"(GLOBAL|Unsupported operand) \S+", str(error))
         reason = found[0] if found else re.split(r"\.\s|\n", str(error))[0] or "end of file"
         raise ValueError(f"{file} cannot be read as tensors alone ({reason}); save its state dict by itself") from error
@@ -98,28 +120,82 @@ def _read_pickle(file: Path) -> dict[Any, Any]:
     return dict(content)
 
 
+def _harmless(file: Path, *, mapped: bool) -> list[Any]:
+    """What may stand beside tensors: NumPy's numbers and arrays, and a run's configuration, which becomes nothing."""
+    import numpy
+
+    try:
+        core = importlib.import_module("numpy._core.multiarray")
+    except ModuleNotFoundError:
+        core = importlib.import_module("numpy.core.multiarray")
+    makers = [(getattr(core, name), name) for name in ("scalar", "_reconstruct")]
+    named = [(made, f"numpy.{room}.multiarray.{name}") for made, name in makers for room in ("core", "_core")]
+    kinds = {type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code != "O"}
+    held = torch.serialization.get_unsafe_globals_in_checkpoint(file) if mapped else []
+    skipped = [(type("Skipped", (Nothing,), {}), name) for name in held if name.startswith(CONFIGURATIONS)]
+    return [*named, numpy.dtype, numpy.ndarray, *kinds, *skipped]
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file; ``{}`` where there is no file."""
     if not file.is_file():
         return {}
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} does not hold a JSON object: {error}") from error
 
 
 def select_group(
-    content: Mapping[Any, Any], groups: Sequence[str], path: Path, *, flat: bool
-) -> tuple[str, Mapping[Any, Any]]:
-    """The first of the groups that is there, or, where that is allowed, the top level itself."""
-    held = [str(key) for key, value in content.items() if isinstance(value, Mapping)]
-    if not held and any(isinstance(value, Tensor) for value in content.values()):
-        held, content = ["flat"], {"flat": content}
+    content: Mapping[Any, Any], groups: Sequence[str], path: Path, *, flat: bool, heads: Iterable[str] = ()
+) -> tuple[str, Mapping[str, Any], tuple[str, ...]]:
+    """The first of the groups that is there, or, where that is allowed, the top level itself.
+
+    Args:
+        content: What a file holds at its top level.
+        groups: Names of groups, the best first.
+        path: For the message.
+        flat: Whether tensors without a group will do.
+        heads: Groups that may be the first word of flat names, as Lightning has them.
+
+    Returns:
+        Name and content of the group, and the names of the others.
+
+    Raises:
+        ValueError: Says which groups there are.
+    """
+    named = _groups_of(content, groups, set(heads))
     for name in (*groups, "flat") if flat else groups:
-        if name in held and content[name]:
-            return name, content[name]
-    expected = " | ".join((*groups, "flat tensors") if flat else groups)
-    raise ValueError(f"{path} does not hold {expected}; it holds {', '.join(held) or 'no tensors'}")
+        if named.get(name):
+            return name, named[name], tuple(other for other in named if other != name)
+    known = [*groups[:3], *["..."] * (len(groups) > 3), *["flat tensors"] * flat]
+    raise ValueError(f"{path} does not hold {' | '.join(known)}; it holds {', '.join(named) or 'no tensors'}")
+
+
+def _groups_of(content: Mapping[Any, Any], groups: Sequence[str], heads: set[str]) -> dict[str, dict[str, Any]]:
+    """The groups of tensors by name, "flat" for tensors without one; a group of groups is followed down."""
+    named = {str(key): _texted(value) for key, value in content.items() if isinstance(value, Mapping)}
+    if not named and any(isinstance(value, Tensor) for value in content.values()):
+        named = {"flat": _texted(content)}
+    for name, held in list(named.items()):
+        inner = {key: _texted(value) for key, value in held.items() if isinstance(value, Mapping)}
+        wanted = next((key for key in groups if inner.get(key)), None)
+        if wanted is not None and not any(isinstance(value, Tensor) for value in held.values()):
+            named[name] = held = inner[wanted]
+        plain: dict[str, Any] = {}
+        for key, value in held.items():
+            head, _, rest = key.removeprefix("module.").partition(".")
+            if rest and head in heads:
+                named[head] = named.get(head, {})
+                named[head][rest] = value
+            else:
+                plain[key] = value
+        named[name] = plain
+    return {name: held for name, held in named.items() if held or name in content}
+
+
+def _texted(group: Mapping[Any, Any]) -> dict[str, Any]:
+    return {str(key): value for key, value in group.items()}
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -7,18 +7,22 @@ Nothing is read but headers: safetensors and torch's zip format are mapped.
 """
 
 import re
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from flexkern.model.files import PICKLES, read_files, some_of
-from flexkern.model.weights import LORA_PREFIXES, PREFIXES, clean_name
+from torch import Tensor
+
+from flexkern.model.files import read_files, some_of
+from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
+from flexkern.model.names import EMA_GROUPS, FLAT_PREFIX, RAW_GROUPS, clean_lora_name
 
 Kind = Literal["LoRA", "transformer", "text encoder", "VAE", "tiny VAE", "embeddings"]
+_HALVES = r"lora_(A|B|down|up)(\.([\w-]+\.)?weight)?|lora\.(down|up)\.weight"
+_VARIANTS = "hada_w1_a|lokr_w1(_a)?|oft_\\w+"  # of LoRA, which are refused by name
 SIGNS: dict[Kind, str] = {  # what only the tensors of that kind are called, wrappers removed
-    "LoRA": r".*\.lora_(A|B|down|up)\.(default\.)?weight",
+    "LoRA": rf".*\.({_HALVES}|diff(_b|_m)?|{_VARIANTS})|{FLAT_PREFIX}.*",
     "transformer": r"patch_embedding\.weight|(blocks\.\d+\.(self_attn|attn1)\..*)",
     "text encoder": r"(token_embedding|shared)\.weight|encoder\.(embed_tokens|block\.\d+)\..*|blocks\.\d+\.attn\..*",
     "VAE": r"decoder\.(conv1|conv_in)\.weight",
@@ -26,6 +30,7 @@ SIGNS: dict[Kind, str] = {  # what only the tensors of that kind are called, wra
     "embeddings": r"\d+",  # by number of the prompt
 }
 SHARD = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?(\.\w+)?\.safetensors"  # a file that stands for its folder
+HEADS = {*EMA_GROUPS, *RAW_GROUPS, "critic"}  # may stand in front of a name, as the group it is in
 UNMAPPED = 2**30  # bytes; a pickle of the old format can only be looked into by reading all of it
 WAN = "wan_models/*"  # where the research repositories keep the folder of Wan
 FOLDERS = ("", "checkpoints", "models", "longlive_models/models", WAN)
@@ -40,33 +45,49 @@ class Found:
     text_encoder: Path | None = None
     loras: tuple[Path, ...] = ()
     """those that lie beside the transformer; none is used unless it is named"""
+    unread: tuple[str, ...] = ()
+    """why files with the names of weights are none, one sentence each"""
+
+
+class Holding(NamedTuple):
+    """One part, or a file that should be one."""
+
+    kind: Kind | None
+    path: Path
+    why: str = ""
+    """why it cannot be read, where it cannot"""
 
 
 def kind_of(names: Iterable[str]) -> Kind | None:
     """What tensors of these names make up: a key of ``SIGNS``, None where no sign is known."""
-    plain = [clean_name(clean_name(name, LORA_PREFIXES), PREFIXES) for name in names]
+    plain = [_bare(name) for name in names]
     return next((kind for kind, sign in SIGNS.items() if any(re.fullmatch(sign, name) for name in plain)), None)
+
+
+def _bare(name: str) -> str:
+    head, _, rest = (cleaned := clean_lora_name(name)).partition(".")
+    return clean_lora_name(rest) if head in HEADS and rest else cleaned
 
 
 def tensor_names(content: Mapping[Any, Any]) -> Iterator[str]:
     """Names of the tensors of a file, of all its groups."""
     for name, value in content.items():
         if isinstance(value, Mapping):
-            yield from map(str, value)
-        else:
+            yield from tensor_names(value)
+        elif isinstance(value, Tensor):
             yield str(name)
 
 
-def identify(file: Path) -> Kind | None:
-    """What a weight file is, None for what is not known or cannot be read."""
-    if file.suffix not in (".safetensors", *PICKLES):
-        return None
-    if file.suffix in PICKLES and file.stat().st_size > UNMAPPED and not zipfile.is_zipfile(file):
-        return None
+def identify(file: Path) -> Holding:
+    """What a weight file is: without a kind where its names are unknown, or it cannot be read."""
+    if not file.exists():
+        return Holding(None, file, f"{file} is a link to a file that is not there")
     try:
-        return kind_of(tensor_names(read_files([file], headers=True)[0]))
-    except (ValueError, OSError):
-        return None
+        if validate_form(file) == "pickle" and file.stat().st_size > UNMAPPED:
+            return Holding(None, file)
+        return Holding(kind_of(tensor_names(read_files([file], headers=True)[0])), file)
+    except (ValueError, OSError, NotImplementedError) as error:
+        return Holding(None, file, str(error))
 
 
 def find_parts(path: str | Path, *, prefer: Sequence[str] = ()) -> Found:
@@ -82,24 +103,26 @@ def find_parts(path: str | Path, *, prefer: Sequence[str] = ()) -> Found:
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise_absent(path, "checkpoint")
     if path.is_file():
-        if (kind := identify(path)) not in (None, "transformer"):
+        if (kind := identify(path).kind) not in (None, "transformer"):
             raise ValueError(f"{path} is a {kind}; expected a transformer")
         above = list(path.absolute().parents)[:3]  # a repository keeps its checkpoints up to two folders deep
         transformer, around = path, [path.parent, *(wan for folder in above for wan in _folders(folder, [WAN]))]
     else:
         around = _folders(path, FOLDERS)
-        transformer = _choose(path, [item for kind, item in _holdings(around) if kind == "transformer"], prefer)
+        transformer = _choose(path, [*_holdings(around)], prefer)
         around += [path.parent] * (path.name == "transformer")
-    found: dict[Kind, list[Path]] = {kind: [] for kind in SIGNS}
-    for known, item in _holdings(around):
-        found[known].append(item)
+    found: dict[Kind | None, list[Path]] = {kind: [] for kind in (*SIGNS, None)}
+    held = [*_holdings(around)]
+    for known in held:
+        found[known.kind].append(known.path)
     return Found(
         transformer=transformer,
         vae=next(iter(found["VAE"] + found["tiny VAE"]), None),
         text_encoder=next(iter(found["text encoder"]), None),
         loras=tuple(found["LoRA"]),
+        unread=tuple(known.why for known in held if known.why and known.path != transformer),
     )
 
 
@@ -117,21 +140,27 @@ def find_part(path: str | Path, kinds: Sequence[Kind]) -> tuple[Kind, Path]:
     path = Path(path)
     expected = " or ".join(kinds)
     if not path.exists():
-        raise FileNotFoundError(f"there is no {kinds[0]} at {path}")
+        raise_absent(path, kinds[0])
     found = holdings(path)
-    for kind, item in found:
-        if kind is not None and kind in kinds:
-            return kind, item
-    others = [f"{item.name} ({kind or 'unknown'})" for kind, item in found]
+    for held in found:
+        if held.kind is not None and held.kind in kinds:
+            return held.kind, held.path
+    if unread := [held.why for held in found if held.why]:
+        raise ValueError(unread[0])
+    others = [f"{held.path.name} ({held.kind or 'unknown'})" for held in found]
     raise ValueError(f"{path} is not a {expected}: there is {some_of(others)}")
 
 
-def holdings(path: str | Path) -> list[tuple[Kind | None, Path]]:
-    """Kind and path of everything known in a folder, or of the one file. Raises FileNotFoundError."""
+def holdings(path: str | Path) -> list[Holding]:
+    """Everything known in a folder and the weight files that cannot be read, or the one file.
+
+    Raises:
+        FileNotFoundError: Nothing is there.
+    """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"there is nothing at {path}")
-    return [(identify(path), path)] if path.is_file() else [*_holdings(_folders(path, FOLDERS))]
+        raise_absent(path, "weights")
+    return [identify(path)] if path.is_file() else [*_holdings(_folders(path, FOLDERS))]
 
 
 def shards(path: Path) -> list[Path]:
@@ -147,24 +176,28 @@ def _folders(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return [path for paths in found for path in paths if path.is_dir()]
 
 
-def _holdings(folders: Iterable[Path]) -> Iterator[tuple[Kind, Path]]:
-    """Kind and path of everything known in the folders; a folder of shards, or of diffusers, counts as one."""
+def _holdings(folders: Iterable[Path]) -> Iterator[Holding]:
+    """Everything known in the folders and what cannot be read; a folder of shards, or of diffusers, counts as one."""
     of_diffusers: dict[Kind, str] = {"transformer": "transformer", "VAE": "vae", "text encoder": "text_encoder"}
     for folder in dict.fromkeys(folders):
         for kind, name in of_diffusers.items():
             if (folder / name).is_dir():
-                yield kind, folder if kind == "transformer" else folder / name
+                yield Holding(kind, folder if kind == "transformer" else folder / name)
         whole: set[Kind] = set()
         for file in sorted(folder.iterdir()):
-            found = identify(file) if file.is_file() else None
-            if found and re.fullmatch(SHARD, file.name):
-                whole.add(found)
-            elif found:
-                yield found, file
-        yield from ((kind, folder) for kind in sorted(whole))
+            if file.is_dir() or not looks_like_weights(file):
+                continue
+            held = identify(file)
+            if held.kind and re.fullmatch(SHARD, file.name):
+                whole.add(held.kind)
+            elif held.kind or held.why:
+                yield held
+        yield from (Holding(kind, folder) for kind in sorted(whole))
 
 
-def _choose(path: Path, found: Sequence[Path], prefer: Sequence[str]) -> Path:
+def _choose(path: Path, held: Sequence[Holding], prefer: Sequence[str]) -> Path:
+    """The transformer among what a folder holds."""
+    found = [known.path for known in held if known.kind == "transformer"]
     preferred = [item for name in prefer for item in found if item.name == name]
     if preferred:
         return preferred[0]
@@ -172,5 +205,6 @@ def _choose(path: Path, found: Sequence[Path], prefer: Sequence[str]) -> Path:
         return found[0]
     if not found:
         there = sorted(item.name for item in path.iterdir())
-        raise ValueError(f"no transformer in {path}; there is {some_of(there)}")
+        unread = [known.why for known in held if known.why]
+        raise ValueError(f"no transformer in {path}; {unread[0] if unread else f'there is {some_of(there)}'}")
     raise ValueError(f"several transformers in {path}: {', '.join(map(str, found))}; name one of them")

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor
 
 from flexkern.model.files import Module, finished, read_files, read_json, select_group, validate_fit
+from flexkern.model.merge import validate_finite
+from flexkern.model.names import RAW_GROUPS, clean_name
+from flexkern.model.quantized import dequantized, refuse_quantized, split_scales
 
 
 def need(name: str, purpose: str) -> Any:
@@ -22,14 +25,23 @@ def need(name: str, purpose: str) -> Any:
 
 
 def read_part(files: list[Path], *, headers: bool = False) -> dict[str, Tensor]:
-    """The tensors of the files, mapped where they can be. Raises ValueError for what is no plain state dict."""
+    """The tensors of the files under bare names, mapped where they can be; float8 with scales beside it as it is.
+
+    Raises:
+        ValueError: A file is no plain state dict.
+        NotImplementedError: It is quantised in another way than float8.
+    """
     content, _ = read_files(files, headers=headers)
-    state = dict(select_group(content, ("state_dict",), files[0], flat=True)[1])
-    for key, tensor in state.items():
+    held = select_group(content, RAW_GROUPS, files[0], flat=True)[1]
+    state: dict[str, Tensor] = {}
+    for key, tensor in held.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{files[0]}: {key} is {type(tensor).__name__}; expected tensors alone")
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
-            raise ValueError(f"{files[0]}: {key} is {tensor.dtype}; expected floating point, not quantised weights")
+        name = clean_name(key)
+        if name in state:
+            raise ValueError(f"{files[0]} holds {name} twice, the second time as {key}")
+        state[name] = tensor
+    refuse_quantized(state, files[0])
     return state
 
 
@@ -52,10 +64,15 @@ def fitting(
     Raises:
         ValueError: Lists the missing, unexpected and wrongly shaped keys.
     """
+    weights, _ = split_scales(state, where)
+    return _hollow(make, weights, where, ties or {})
+
+
+def _hollow(make: Callable[[], Module], weights: Mapping[str, Tensor], where: str, ties: Mapping[str, str]) -> Module:
     with torch.device("meta"):
         module = make()
-    expected = {key: tensor for key, tensor in module.state_dict().items() if key not in (ties or {})}
-    validate_fit(state, expected, where)
+    expected = {key: tensor for key, tensor in module.state_dict().items() if key not in ties}
+    validate_fit(weights, expected, where)
     return module
 
 
@@ -65,10 +82,17 @@ def fill(
 ) -> Module:  # fmt: skip
     """The module with every tensor of the state, in eval mode, without gradients. Empties ``state``.
 
+    Numerics: float8 times its scale is computed in float32; each tensor is rounded once, to dtype.
     Bytes: the module alone; what needs no conversion stays mapped to its file, and the system may drop its pages.
-    Args and Raises: as in ``fitting``.
+    Args and Raises: as in ``fitting``; ValueError as well where a tensor is not finite, in the file or in dtype.
     """
-    module = fitting(make, state, where, ties=ties)
-    placed = {key: state.pop(key).to(device, dtype) for key in list(state)}
+    weights, scales = split_scales(state, where)
+    state.clear()
+    module, placed = _hollow(make, weights, where, ties or {}), dict[str, Tensor]()
+    for key in list(weights):
+        exact = weights.pop(key)
+        exact = dequantized(exact, scales[key], device) if key in scales else exact
+        placed[key] = exact.to(device, dtype)
+        validate_finite(key, placed[key], exact, where)
     module.load_state_dict(placed | {name: placed[of] for name, of in (ties or {}).items()}, assign=True)
     return finished(module, where)

@@ -1,27 +1,28 @@
 """Prompts into the embeddings that Wan reads: the UMT5-XXL encoder, whichever layout its weights come in.
 
     encoder = load_text_encoder("Wan2.1-T2V-1.3B")  # or its models_t5_umt5-xxl-enc-bf16.pth, or a diffusers folder
-    save_embeddings("prompts.safetensors", encoder, ["a cat walks on grass"])  # once, on whatever machine has 11 GB
-    encoder = SavedEmbeddings("prompts.safetensors")  # the same embeddings, without the encoder
 
 Source: Wan-Video/Wan2.1 wan/modules/t5.py and tokenizers.py; diffusers pipelines/wan/pipeline_wan.py.
 """
 
 import html
-import json
 import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from flexkern.model.files import find_files, some_of
+from flexkern.model.embeddings import KnownPrompts, SavedEmbeddings, padded, save_embeddings, short, validate_prompts
+from flexkern.model.files import find_files, read_tensor, some_of
+from flexkern.model.intact import raise_absent
 from flexkern.model.load import declared, fill, fitting, need, read_part
+from flexkern.model.quantized import SPIECE
+from flexkern.model.spiece import tokenizer_of
+
+__all__ = ["KnownPrompts", "SavedEmbeddings", "WanTextEncoder", "load_text_encoder", "save_embeddings"]
 
 TOKENS = 512  # that every Wan 2.1 was trained with
 FOLDER_FILES = ("models_t5*.pth", "model*.safetensors", "pytorch_model*.bin")
@@ -62,21 +63,19 @@ class WanTextEncoder:
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
         """[B, tokens, C] in the encoder's dtype, zero after each prompt. Warns where a prompt is cut off."""
-        _validate_prompts(prompts)
-        return torch.stack([self._embed(prompt) for prompt in prompts])
+        validate_prompts(prompts)
+        return padded([self._embed(prompt) for prompt in prompts], self.tokens)
 
     @torch.no_grad()
     def _embed(self, prompt: str) -> Tensor:
         text = clean_prompt(prompt)
         ids = self.tokenizer(text, verbose=False)["input_ids"]
         if len(ids) > self.tokens:
-            warnings.warn(f"prompt of {len(ids)} tokens is cut to {self.tokens}: {_short(prompt)}", stacklevel=3)
+            warnings.warn(f"prompt of {len(ids)} tokens is cut to {self.tokens}: {short(prompt)}", stacklevel=3)
             ids = self.tokenizer(text, truncation=True, max_length=self.tokens)["input_ids"]
         device = next(self.module.parameters()).device
         rows: Tensor = self.module(input_ids=torch.tensor([ids], device=device)).last_hidden_state[0]
-        padded = rows.new_zeros(self.tokens, rows.shape[-1])
-        padded[: len(rows)] = rows
-        return padded
+        return rows
 
 
 def load_text_encoder(
@@ -88,8 +87,10 @@ def load_text_encoder(
     Bytes: 11.4 GB in bfloat16; on the CPU, in the file's own dtype, they stay mapped to the file.
 
     Args:
-        path: models_t5_umt5-xxl-enc-bf16.pth, a transformers weight file, the folder of either, or a diffusers folder.
-        tokenizer: Its folder; default: google/umt5-xxl or tokenizer beside the weights.
+        path: models_t5_umt5-xxl-enc-bf16.pth, a transformers weight file, ComfyUI's umt5_xxl files (float8 as well),
+            the folder of any, or a diffusers folder.
+        tokenizer: Its folder or tokenizer.json; default: the one inside the file, else google/umt5-xxl or tokenizer
+            beside the weights.
         device: Where it runs.
         dtype: bfloat16 or float32; T5 overflows in float16.
 
@@ -114,18 +115,34 @@ def validate_text_encoder(path: str | Path, *, tokenizer: str | Path | None = No
 def _read(path: Path, tokenizer: str | Path | None, *, headers: bool) -> tuple[Any, dict[str, Tensor], Any]:
     """What builds the module, its tensors under the names of transformers, and the tokenizer."""
     files = find_files(path, "text_encoder", FOLDER_FILES)
-    folder = _find_tokenizer(files[0].parent if tokenizer is None else Path(tokenizer), given=tokenizer is not None)
     transformers = need("transformers", PURPOSE)
     need("ftfy", PURPOSE)
     state = _transformers_names(read_part(files, headers=headers))
+    inside = state.pop(SPIECE, None)
     config = transformers.UMT5Config(**_sizes(state, path), **_unseen(files))
-    words = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer is None and inside is not None:
+        where = path
+        words = tokenizer_of(_bytes_of(files, inside), transformers)
+    else:
+        where = _find_tokenizer(files[0].parent if tokenizer is None else Path(tokenizer), given=tokenizer is not None)
+        words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True)
     if len(words) > config.vocab_size:
-        raise ValueError(f"the tokenizer in {folder} has {len(words)} tokens, {path} embeds {config.vocab_size}")
+        raise ValueError(f"the tokenizer in {where} has {len(words)} tokens, {path} embeds {config.vocab_size}")
     return lambda: transformers.UMT5EncoderModel(config), state, words
 
 
+def _bytes_of(files: list[Path], inside: Tensor) -> bytes:
+    """The bytes of a tensor, which is read where only its header was."""
+    if inside.is_meta:
+        inside = next(held for file in files if (held := read_tensor(file, SPIECE)) is not None)
+    return bytes(inside.contiguous().view(torch.uint8).numpy())
+
+
 def _find_tokenizer(base: Path, *, given: bool) -> Path:
+    if given and base.name in TOKENIZER_FILES and base.is_file():
+        return base.parent
+    if given and not base.exists():
+        raise_absent(base, "tokenizer")
     tried = [base] if given else [base / name for name in TOKENIZER_FOLDERS]
     for folder in tried:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -168,85 +185,3 @@ def _unseen(files: list[Path]) -> dict[str, Any]:
     """What no shape shows, from a config.json of the encoder's own."""
     found = declared(files)
     return {name: found[name] for name in UNSEEN if name in found} if found.get("model_type") == "umt5" else {}
-
-
-def save_embeddings(path: str | Path, encoder: Callable[[list[str]], Tensor], prompts: Iterable[str]) -> None:
-    """Write prompts and their embeddings to a safetensors file for ``SavedEmbeddings``; an existing one is replaced.
-
-    Bytes: the rows up to each prompt's end, 8 KB each in bfloat16.
-
-    Args:
-        path: The file to write.
-        encoder: Gives [B, tokens, C], zero after each prompt.
-        prompts: Those to write; one that comes twice is written once.
-    """
-    prompts = [prompts] if isinstance(prompts, str) else list(dict.fromkeys(prompts))
-    _validate_prompts(prompts)
-    tensors, tokens = {}, 0
-    for number, prompt in enumerate(prompts):
-        embedding = encoder([prompt])[0]
-        used = embedding.ne(0).any(dim=-1).nonzero()
-        tensors[str(number)] = embedding[: int(used.max()) + 1 if len(used) else 0].cpu().clone()
-        tokens = embedding.shape[0]
-    save_file(tensors, path, metadata={"prompts": json.dumps(prompts), "tokens": str(tokens)})
-
-
-class SavedEmbeddings:
-    """A text encoder for the prompts of a file that ``save_embeddings`` wrote, and no others.
-
-    prompts: what it knows, to the letter. Raises FileNotFoundError, or ValueError for another file.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        try:
-            with safe_open(self.path, framework="pt") as file:
-                notes = file.metadata() or {}
-        except SafetensorError as error:
-            raise ValueError(f"{self.path} is not a readable safetensors file: {error}") from error
-        if not notes.keys() >= {"prompts", "tokens"}:
-            raise ValueError(f"{self.path} does not say which prompts it holds; expected a file of save_embeddings")
-        self.prompts: tuple[str, ...] = tuple(json.loads(notes["prompts"]))
-        self.tokens = int(notes["tokens"])
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """[B, tokens, C] as the encoder gave them. Raises ValueError for a prompt that is not in the file."""
-        _validate_prompts(prompts)
-        if unknown := [prompt for prompt in prompts if prompt not in self.prompts]:
-            raise ValueError(
-                f"{self.path} holds no embedding of {_short(unknown[0])}; it holds {some_of(map(_short, self.prompts))}"
-            )
-        padded: list[Tensor] = []
-        with safe_open(self.path, framework="pt") as file:
-            for prompt in prompts:
-                rows = file.get_tensor(str(self.prompts.index(prompt)))
-                padded.append(rows.new_zeros(self.tokens, rows.shape[-1]))
-                padded[-1][: len(rows)] = rows
-        return torch.stack(padded)
-
-
-class KnownPrompts:
-    """A text encoder for prompts that were encoded before, and no others.
-
-    prompts: to the letter. embedded: [B, tokens, C], theirs.
-    """
-
-    def __init__(self, prompts: Sequence[str], embedded: Tensor):
-        self._embedded = dict(zip(prompts, embedded, strict=True))
-
-    def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """[B, tokens, C]. Raises ValueError for a prompt that was not encoded before."""
-        _validate_prompts(prompts)
-        if unknown := [prompt for prompt in prompts if prompt not in self._embedded]:
-            known = some_of(map(_short, self._embedded))
-            raise ValueError(f"{_short(unknown[0])} was not encoded before the model was loaded; known are {known}")
-        return torch.stack([self._embedded[prompt] for prompt in prompts])
-
-
-def _validate_prompts(prompts: Sequence[str]) -> None:
-    if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise ValueError(f"prompts must be a list of at least one text, got {prompts!r}")
-
-
-def _short(prompt: str) -> str:
-    return repr(prompt if len(prompt) <= 80 else f"{prompt[:76]} ...")

@@ -2,14 +2,13 @@
 
     file or folder -> the chosen group of tensors -> wrapper names removed -> diffusers names renamed -> bare keys
 
-Source: the loaders of Wan-Video/Wan2.1, Self-Forcing, LongLive, CausVid, Rolling Forcing, Krea and ComfyUI; diffusers
-scripts/convert_wan_to_diffusers.py; PEFT and kohya for the names in a LoRA.
+Source: the loaders of Wan-Video/Wan2.1, Self-Forcing, LongLive, CausVid, Rolling Forcing, Krea and ComfyUI.
 """
 
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,23 @@ import torch
 from torch import Tensor
 
 from flexkern.model.files import find_files, finished, read_files, read_json, select_group, some_of, validate_fit
+from flexkern.model.intact import raise_absent
+from flexkern.model.lora import Loras, read_loras, validate_updates
+from flexkern.model.merge import Update, validate_finite
+from flexkern.model.names import (
+    COUNTERS,
+    EMA_GROUPS,
+    RAW_GROUPS,
+    clean_name,
+    is_diffusers,
+    original_name,
+    wrappers_of,
+)
+from flexkern.model.quantized import dequantized, split_scales
 from flexkern.model.wan import CausalWan, WanConfig
 
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # removed anywhere in a key
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.")  # one of them is removed from the front
-LORA_PREFIXES = ("base_model.model.", "transformer.")
 FOLDER_FILES = ("diffusion_pytorch_model*.safetensors", "model.pt")
-LORA_FILES = ("adapter_model.safetensors", "adapter_model.bin", "pytorch_lora_weights.safetensors", "lora.pt")
-_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o", "norm_q": "norm_q", "norm_k": "norm_k"}
-DIFFUSERS_NAMES = {
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1",
-    "scale_shift_table": "head.modulation",
-    "proj_out": "head.head",
-    "blocks.*.scale_shift_table": "blocks.*.modulation",
-    "blocks.*.norm2": "blocks.*.norm3",  # the two projects number the three norms in another order
-    "blocks.*.norm3": "blocks.*.norm2",
-    "blocks.*.ffn.net.0.proj": "blocks.*.ffn.0",
-    "blocks.*.ffn.net.2": "blocks.*.ffn.2",
-    **{f"blocks.*.attn1.{theirs}": f"blocks.*.self_attn.{ours}" for theirs, ours in _ATTENTION.items()},
-    **{f"blocks.*.attn2.{theirs}": f"blocks.*.cross_attn.{ours}" for theirs, ours in _ATTENTION.items()},
-}
+HEADS = ({*EMA_GROUPS, *RAW_GROUPS} - {"model", "module"}) | {"critic"}  # may be the first word of flat names
 CONFIG_NAMES = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
 CONFIG_FIELDS = {field.name for field in fields(WanConfig)}
 SIZES = {  # field: (key, axis) that shows it
@@ -51,7 +43,6 @@ SIZES = {  # field: (key, axis) that shows it
     "freq_dim": ("time_embedding.0.weight", 1),
 }
 HEAD_DIM = 128  # of every published Wan; the shapes do not show it
-LowRank = tuple[Tensor, Tensor, float]  # up [out, rank], down [rank, in], scale: the update scale * up @ down
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +58,13 @@ class StateDict:
     """those at the top level of the file, the chosen one first"""
     wrappers: tuple[str, ...] = ()
     """what was removed from the names"""
+    scales: dict[str, Tensor] = field(default_factory=dict)
+    """of float8 tensors, by their names: a number, or one for each row"""
+
+    @property
+    def averaged(self) -> bool:
+        """Whether these are the averaged (EMA) weights."""
+        return self.groups[:1] != () and self.groups[0] in EMA_GROUPS
 
 
 def read_state_dict(path: str | Path, *, ema: bool | None = None, headers: bool = False) -> StateDict:
@@ -83,26 +81,27 @@ def read_state_dict(path: str | Path, *, ema: bool | None = None, headers: bool 
         NotImplementedError: The checkpoint takes images.
     """
     path = Path(path)
-    files = _find_files(path, FOLDER_FILES)
+    files = _find_files(path)
     content, metadata = read_files(files, headers=headers)
-    groups = ["generator_ema"] * (ema is not False) + ["generator", "model"] * (not ema)
-    group, state = select_group(content, groups, path, flat=not ema)
-    diffusers = _is_diffusers(state)
-    wrappers = [mark for mark in WRAPPERS if any(mark in key for key in state)]
-    wrappers += [mark for mark in PREFIXES if any(clean_name(key, ()).startswith(mark) for key in state)][:1]
-    state = _rename({key: value for key, value in state.items() if isinstance(value, Tensor)}, path, diffusers)
+    groups = [*EMA_GROUPS * (ema is not False), *RAW_GROUPS * (not ema)]
+    group, held, others = select_group(content, groups, path, flat=not ema, heads=HEADS)
+    diffusers, wrappers = is_diffusers(held), wrappers_of(held)
+    state, scales = split_scales(_rename(held, path, diffusers), path)
     declared = _declared_config(files[0], metadata, beside=path.is_dir() or files[0].match(FOLDER_FILES[0]))
     _refuse_image_models(state, declared, path)
-    container = f"{files[0].suffix[1:]}, {group}, {'diffusers' if diffusers else 'Wan'} keys"
-    others = (name for name, value in content.items() if isinstance(value, Mapping) and name != group)
-    config = _config(state, declared, path)
+    form = "safetensors" if files[0].suffix.lower() == ".safetensors" else files[0].suffix[1:] or "no suffix"
     return StateDict(
-        tensors=state, container=container, config=config, groups=(group, *others), wrappers=tuple(wrappers)
+        tensors=state,
+        container=f"{form}, {group}, {'diffusers' if diffusers else 'Wan'} keys{', scaled float8' if scales else ''}",
+        config=_config(state, declared, path),
+        groups=(group, *others),
+        wrappers=wrappers,
+        scales=scales,
     )
 
 
 def validate_transformer(
-    path: str | Path, *, config: WanConfig | None = None, ema: bool | None = None, lora: str | Path | None = None
+    path: str | Path, *, config: WanConfig | None = None, ema: bool | None = None, lora: Loras | None = None
 ) -> tuple[StateDict, CausalWan]:
     """What ``load_transformer`` would load, and the model that it fits, both without data.
 
@@ -117,42 +116,47 @@ def load_transformer(
     *,
     config: WanConfig | None = None,
     ema: bool | None = None,
-    lora: str | Path | None = None,
+    lora: Loras | None = None,
     lora_scale: float = 1.0,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cpu",
 ) -> CausalWan:
     """A CausalWan with every weight of the checkpoint, in eval mode, without gradients.
 
-    Numerics: the LoRA is merged in float32; each weight is rounded once, to dtype.
+    Numerics: float8 times its scale, and every LoRA, are computed in float32; each weight is rounded once, to dtype.
     Bytes: the model plus one tensor, where the file can be mapped.
 
     Args:
         path: As in ``read_state_dict``.
         config: Overrides what the checkpoint says.
         ema: As in ``read_state_dict``.
-        lora: A PEFT, LongLive or kohya file, or a PEFT folder; adds lora_scale * alpha / rank * B @ A, where
-            alpha = rank if the files do not say it.
-        lora_scale: Times alpha / rank.
+        lora: One or several, each a path or a path and its scale, as ``read_loras`` takes them.
+        lora_scale: Times the scale of each.
         dtype: Of the weights.
         device: Where they go.
 
     Raises:
-        ValueError: Lists the missing, unexpected and wrongly shaped keys; and what ``read_state_dict`` raises.
+        ValueError: Lists the missing, unexpected and wrongly shaped keys; or names the tensor that is not finite in
+            the file, with the LoRA, or in dtype; and what ``read_state_dict`` raises.
+        NotImplementedError: A kind of checkpoint, quantisation or LoRA that is not read.
     """
     read, model, updates = _prepare(path, config, ema, lora, lora_scale)
-    state = read.tensors
-    # popped one by one: what was read can go as soon as it is converted
-    placed = {key: _convert(state.pop(key), updates.get(key), dtype, device) for key in list(state)}
+    state, where = read.tensors, f"{path} ({read.container})"
+    placed = {}
+    for key in list(state):  # popped one by one: what was read can go as soon as it is converted
+        exact, changes = state.pop(key), updates.get(key, [])
+        merged = dequantized(exact, read.scales[key], device) if key in read.scales else exact
+        placed[key] = _convert(merged, changes, dtype, device)
+        validate_finite(key, placed[key], merged, where, changes)
     model.load_state_dict(placed, assign=True)
-    return finished(model, f"{path} ({read.container})")
+    return finished(model, where)
 
 
 def _prepare(
-    path: str | Path, config: WanConfig | None, ema: bool | None, lora: str | Path | None, lora_scale: float,
+    path: str | Path, config: WanConfig | None, ema: bool | None, lora: Loras | None, lora_scale: float,
     headers: bool = False,
-) -> tuple[StateDict, CausalWan, dict[str, LowRank]]:  # fmt: skip
-    """The state dict, a model without data that it fits, and the updates of the LoRA, which fit as well."""
+) -> tuple[StateDict, CausalWan, dict[str, list[Update]]]:  # fmt: skip
+    """The state dict, a model without data that it fits, and the updates of the LoRAs, which fit as well."""
     read = read_state_dict(path, ema=ema, headers=headers)
     where, state = f"{path} ({read.container})", read.tensors
     config = config or read.config
@@ -162,49 +166,30 @@ def _prepare(
     with torch.device("meta"):
         model = CausalWan(config)
     validate_fit(state, model.state_dict(), where)
-    updates = {} if lora is None else read_lora(lora, lora_scale)
-    _validate_lora(updates, state, f"{lora} does not fit {where}")
+    updates = read_loras(lora, lora_scale)
+    validate_updates(updates, state, where)
     return read, model, updates
 
 
-def _find_files(path: Path, patterns: Iterable[str]) -> list[Path]:
-    """The weight files of the transformer, or of a LoRA, that a path stands for."""
+def _find_files(path: Path) -> list[Path]:
+    """The weight files of the transformer that a path stands for."""
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        raise_absent(path, "checkpoint")
     if path.is_dir() and (read_json(path / "model_index.json").get("transformer_2") or [None])[0]:
         raise NotImplementedError(f"{path} has two transformers (Wan 2.2 A14B); supported: one, as in Wan 2.1")
-    return find_files(path, "transformer", patterns)
+    return find_files(path, "transformer", FOLDER_FILES)
 
 
-def _is_diffusers(keys: Iterable[str]) -> bool:
-    return any(mark in key for key in keys for mark in (".attn1.", ".attn2.", ".ffn.net.", "condition_embedder."))
-
-
-def clean_name(name: str, prefixes: Iterable[str]) -> str:
-    """A tensor's name without wrappers (FSDP, compile, ...) and without the first of the prefixes that it has."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name.removeprefix(next((prefix for prefix in prefixes if name.startswith(prefix)), ""))
-
-
-def _original_name(name: str) -> str:
-    """The original Wan name of a diffusers parameter; a name that the table lacks comes back as it is."""
-    block = re.match(r"blocks\.(\d+)\.", name)
-    pattern = f"blocks.*.{name[block.end() :]}" if block else name
-    module, dot, leaf = pattern.rpartition(".")
-    found = DIFFUSERS_NAMES.get(pattern) or DIFFUSERS_NAMES.get(module, module) + dot + leaf
-    return found.replace("*", block[1]) if block else found
-
-
-def _rename(state: Mapping[str, Tensor], path: Path, diffusers: bool) -> dict[str, Tensor]:
-    renamed = {}
+def _rename(state: Mapping[str, Any], path: Path, diffusers: bool) -> dict[str, Tensor]:
+    """The tensors under bare Wan names, without the numbers that averaging keeps beside them."""
+    renamed: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        name = clean_name(key, PREFIXES)
-        name = _original_name(name) if diffusers else name
+        name = clean_name(key)
+        if not isinstance(tensor, Tensor) or name in COUNTERS:
+            continue
+        name = original_name(name) if diffusers else name
         if name in renamed:
             raise ValueError(f"{path} holds {name} twice, the second time as {key}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{path}: {key} is {tensor.dtype}; expected floating point, not quantised weights")
         renamed[name] = tensor
     return renamed
 
@@ -254,75 +239,8 @@ def _config(state: Mapping[str, Tensor], declared: Mapping[str, Any], path: Path
         raise ValueError(f"{path} has an unusable configuration: {error}") from error
 
 
-def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, LowRank]:
-    """The updates of a LoRA by the key of the weight that they change.
-
-    Args:
-        path: As ``lora`` in ``load_transformer``.
-        lora_scale: Times alpha / rank.
-
-    Returns:
-        For each key up [out, rank], down [rank, in] and the scale lora_scale * alpha / rank.
-
-    Raises:
-        FileNotFoundError: No LoRA is there.
-        ValueError: It is not a plain LoRA.
-        NotImplementedError: It is a variant (rsLoRA, DoRA, several alphas).
-    """
-    path = Path(path)
-    files = _find_files(path, LORA_FILES)
-    content, metadata = read_files(files)
-    _, state = select_group(content, ("generator_lora",), path, flat=True)
-    adapter = _adapter_config(files[0], content, metadata)
-    if special := [name for name in ("use_rslora", "use_dora", "alpha_pattern") if adapter.get(name)]:
-        raise NotImplementedError(f"{path} sets {', '.join(special)}; supported: plain LoRA with one alpha")
-    diffusers = _is_diffusers(state)
-    halves: dict[str, dict[str, Tensor]] = {}
-    strange: list[str] = []
-    for key, value in state.items():
-        name = clean_name(clean_name(key, LORA_PREFIXES), PREFIXES)
-        match = re.fullmatch(r"(.+)\.(?:lora_(A|B|down|up)(?:\.default)?\.weight|(alpha))", name)
-        if match is None:
-            strange += [key] * isinstance(value, Tensor)
-            continue
-        target = _original_name(f"{match[1]}.weight") if diffusers else f"{match[1]}.weight"
-        role = match[3] or {"A": "down", "B": "up"}.get(match[2], match[2])
-        if role in halves.setdefault(target, {}):
-            raise ValueError(f"{path} holds {role} of {target} twice, the second time as {key}")
-        halves[target][role] = value
-    strange += [f"half of {target}" for target, pair in halves.items() if not pair.keys() >= {"down", "up"}]
-    if strange or not halves:
-        raise ValueError(f"{path} is not a plain LoRA; beside its {len(halves)} targets it holds {some_of(strange)}")
-    updates: dict[str, LowRank] = {}
-    for target, pair in halves.items():
-        rank = pair["down"].shape[0]
-        alpha = float(pair.get("alpha", adapter.get("lora_alpha", rank)))
-        updates[target] = pair["up"], pair["down"], lora_scale * alpha / rank
-    return updates
-
-
-def _adapter_config(file: Path, content: Mapping[Any, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
-    """What PEFT (a file beside), diffusers (metadata) or a training script (a top level number) says of the LoRA."""
-    adapter = {"lora_alpha": content["alpha"]} if "alpha" in content else {}
-    said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    adapter |= {name.rpartition(".")[2]: value for name, value in said.items()}
-    return adapter | (read_json(file.with_name("adapter_config.json")) if file.stem == "adapter_model" else {})
-
-
-def _validate_lora(updates: Mapping[str, LowRank], state: Mapping[str, Tensor], what: str) -> None:
-    unknown = [target for target in updates if target not in state]
-    wrong = []
-    for target in sorted(updates.keys() & state.keys()):
-        weight, up, down = (list(tensor.shape) for tensor in (state[target], *updates[target][:2]))
-        if up[1:] != down[:1] or up[:1] + down[1:] != weight:
-            wrong.append(f"{target} {weight} from {up} @ {down}")
-    if unknown or wrong:
-        raise ValueError(f"{what}: unknown targets {some_of(unknown)}; wrongly shaped {some_of(wrong)}")
-
-
-def _convert(tensor: Tensor, update: LowRank | None, dtype: torch.dtype, device: str | torch.device) -> Tensor:
-    """A contiguous copy in dtype on the device, which never aliases the file, with the update merged in float32."""
-    if update is not None:
-        tensor, up, down = (given.to(device, torch.float32) for given in (tensor, *update[:2]))
-        tensor = torch.addmm(tensor, up, down, alpha=update[2])
+def _convert(tensor: Tensor, updates: Iterable[Update], dtype: torch.dtype, device: str | torch.device) -> Tensor:
+    """A contiguous copy in dtype on the device, which never aliases the file, with the updates merged in float32."""
+    for index, update in enumerate(updates):
+        tensor = update.added_to(tensor.to(device, torch.float32) if index == 0 else tensor)
     return tensor.to(device, dtype, copy=True, memory_format=torch.contiguous_format)

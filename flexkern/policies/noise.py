@@ -8,12 +8,13 @@ Source: a reconstruction of FLEX (arXiv 2602.14027); PYoCo (2305.10474), FreeNoi
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 
 from ..checks import check_fields, is_index, require
+from .position import HORIZON
 
 INITIAL, RENOISE, SHARED = range(3)  # streams
 RECURSIVE = ("ar1", "pyoco_progressive")
@@ -44,23 +45,45 @@ class NoisePolicy:
     """initial: noise between denoising steps is i.i.d.; initial+renoise: each step has a sequence of its own"""
     weight: float | None = None
     """w in [-1, 1] or a in the formulas of kind; None: 0.7 for alternating, else 1"""
-    window: int = 16
-    """of freenoise: latent frames with noise of their own"""
-    stride: int = 4
-    """of freenoise: latent frames that are shuffled together; divides window"""
+    window: int | None = None
+    """of freenoise: latent frames with noise of their own. None: as many as the model was trained on
+    (position.train_len), in whole strides"""
+    stride: int | None = None
+    """of freenoise: latent frames that are shuffled together; divides window. None: the largest divisor up to 4"""
 
     def __post_init__(self) -> None:
         check_fields(self)
         require(abs(self.rho) < 1, f"rho must be between -1 and 1, both excluded, got {self.rho}")
         bounded = self.kind != "alternating" or abs(self.strength) <= 1
         require(bounded, f"weight of kind 'alternating' must be in [-1, 1], got {self.weight}")
-        divides = self.stride >= 1 and self.window >= self.stride and self.window % self.stride == 0
-        require(divides, f"stride must divide window, both >= 1, got stride {self.stride} and window {self.window}")
+        for name in ("window", "stride"):
+            given = getattr(self, name)
+            require(given is None or given >= 1, f"{name} must be at least 1 frame, got {given}")
+        window, stride = self.runs()
+        require(window % stride == 0, f"stride must divide window, got stride {stride} and window {window}")
 
     @property
     def strength(self) -> float:
         """weight in use: the given one, or the kind's own."""
         return DEFAULT_WEIGHT.get(self.kind, 1.0) if self.weight is None else self.weight
+
+    def runs(self, horizon: int = HORIZON) -> tuple[int, int]:
+        """window and stride in use: the given ones, or those that suit a model trained on so many latent frames."""
+        if self.window is None and self.stride is not None:
+            return max(1, horizon // self.stride) * self.stride, self.stride
+        window = horizon if self.window is None else self.window
+        return window, self.stride or max(n for n in range(1, 5) if window % n == 0)
+
+    def resolve(self, horizon: int) -> "NoisePolicy":
+        """The same with every None replaced by the value in use; what the kind does not use stays None."""
+        found: dict[str, Any] = {"weight": self.strength} if self.kind in DEFAULT_WEIGHT else {}
+        if self.kind == "freenoise":
+            found |= dict(zip(("window", "stride"), self.runs(horizon), strict=True))
+        return replace(self, **found)
+
+    def validate(self, *, chunk: int) -> None:
+        """Raise ValueError where there is no such noise for chunks of so many frames."""
+        require(self.kind != "zero_sum" or chunk > 1, f"zero_sum needs chunks of at least 2 frames, got {chunk}")
 
     def source(self, seed: int, *, shape: tuple[int, ...], target: int | None = None) -> "NoiseSource":
         """The noise of one video.
@@ -150,7 +173,7 @@ class NoiseSource:
             eps = (a * self._shared(first, level) + eps) / math.sqrt(1 + a * a)
         elif kind == "zero_sum":
             count = len(frames)
-            require(count > 1, "zero_sum needs chunks of at least 2 frames, got 1")
+            self.policy.validate(chunk=count)
             eps = (eps - eps.mean(0)) * math.sqrt(count / (count - 1))
         elif kind == "high_pass":
             eps = self._difference(first, eps, level)
@@ -191,7 +214,7 @@ class NoiseSource:
         A uniform shuffle of shuffled frames is a fresh uniform shuffle of the first ones. So each run draws its own
         from the base window: the same distribution, without walking back to it.
         """
-        window, stride = self.policy.window, self.policy.stride
+        window, stride = self.policy.runs()
         run, offset = divmod(frame, stride)
         if frame < window:
             return frame

@@ -10,14 +10,16 @@ Source: a reconstruction of FLEX (arXiv 2602.14027); PI (2306.15595), NTK-aware 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from ..checks import check_fields, is_index, require
 
+HORIZON = 21  # latent frames that Self-Forcing and Wan were trained on: 81 pictures
+CUT = 45  # where Infinity-RoPE puts the first frame after a cut, beside a window of 6
 TURN = 2**64  # the unit of fixed-point angles
 PER_RADIAN = int(TURN**2 / Fraction("6.28318530717958647692528676655900576839433879875021"))
 
@@ -47,8 +49,9 @@ class PositionPolicy:
     from 0 at r_j = alpha to 1 at r_j = beta; yarn: by_parts with the thresholds and the temperature of language models;
     hard: g = 1 where r_j >= beta, else 0; riflex: one band gets 0.9 * 2 pi / (s * train_len) when s > 1; jitter: head h
     has base * (1 + jitter_sigma * e_h), e_h uniform in [-1, 1], at every s (LoL)"""
-    train_len: int = 21
-    """latent frames that the model was trained on (Self-Forcing 21, LongLive 240); never inferred from the cache"""
+    train_len: int | None = None
+    """latent frames that the model was trained on (Self-Forcing 21, LongLive 240), never inferred from the cache. None:
+    what is known of the model, else 21"""
     alpha: float | None = None
     """cycles in training below which a band is slowed by s; None: 0.25, in mode yarn 1"""
     beta: float | None = None
@@ -79,13 +82,14 @@ class PositionPolicy:
     """how far mode jitter spreads the bases of the heads"""
     jitter_seed: int = 0
     """seed of mode jitter's draws; head h always gets the h-th"""
-    cut_position: int = 45
-    """where the first frame after a scene cut sits (Infinity-RoPE; index slot only)"""
+    cut_position: int | None = None
+    """where the first frame after a scene cut sits (Infinity-RoPE; index slot only). None: 45, or twice the window
+    where that is more, so that a cut is farther away than anything in the window"""
 
     def __post_init__(self) -> None:
         check_fields(self)
         low, high = self.thresholds
-        require(self.train_len >= 1, f"train_len must be at least 1 latent frame, got {self.train_len}")
+        require(self.horizon >= 1, f"train_len must be at least 1 latent frame, got {self.train_len}")
         require(low >= 0 and high > 0, f"alpha must be >= 0 and beta > 0, got {low} and {high}")
         ramped = self.mode in ("by_parts", "yarn")
         require(low < high or not ramped, f"alpha must be below beta, got alpha = {low} and beta = {high}")
@@ -96,6 +100,11 @@ class PositionPolicy:
         require(0 <= self.jitter_sigma < 1, f"jitter_sigma must be in [0, 1), got {self.jitter_sigma}")
         for name in ("riflex_band", "jitter_seed", "cut_position"):
             require((getattr(self, name) or 0) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
+
+    @property
+    def horizon(self) -> int:
+        """train_len in use: the given one, or that of Self-Forcing."""
+        return HORIZON if self.train_len is None else self.train_len
 
     @property
     def thresholds(self) -> tuple[float, float]:
@@ -109,6 +118,20 @@ class PositionPolicy:
         default = 0.1 if self.mode == "yarn" else 0.0
         return default if self.logit_temp is None else self.logit_temp
 
+    def resolve(self, window: int) -> "PositionPolicy":
+        """The same with every None that stands for a value replaced by it, beside a window of so many frames.
+
+        What the mode does not use stays None, and so does riflex_band, which only the model's bands decide.
+        """
+        found: dict[str, Any] = {"train_len": self.horizon, "logit_temp": self.temperature}
+        if self.table is None and self.mode in ("by_parts", "yarn"):
+            found |= dict(zip(("alpha", "beta"), self.thresholds, strict=True))
+        if self.table is None and self.mode == "hard":
+            found["beta"] = self.thresholds[1]
+        if self.index == "slot" and self.cut_position is None:
+            found["cut_position"] = max(CUT, 2 * window)
+        return replace(self, **found)
+
     def frequencies(self, bands: int) -> np.ndarray:
         """The model's own theta_j = base^(-2j / 2T), float64 [T], radians per latent frame."""
         require(is_index(bands, 1), f"bands must be an int >= 1, got {bands!r}")
@@ -116,7 +139,7 @@ class PositionPolicy:
 
     def cycles(self, bands: int) -> np.ndarray:
         """Cycles r_j = train_len * theta_j / 2 pi that each band completes inside the training horizon, float64 [T]."""
-        return self.train_len * self.frequencies(bands) / (2 * np.pi)
+        return self.horizon * self.frequencies(bands) / (2 * np.pi)
 
     def kept(self, bands: int) -> np.ndarray:
         """The share g_j of each band that is extrapolated, float64 [T], of modes pi, hard, by_parts and yarn."""
@@ -147,10 +170,10 @@ class PositionPolicy:
         if self.mode == "ntk":  # (s^(D / (D-2)))^(-2j / D)
             return float(scale) ** -np.linspace(0.0, 1.0, bands)[None]
         if self.mode == "riflex":
-            nearest = int(np.argmin(np.abs(2 * np.pi / theta - self.train_len)))
+            nearest = int(np.argmin(np.abs(2 * np.pi / theta - self.horizon)))
             band = nearest if self.riflex_band is None else self.riflex_band
             require(band < bands, f"riflex_band must be below the {bands} bands of this model, got {band}")
-            slowed = 0.9 * 2 * np.pi / (scale * self.train_len) / theta[band]
+            slowed = 0.9 * 2 * np.pi / (scale * self.horizon) / theta[band]
             return np.where((np.arange(bands) == band) & (scale > 1), slowed, 1.0)[None]
         return (1.0 + (1.0 - self.kept(bands)) * (1.0 / scale - 1.0))[None]
 
@@ -169,13 +192,13 @@ class PositionPolicy:
             fix = "pass target, set scale to a number, or scale_schedule to 'per_chunk' or 'dynamic'"
             require(target is not None, f"scale_schedule 'static' needs the length of the video: {fix}")
             require(is_index(target, 1), f"target must be an int >= 1 latent frames, got {target!r}")
-        waits = self.start == "past" and frames[-1] < self.train_len
+        waits = self.start == "past" and frames[-1] < self.horizon
         if waits or not (self._modulated or self.temperature):
             return np.ones(len(frames))
         if self.scale != "auto":
             return np.full(len(frames), float(self.scale))
         lengths = {"static": target or 1, "dynamic": frames + 1, "per_chunk": frames[-1] + 1}[self.scale_schedule]
-        return np.maximum(np.ones(len(frames)), lengths / self.train_len)
+        return np.maximum(np.ones(len(frames)), lengths / self.horizon)
 
     def phases(
         self, *, query: Sequence[int], visible: Sequence[int], bands: int, heads: int,
@@ -221,7 +244,8 @@ class PositionPolicy:
             require(first >= 0, f"visible must include the query frames, got {len(visible)} for {len(query)} queries")
             key_at = list(range(len(visible)))
             if cut:
-                key_at[first:] = range(self.cut_position, self.cut_position + len(query))
+                jump = CUT if self.cut_position is None else self.cut_position
+                key_at[first:] = range(jump, jump + len(query))
             query_at = key_at[first:]
         origin = int(query_at[0])
         from_origin = lambda at: np.array([int(p) - origin for p in at], dtype=np.int64)

@@ -18,14 +18,20 @@ class SwitchPolicy:
     kind: Literal["keep", "recache", "flush"] = "keep"
     """keep: nothing; recache: run the last frames through the model again, with the new prompt; flush: drop all but the
     sink and the last frames"""
-    recent: int = 12
-    """how many of the last frames recache runs again, or flush keeps"""
+    recent: int | None = None
+    """how many of the last frames recache runs again, or flush keeps. None: recache runs as many as the window holds,
+    as LongLive does; flush keeps 2, as Infinity-RoPE does"""
     keep_sink: bool = True
     """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink)"""
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
+        require(self.recent is None or self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
+
+    def resolve(self, window: int) -> "SwitchPolicy":
+        """The same with ``recent`` as it is in use beside a window of so many frames; None where nothing uses it."""
+        in_use = {"keep": None, "recache": window, "flush": min(FLUSHED, window)}[self.kind]
+        return self if in_use is None or self.recent else dataclasses.replace(self, recent=in_use)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +65,29 @@ class Preset:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
+        held = recent is None or recent <= window or kind == "keep"
+        require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
 
-    def validate(self, *, chunk: int, bands: int, heads: int, target: int | None) -> None:
+    def for_horizon(self, frames: int) -> "Preset":
+        """The same for a model that was trained on so many latent frames, where ``position.train_len`` is None."""
+        if self.position.train_len is not None:
+            return self
+        return dataclasses.replace(self, position=dataclasses.replace(self.position, train_len=frames))
+
+    def resolve(self) -> "Preset":
+        """The same with every field that follows another one, or its mode, set to the value in use.
+
+        ``None`` in such a field means "follow": a preset stays as it was written, so that later overrides are followed
+        too, and whatever runs it asks for the values here. What nothing uses stays None.
+        """
+        window = self.retention.capacity
+        return dataclasses.replace(
+            self, position=self.position.resolve(window), noise=self.noise.resolve(self.position.horizon),
+            switch=self.switch.resolve(window),
+        )  # fmt: skip
+
+    def validate(self, *, chunk: int, bands: int, heads: int, target: int | None, least: int | None = None) -> None:
         """Raise unless the preset can run with a model and a length of video.
 
         Args:
@@ -68,27 +95,35 @@ class Preset:
             bands: Temporal frequency pairs of a head.
             heads: Heads of the model.
             target: Latent frames of the video, None for no end.
+            least: The fewest frames that the preset's noise is drawn for together; None where it is not used.
 
         Raises:
-            ValueError: The window is too small for the chunk, or positions fit neither the model nor the length.
+            ValueError: The window is too small for the chunk, positions fit neither the model nor the length, or
+                there is no such noise for so few frames.
         """
+        if least is not None:
+            self.noise.validate(chunk=least)
         self.retention.keep([], chunk)
         self.position.phases(query=[0], visible=[0], bands=bands, heads=heads, target=target)
 
     def describe(self) -> dict[str, object]:
-        """Every field that decides a video, by the dotted names of ``get_preset``; lists for tuples, as JSON has."""
+        """Every field that decides a video, by the dotted names of ``get_preset``; lists for tuples, as JSON has.
+
+        Fields that follow others have the value in use (``resolve``).
+        """
         found: dict[str, object] = {"name": self.name}
         for policy in (*POLICIES, "loop"):
-            for name, value in dataclasses.asdict(getattr(self, policy)).items():
+            for name, value in dataclasses.asdict(getattr(self.resolve(), policy)).items():
                 found[f"{policy}.{name}"] = list(value) if isinstance(value, tuple) else value
         return found
 
 
+FLUSHED = 2  # frames that Infinity-RoPE keeps beside its sink, whatever its window
 POLICIES = ("position", "retention", "noise", "switch")  # whose fields can be overridden
 
 IID = NoisePolicy(kind="iid")
 KEEP = SwitchPolicy(kind="keep")
-RECACHE = SwitchPolicy(kind="recache", recent=12, keep_sink=True)
+RECACHE = SwitchPolicy(kind="recache", keep_sink=True)
 FIFO = SinkWindow(sink=0, window=21)
 PINNED = SinkWindow(sink=3, window=21)
 LONGLIVE = SinkWindow(sink=3, window=12)
@@ -96,7 +131,7 @@ LONGLIVE = SinkWindow(sink=3, window=12)
 _ALL = (
     Preset(
         name="self-forcing",
-        position=PositionPolicy(mode="none", train_len=21),
+        position=PositionPolicy(mode="none"),
         retention=FIFO,
         noise=IID,
         switch=KEEP,
@@ -123,10 +158,10 @@ _ALL = (
     ),
     Preset(
         name="infinity-rope",
-        position=PositionPolicy(mode="none", train_len=21, index="slot", cut_position=45),
+        position=PositionPolicy(mode="none", index="slot"),
         retention=SinkWindow(sink=1, window=6),
         noise=IID,
-        switch=SwitchPolicy(kind="flush", recent=2),
+        switch=SwitchPolicy(kind="flush"),
         doc="Positions 0..5 inside a short window; a new prompt flushes the cache, a scene cut jumps to position 45.",
         source="Infinity-RoPE, arXiv 2511.20649, official code",
     ),
@@ -141,7 +176,7 @@ _ALL = (
     ),
     Preset(
         name="riflex",
-        position=PositionPolicy(mode="riflex", train_len=21),
+        position=PositionPolicy(mode="riflex"),
         retention=FIFO,
         noise=IID,
         switch=KEEP,
@@ -150,7 +185,7 @@ _ALL = (
     ),
     Preset(
         name="pi",
-        position=PositionPolicy(mode="pi", train_len=21),
+        position=PositionPolicy(mode="pi"),
         retention=PINNED,
         noise=IID,
         switch=KEEP,
@@ -159,7 +194,7 @@ _ALL = (
     ),
     Preset(
         name="ntk",
-        position=PositionPolicy(mode="ntk", train_len=21),
+        position=PositionPolicy(mode="ntk"),
         retention=PINNED,
         noise=IID,
         switch=KEEP,
@@ -168,7 +203,7 @@ _ALL = (
     ),
     Preset(
         name="yarn",
-        position=PositionPolicy(mode="yarn", train_len=21),
+        position=PositionPolicy(mode="yarn"),
         retention=PINNED,
         noise=IID,
         switch=KEEP,
@@ -177,7 +212,7 @@ _ALL = (
     ),
     Preset(
         name="flex",
-        position=PositionPolicy(mode="by_parts", train_len=21, scale="auto"),
+        position=PositionPolicy(mode="by_parts", scale="auto"),
         retention=PINNED,
         noise=NoisePolicy(kind="ar1", rho=-0.7),
         switch=KEEP,

@@ -10,30 +10,44 @@ if TYPE_CHECKING:
     from flexkern.render.job import Job, prepare, render, run
     from flexkern.render.latents import LatentsFile, validate_latents_target
     from flexkern.render.order import Order
+    from flexkern.render.prompts import PromptList, read_prompts
     from flexkern.render.script import (
+        Pace,
         PromptSwitch,
         parse_script,
         read_script,
+        seconds_needed,
+        spread,
         validate_cuts,
         validate_script,
+        validate_shown,
         validate_switches,
     )
-    from flexkern.render.writer import VideoWriter, validate_target
+    from flexkern.render.signals import stoppable
+    from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
     "Job",
     "LatentsFile",
     "Order",
+    "Pace",
+    "PromptList",
     "PromptSwitch",
     "VideoWriter",
     "parse_script",
     "prepare",
+    "read_prompts",
     "read_script",
     "render",
     "run",
+    "seconds_needed",
+    "spread",
+    "stoppable",
     "validate_cuts",
+    "validate_encoder",
     "validate_latents_target",
     "validate_script",
+    "validate_shown",
     "validate_switches",
     "validate_target",
 ]
@@ -42,15 +56,21 @@ _HOMES = {  # module: what it holds
     "job": ("Job", "prepare", "render", "run"),
     "latents": ("LatentsFile", "validate_latents_target"),
     "order": ("Order",),
+    "prompts": ("PromptList", "read_prompts"),
     "script": (
+        "Pace",
         "PromptSwitch",
         "parse_script",
         "read_script",
+        "seconds_needed",
+        "spread",
         "validate_cuts",
         "validate_script",
+        "validate_shown",
         "validate_switches",
     ),
-    "writer": ("VideoWriter", "validate_target"),
+    "signals": ("stoppable",),
+    "writer": ("VideoWriter", "validate_encoder", "validate_target"),
 }
 
 

@@ -10,8 +10,8 @@ from tqdm import tqdm
 from flexkern.checks import require
 from flexkern.render.latents import LatentsFile
 from flexkern.render.order import Order
-from flexkern.render.script import PromptSwitch, validate_switches
-from flexkern.render.writer import VideoWriter
+from flexkern.render.script import Pace, PromptSwitch, validate_shown, validate_switches
+from flexkern.render.writer import VideoWriter, validate_encoder
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
     from flexkern.engine import Engine
@@ -31,6 +31,13 @@ class Job:
     start: "Chunk | None"
     """what the session was begun with, where there is an image"""
 
+    @property
+    def kept(self) -> str:
+        """What of the video is on disk, in words."""
+        made = self.writer.pictures
+        kept = f"{self.order.target} holds the first {made}" if made else "nothing was written"
+        return f"{kept} of {self.order.pictures} pictures"
+
     def run(self, *, progress: bool = True) -> bool:
         """Write the video and close its file, however that ends.
 
@@ -41,7 +48,8 @@ class Job:
             True, or False where Ctrl-C came first; the file then holds what was made.
 
         Raises:
-            OSError: The file cannot be written to its end.
+            OSError: The file cannot be written to its end; ``kept`` says what it holds.
+            NotFiniteError: A chunk is not finite; the file holds those before it.
         """
         with self.writer:
             return render(
@@ -70,10 +78,15 @@ def prepare(order: Order, engine: "Engine", family: "Family") -> Job:
 
     decodes = order.writes == "latents" or engine.decoder is not None
     require(decodes, "this engine has no decoder: an order for it must write latents")
+    order.validate_files()
+    if order.writes == "video":
+        validate_encoder(*reversed(family.picture_size), family.fps)
     first, *later = order.script
     frames = family.frames(order.pictures)
     session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
     validate_switches(session, later)
+    pace = Pace(chunk=engine.chunk, first_chunk=engine.first_chunk, per_frame=family.pictures_per_frame, fps=family.fps)
+    validate_shown(order.script, order.pictures, pace)
     start = None if order.image is None else session.prefill(read_image(order.image, *family.picture_size))
     return Job(order=order, session=session, writer=_writer(order, family), start=start)
 
@@ -124,6 +137,10 @@ def render(
 
     Returns:
         True, or False where Ctrl-C came first.
+
+    Raises:
+        OSError: The file has no room.
+        NotFiniteError: A chunk is not finite; it is not written.
     """
     made, waiting = 0, list(script)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
@@ -143,6 +160,7 @@ def render(
                         session.cut()
                     waiting = waiting[len(due) :]
                 chunk = session.step()
+                session.validate_chunks()  # the pictures are about to be waited for
                 new = _write(writer, chunk, pictures - made)
                 made += new
                 bar.set_description_str(f"chunk {chunk.index + 1}", refresh=False)

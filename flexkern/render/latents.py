@@ -1,34 +1,47 @@
-"""Latents into a safetensors file, to be decoded elsewhere: ``latents`` [1, F, C, h, w], as the model made them."""
+"""Latents into a safetensors file as they are made, to be decoded elsewhere.
 
+The file holds one tensor ``latents`` [1, F, C, h, w], in the model's dtype, and text about it as metadata. Its header
+is padded with spaces, as the format allows, to a fixed length: each chunk is appended, then the header rewritten in
+place with the new F. So the file, named ``x.unfinished.safetensors`` until it is closed, can be read after every chunk,
+however the process ended; only a kill between the two writes leaves bytes past the end that the header declares.
+"""
+
+import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from flexkern.render.signals import uninterrupted
+from flexkern.render.target import Target, validate_file
+
 if TYPE_CHECKING:
     from torch import Tensor
 
+DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}  # of torch: of safetensors
+DIGITS = 64  # by which the numbers of a header may grow
+
 
 def validate_latents_target(path: str | Path) -> None:
-    """Raises ValueError, FileNotFoundError or PermissionError where no such file can be written."""
-    path = Path(path)
-    if path.suffix != ".safetensors":
-        raise ValueError(f"latents must be named .safetensors, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise PermissionError(f"no permission to write {path}")
+    """Raise where no such file can be written.
+
+    Raises:
+        ValueError: It is not named .safetensors, or is a folder.
+        FileNotFoundError: There is no folder for it.
+        PermissionError: It may not be written.
+        BlockingIOError: Another render is writing it.
+    """
+    validate_file(path, "latents", ".safetensors")
 
 
 class LatentsFile:
-    """Stands in for a ``VideoWriter``; the file is written when it is closed, however it is left.
+    """Stands in for a ``VideoWriter``; a context manager that leaves a file that can be read however it is left.
 
-    Bytes: all latents are held until then, 0.2 MB each at 60x104 in bfloat16.
+    Bytes: one chunk is in memory at a time; on disk 0.2 MB for each latent frame of 60x104 in bfloat16.
     """
 
     def __init__(self, path: str | Path, *, fps: int, per_frame: int, about: Mapping[str, str]):
-        """Nothing is written yet.
+        """The file is this writer's alone; nothing is written yet.
 
         Args:
             path: The file, named .safetensors.
@@ -40,15 +53,15 @@ class LatentsFile:
             ValueError: The file is named otherwise.
             FileNotFoundError: There is no folder for it.
             PermissionError: It cannot be written.
+            BlockingIOError: Another writer has the file.
         """
         validate_latents_target(path)
         self.path, self.fps, self.per_frame, self.about = Path(path), fps, per_frame, dict(about)
-        self._held: list[Tensor] = []
-
-    @property
-    def frames(self) -> int:
-        """Latent frames so far."""
-        return sum(map(len, self._held))
+        self.frames = 0  # latent frames so far
+        self._target = Target(path)
+        self._form: tuple[str, list[int]] | None = None  # dtype, and shape of a frame
+        self._header = 0  # length of the header
+        self._begun = self._closed = False
 
     @property
     def pictures(self) -> int:
@@ -61,21 +74,83 @@ class LatentsFile:
         Args:
             latents: [F, C, h, w].
             most: How many further pictures are wanted; frames that they do not need are left out.
+
+        Raises:
+            ValueError: The latents are not like those so far, or the file is closed.
+            OSError: The file has no room; it holds what it held before.
         """
+        import torch
+
+        if self._closed:
+            raise ValueError(f"{self.path} is closed")
         first = 0 if self.frames else 1
         count = first + math.ceil((most - first) / self.per_frame)
-        self._held.append(latents[:count].cpu().clone())
+        rows = latents[:count].detach().cpu().contiguous()
+        dtype, shape = str(rows.dtype).removeprefix("torch."), list(rows.shape[1:])
+        if rows.dim() != 4 or dtype not in DTYPES or (dtype, shape) != (self._form or (dtype, shape)):
+            expected = "floating point [F, C, h, w]" if self._form is None else f"{self._form[0]} [F, {self._form[1]}]"
+            raise ValueError(f"latents must be {expected}, got {dtype} {list(rows.shape)}")
+        if not len(rows):
+            return
+        with uninterrupted():
+            try:
+                self._append((dtype, shape), len(rows), rows.view(torch.uint8).numpy().reshape(-1).data)
+            except OSError as error:
+                raise self._target.named(error) from None
+
+    def _append(self, form: tuple[str, list[int]], frames: int, data: memoryview) -> None:
+        if self._form is None:
+            self._target.begin()
+            self._begun = True
+            empty = self._described(form, 0, 0)
+            self._header = -(-(len(empty) + DIGITS) // 8) * 8
+            self._put(0, self._framed(empty))
+            self._form = form
+        file = self._target.file
+        end = 8 + self._header + self.frames * (len(data) // frames)
+        try:
+            self._put(end, data)
+        except OSError:
+            file.truncate(end)
+            raise
+        self._put(0, self._framed(self._described(form, self.frames + frames, len(data) // frames)))
+        self.frames += frames
+
+    def _described(self, form: tuple[str, list[int]], frames: int, size: int) -> bytes:
+        """The header for so many frames of so many bytes."""
+        tensor = {"dtype": DTYPES[form[0]], "shape": [1, frames, *form[1]], "data_offsets": [0, frames * size]}
+        return json.dumps({"__metadata__": self.about, "latents": tensor}).encode()
+
+    def _framed(self, header: bytes) -> bytes:
+        """The header as it stands in the file, after its length."""
+        return self._header.to_bytes(8, "little") + header.ljust(self._header)
+
+    def _put(self, at: int, data: bytes | memoryview) -> None:
+        """Write all of the data."""
+        file, left = self._target.file, memoryview(data)
+        file.seek(at)
+        while len(left):
+            left = left[file.write(left) :]
 
     def close(self) -> None:
-        """Write the file; where nothing was appended there is none."""
-        import torch
-        from safetensors.torch import save_file
-
-        if self._held:
-            save_file({"latents": torch.cat(self._held)[None].contiguous()}, self.path, metadata=self.about)
+        """Give the file its name; where nothing was appended, what was there before stays."""
+        with uninterrupted():
+            if self._closed:
+                return
+            self._closed = True
+            if self.frames:
+                self._target.commit()
+            elif self._begun:
+                self._target.discard()
+            else:
+                self._target.release()
 
     def __enter__(self) -> "LatentsFile":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:
+                raise

@@ -41,7 +41,7 @@ class Order:
     overrides: Mapping[str, object] = field(default_factory=dict, hash=False)
     """fields of the preset by dotted name, such as retention.sink, to their values"""
     seed: int = 0
-    """of the noise; the same seed gives the same video"""
+    """of the noise, below 2^64; the same seed gives the same video"""
     writes: Literal["video", "latents"] = "video"
     """whether latents are decoded, or written as they are"""
     image: Path | None = None
@@ -52,6 +52,7 @@ class Order:
         validate_script(self.script)
         require(self.pictures >= 1, f"pictures must be at least 1, got {self.pictures}")
         require(self.seed >= 0, f"seed must be a whole number >= 0, got {self.seed}")
+        require(self.seed < 2**64, f"seed must be below 2^64, got {self.seed}")
         what, suffix = NAMED[self.writes]
         named = self.target.suffix.lower() == suffix
         require(named, f"{what} must be named {suffix}, got {self.target.name!r}")

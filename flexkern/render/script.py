@@ -3,18 +3,19 @@
     - {at: 0, prompt: "a red disc and a blue square on dark green, fast"}
     - {at: 7.5, prompt: "a yellow disc and a cyan square on black, slow", cut: true}
 
-or, shorter, a mapping ``seconds: prompt``.
+or, shorter, a mapping ``seconds: prompt``; or JSON, or JSON lines of the same entries. Times are seconds, or text such
+as 1:30, 60s and 1m30s.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from flexkern.checks import check_fields, require
 from flexkern.policies import Preset
+from flexkern.render.texts import parse_time, read_data
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
     from flexkern.session import Session
@@ -38,22 +39,44 @@ class PromptSwitch:
         require(bool(self.prompt.strip()), f"prompt must be a text, got {self.prompt!r}")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """When a video's chunks begin, counted in pictures; a prompt takes effect with the next chunk."""
+
+    chunk: int
+    """latent frames made together"""
+    first_chunk: int
+    """latent frames of the first chunk"""
+    per_frame: int
+    """pictures that a latent frame gives, but for the first, which gives one"""
+    fps: int
+    """pictures per second"""
+
+    def start(self, chunk: int) -> int:
+        """The pictures that are made when a chunk begins; chunks count from 0."""
+        frames = self.first_chunk + (chunk - 1) * self.chunk
+        return 1 + (frames - 1) * self.per_frame if chunk else 0
+
+    def chunk_at(self, seconds: float) -> int:
+        """The first chunk that begins then or later."""
+        frames = (seconds * self.fps - 1e-6 - 1) / self.per_frame + 1  # that must be made
+        later = max(0, math.ceil((frames - self.first_chunk) / self.chunk - 1e-9)) + 1
+        return 0 if seconds * self.fps <= 1e-6 else later
+
+    def chunks(self, pictures: int) -> int:
+        """How many chunks it takes to make so many pictures."""
+        frames = 1 + -(-(pictures - 1) // self.per_frame)
+        return 1 + max(0, -(-(frames - self.first_chunk) // self.chunk))
+
+
 def read_script(path: str | Path) -> tuple[PromptSwitch, ...]:
-    """The script in a YAML file, in order of time; its first prompt holds from second 0.
+    """The script in a file of YAML, JSON or JSON lines, in order of time; its first prompt holds from second 0.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: Names the file and what is wrong in it.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no prompt file {path}")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path} is not YAML: {getattr(error, 'problem', None) or error}{where}") from None
+    content = read_data(path, "prompt file")
     try:
         return parse_script(content)
     except ValueError as error:
@@ -62,6 +85,8 @@ def read_script(path: str | Path) -> tuple[PromptSwitch, ...]:
 
 def parse_script(content: Any) -> tuple[PromptSwitch, ...]:
     """The script that YAML or JSON was read to. Raises ValueError that names the entry and what is wrong in it."""
+    if isinstance(content, dict) and {"at", "prompt"} <= content.keys():
+        content = [content]
     if isinstance(content, dict):
         content = [{"at": at, "prompt": prompt} for at, prompt in content.items()]
     if not isinstance(content, list) or not content:
@@ -72,7 +97,7 @@ def parse_script(content: Any) -> tuple[PromptSwitch, ...]:
         if not {"at", "prompt"} <= fields <= {"at", "prompt", "cut"}:
             raise ValueError(f"entry {number}: expected {{at: seconds, prompt: text}}, optionally cut, got {entry!r}")
         try:
-            script.append(PromptSwitch(**entry))
+            script.append(PromptSwitch(**{**entry, "at": parse_time(entry["at"])}))
         except (TypeError, ValueError) as error:
             raise ValueError(f"entry {number}: {error}") from None
     validate_script(script)
@@ -101,3 +126,50 @@ def validate_switches(session: "Session", script: Sequence[PromptSwitch]) -> Non
     for switch in script:
         session.engine.encode(switch.prompt)
     validate_cuts(session.preset, script)
+
+
+def validate_shown(script: Sequence[PromptSwitch], pictures: int, pace: Pace) -> None:
+    """Raises ValueError for a prompt that is never shown in a video of that length, at that pace."""
+    last = pace.chunks(pictures) - 1
+    for switch, after in zip(script, [*script[1:], None], strict=True):
+        chunk = pace.chunk_at(switch.at)
+        never = f"the prompt at {switch.at:g} seconds is never shown"
+        if chunk > last:
+            begins = pace.start(last) / pace.fps
+            length = f"{pictures} pictures, {pictures / pace.fps:g} seconds"
+            raise ValueError(f"{never}: the video has {length}, and its last chunk begins at {begins:g}")
+        if after is not None and pace.chunk_at(after.at) == chunk:
+            takes = (pace.start(chunk + 1) - pace.start(chunk)) / pace.fps
+            both = f"that at {after.at:g} begins with the same chunk"
+            raise ValueError(f"{never}: {both}; a chunk takes {takes:g} seconds")
+
+
+def spread(
+    prompts: Sequence[str], pictures: int, pace: Pace, switches: Sequence[int] | None = None
+) -> tuple[PromptSwitch, ...]:
+    """The script of prompts without times.
+
+    Args:
+        prompts: In their order.
+        pictures: Length of the video.
+        pace: Its chunks.
+        switches: The latent frames at which all but the first begin. Default: evenly, each with a chunk.
+
+    Raises:
+        ValueError: There are more prompts than chunks, or not one prompt more than switches.
+    """
+    if switches is None:
+        chunks = pace.chunks(pictures)
+        require(chunks >= len(prompts), f"{len(prompts)} prompts need as many chunks, the video has {chunks}")
+        starts = [pace.start(round(i * chunks / len(prompts))) for i in range(len(prompts))]
+    else:
+        told = f"{len(switches)} switches are for {len(switches) + 1} prompts, got {len(prompts)}"
+        require(len(switches) + 1 == len(prompts), told)
+        starts = [0, *(1 + (frame - 1) * pace.per_frame for frame in switches)]
+    return tuple(PromptSwitch(at=at / pace.fps, prompt=text) for at, text in zip(starts, prompts, strict=True))
+
+
+def seconds_needed(script: Sequence[PromptSwitch]) -> float:
+    """A length that shows the last prompt as long as the one before it; 0 where there is one prompt."""
+    times = [switch.at for switch in script]
+    return 2 * times[-1] - times[-2] if len(times) > 1 else 0.0

@@ -2,83 +2,178 @@
 
 While it grows, the file is a fragmented MP4 of closed groups of one second, each complete on disk before the next
 begins: a process killed without warning leaves all but the last two seconds or so (one group and the encoder's
-look-ahead). Closing turns it, in place, into a plain MP4 with one index, which every player can seek.
+look-ahead), in ``video.unfinished.mp4`` beside ``video.mp4``. Closing turns it, in place, into a plain MP4 with one
+index, which every player can seek, and gives it its name.
 
 Numerics: RGB to limited-range BT.709 4:2:0, tagged as such; equal pictures give equal bytes, on any CPU.
 Bytes: the index of the file, some 100 per picture, is all that grows in memory.
 """
 
-import os
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import importlib
+import io
+import re
+import sys
+from fractions import Fraction
+from functools import lru_cache
+from numbers import Rational, Real
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
+from flexkern.render.signals import uninterrupted
+from flexkern.render.target import Target, validate_file
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+OLDEST = 17, 1  # av; before it the suite fails
 BT709 = 1  # of primaries, transfer and matrix alike, in ITU-T H.273
 SAME_EVERYWHERE = "cpu-independent=1"  # else bits vary with the vector code x264 finds, in AVX-512 from run to run
 MOVFLAGS = "+hybrid_fragmented+delay_moov"  # delay_moov: the edit list that lets B-frames start at time 0
+FASTEST = 1000  # pictures per second
+NTSC = Fraction(1000, 1001)  # 23.976, 29.97 and 59.94 are this times a whole number
 
 
 def validate_target(path: str | Path) -> None:
-    """Raises ValueError, FileNotFoundError or PermissionError where no video can be written to the path."""
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; expected the name of an .mp4 file")
-    if path.suffix.lower() != ".mp4":
-        raise ValueError(f"the video must be named .mp4, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
-    target = path if path.exists() else path.parent
-    if not os.access(target, os.W_OK):
-        raise PermissionError(f"no permission to write {target}")
+    """Raise where no video can be written to the path.
+
+    Raises:
+        ValueError: It is not named .mp4, or is a folder.
+        FileNotFoundError: There is no folder for it.
+        PermissionError: It may not be written.
+        BlockingIOError: Another render is writing it.
+    """
+    validate_file(path, "the video", ".mp4")
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Ctrl-C waits until the block is done, so that a picture is never encoded without being counted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is ever interrupted
-        return
-    held = []
-    before = signal.signal(signal.SIGINT, lambda *_: held.append(True))
+def exact_rate(fps: float | Fraction) -> int | Fraction:
+    """Pictures per second as MP4 stores them: whole, or a fraction; 23.976 is 24000/1001, as everybody means it.
+
+    Args:
+        fps: A whole number, a float or a fraction, NumPy's too; 1 to 1000.
+
+    Raises:
+        ValueError: It is out of range, or not a number.
+    """
+    if not isinstance(fps, Real) or isinstance(fps, bool) or fps != fps:
+        raise ValueError(f"fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001, got {fps!r}")
+    if fps < 1 or fps > FASTEST:
+        raise ValueError(f"fps must be at {'least 1' if fps < 1 else f'most {FASTEST}'}, got {fps}")
+    if isinstance(fps, Rational):
+        rate = Fraction(int(fps.numerator), int(fps.denominator))
+    else:
+        rate = Fraction(float(fps)).limit_denominator(1001)
+        broadcast = round(rate / NTSC) * NTSC
+        if rate.denominator > 1 and abs(rate - broadcast) < Fraction(1, 1000):
+            rate = broadcast
+    if rate.denominator > 100_000:
+        raise ValueError(f"fps must be a fraction with a denominator of at most 100000, got {fps}")
+    return int(rate) if rate.denominator == 1 else rate
+
+
+@lru_cache(maxsize=16)
+def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf: int = 18) -> None:
+    """Encode one black picture in memory, so that what would fail after hours of work fails now.
+
+    Args:
+        width: Of a picture, in pixels, even.
+        height: Of a picture, in pixels, even.
+        fps: Pictures per second.
+        crf: Quality of x264.
+
+    Raises:
+        ValueError: x264 does not encode such pictures, or a number is out of range.
+        ImportError: PyAV is not installed, is too old, or has no x264.
+    """
+    if width < 2 or height < 2 or width % 2 or height % 2:
+        raise ValueError(f"width and height must be even, yuv420p halves them, got {width}x{height}")
+    if not 0 <= crf <= 51:
+        raise ValueError(f"crf must be in 0..51, got {crf}")
+    rate, av, memory = exact_rate(fps), _av(), io.BytesIO()
     try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL if before is None else before)
-    if held:
-        signal.raise_signal(signal.SIGINT)
+        stream = _Stream(memory, width, height, rate, crf)
+        stream.write(np.zeros((height, width, 3), dtype=np.uint8), 0)
+        stream.close()
+        with av.open(io.BytesIO(memory.getvalue())) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 1, "one picture was encoded"
+    except av.codec.codec.UnknownCodecError:
+        advice = "pip install --force-reinstall av brings one that has"
+        raise ImportError(f"the av that is installed ({av.__version__}) was built without libx264: {advice}") from None
+    except av.FFmpegError as error:
+        raise ValueError(f"x264 does not encode pictures of {width}x{height} at {rate} per second: {error}") from None
+
+
+def _av() -> Any:
+    """PyAV. Raises ImportError where it is not there, or is too old."""
+    av = importlib.import_module("av")
+    if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ImportError(f"writing video needs av {oldest} or newer, got {av.__version__}: pip install 'av>={oldest}'")
+    return av
+
+
+class _Sink:
+    """What FFmpeg writes to. It hears of no error, which it may answer with a segmentation fault.
+
+    After the first, nothing more is written, so that the file stays what it was then.
+    """
+
+    def __init__(self, file: io.RawIOBase | io.BytesIO):
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data)
+        try:
+            while len(left) and self.error is None:
+                left = left[self._file.write(left) :]  # a disk that is almost full takes a part
+        except OSError as error:
+            self.error = error
+        return len(data)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
 
 
 class _Stream:
-    """An MP4 that has been begun."""
+    """An MP4 that has been begun, in a file that is open."""
 
-    def __init__(self, path: Path, width: int, height: int, fps: int, crf: int):
+    def __init__(self, file: io.RawIOBase | io.BytesIO, width: int, height: int, rate: int | Fraction, crf: int):
+        self._av, self._sink = _av(), _Sink(file)
+        reformatter = importlib.import_module("av.video.reformatter")
+        self._colours = {"dst_colorspace": reformatter.Colorspace.ITU709}
+        self._colours["dst_color_range"] = reformatter.ColorRange.MPEG
         options = {"movflags": MOVFLAGS, "flush_packets": "1"}
-        self._container = av.open(str(path), "w", format="mp4", options=options)
+        self._container = self._av.open(self._sink, "w", format="mp4", options=options)
         # g bounds x264's look-ahead as well, which dies with the process
-        x264 = {"crf": str(crf), "g": str(fps), "threads": "1", "x264-params": SAME_EVERYWHERE}
-        self._stream = self._container.add_stream("libx264", rate=fps, options=x264)
+        x264 = {"crf": str(crf), "g": str(round(rate)), "threads": "1", "x264-params": SAME_EVERYWHERE}
+        self._stream = self._container.add_stream("libx264", rate=rate, options=x264)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
         tags = self._stream.codec_context
         tags.color_primaries = tags.color_trc = tags.colorspace = BT709
-        tags.color_range = ColorRange.MPEG
+        tags.color_range = reformatter.ColorRange.MPEG
 
     def write(self, picture: NDArray[np.uint8], number: int) -> None:
         """Append a picture, [height, width, 3] in RGB, as the one of this number."""
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+        frame = frame.reformat(format="yuv420p", **self._colours)
         frame.pts = number
         self._container.mux(self._stream.encode(frame))
+        self._raise()
 
     def close(self) -> None:
-        with self._container:  # closed even where the last packets find no room
+        with self._container:  # closed even where the encoder fails
             self._container.mux(self._stream.encode())
+        self._raise()
+
+    def _raise(self) -> None:
+        if self._sink.error is not None:
+            raise self._sink.error
 
 
 class VideoWriter:
@@ -87,72 +182,118 @@ class VideoWriter:
         with VideoWriter("video.mp4", 288, 288, fps=16) as writer:
             writer.write(pixels)
 
-    pictures: written so far. An existing file is replaced with the first picture, and stays where none is written.
+    pictures: written so far; of a file that could not be finished, those that it holds. The file grows under another
+    name, see ``flexkern.render.target``; an existing one is replaced when it is closed, and stays where nothing was
+    written. No error of closing hides the one that came first.
     """
 
-    def __init__(self, path: str | Path, width: int, height: int, fps: int = 16, *, crf: int = 18):
-        """Nothing is written yet.
+    def __init__(self, path: str | Path, width: int, height: int, fps: float | Fraction = 16, *, crf: int = 18):
+        """The encoder has been tried, and the file is this writer's alone; nothing is written yet.
 
         Args:
             path: The file, named .mp4.
             width: Of a picture, in pixels, even.
             height: Of a picture, in pixels, even.
-            fps: Pictures per second.
+            fps: Pictures per second, 1 to 1000: a whole number, a float such as 23.976, or a fraction.
             crf: Quality of x264, 0 (lossless) to 51; 18 looks like the original.
 
         Raises:
             ValueError: The name or a number will not do.
             FileNotFoundError: There is no folder for the file.
             PermissionError: The file cannot be written.
+            BlockingIOError: Another writer has the file.
+            ImportError: PyAV is not installed, is too old, or has no x264.
         """
         validate_target(path)
-        if width < 2 or height < 2 or width % 2 or height % 2:
-            raise ValueError(f"width and height must be even, yuv420p halves them, got {width}x{height}")
-        if fps < 1:
-            raise ValueError(f"fps must be at least 1, got {fps}")
-        if not 0 <= crf <= 51:
-            raise ValueError(f"crf must be in 0..51, got {crf}")
-        self.path, self.width, self.height, self.fps, self.crf = Path(path), width, height, fps, crf
+        validate_encoder(width, height, fps, crf=crf)
+        self.path, self.width, self.height, self.fps, self.crf = Path(path), width, height, exact_rate(fps), crf
         self.pictures = 0
-        self._new = not self.path.exists()
-        with self.path.open("ab"):  # the last word on permission; leaves what is there
-            pass
+        self._target = Target(path)
         self._stream: _Stream | None = None
         self._closed = False
 
-    def write(self, pixels: NDArray[np.uint8]) -> None:
+    def write(self, pixels: "NDArray[np.uint8] | Tensor") -> None:
         """Append pictures.
 
         Args:
-            pixels: uint8 [pictures, height, width, 3], RGB.
+            pixels: uint8 [pictures, height, width, 3], RGB, or one picture [height, width, 3]; an array, or a tensor
+                on any device.
 
         Raises:
             ValueError: The pixels have another dtype or shape, or the file is closed.
+            OSError: The file has no room; it is finished with what it holds when it is closed.
         """
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        expected = (self.height, self.width, 3)
-        if pixels.ndim != 4 or pixels.shape[1:] != expected or pixels.dtype != np.uint8:
-            got = f"{pixels.dtype} {list(pixels.shape)}"
-            raise ValueError(f"pixels must be uint8 [pictures, {', '.join(map(str, expected))}], got {got}")
-        for picture in pixels:
+        for picture in self._pictures(pixels):
             with uninterrupted():
                 if self._stream is None:
-                    self._stream = _Stream(self.path, self.width, self.height, self.fps, self.crf)
-                self._stream.write(picture, self.pictures)
+                    self._target.begin()
+                    self._stream = _Stream(self._target.file, self.width, self.height, self.fps, self.crf)
+                try:
+                    self._stream.write(picture, self.pictures)
+                except OSError as error:
+                    raise self._target.named(error) from None
                 self.pictures += 1
 
+    def _pictures(self, pixels: Any) -> NDArray[np.uint8]:
+        """[pictures, height, width, 3]. Raises ValueError for anything else."""
+        torch = sys.modules.get("torch")  # never loaded for the sake of looking
+        tensor = torch is not None and isinstance(pixels, torch.Tensor)
+        form = (self.height, self.width, 3)
+        shape = tuple(getattr(pixels, "shape", ()))
+        fits = (tensor or isinstance(pixels, np.ndarray)) and str(pixels.dtype).removeprefix("torch.") == "uint8"
+        if not fits or shape[-3:] != form or len(shape) not in (3, 4):
+            got = f"{pixels.dtype} {list(shape)}" if hasattr(pixels, "dtype") else type(pixels).__name__
+            hint = "; of a batch, write one video after the other: pixels[0]" if len(shape) == 5 else ""
+            raise ValueError(f"pixels must be uint8 [pictures, {', '.join(map(str, form))}], got {got}{hint}")
+        found: NDArray[np.uint8] = pixels.detach().cpu().numpy() if tensor else pixels
+        return found.reshape(-1, *form)
+
     def close(self) -> None:
-        """Finish the file; where no picture was written, leave what was there before."""
+        """Finish the file and give it its name; where no picture was written, what was there before stays.
+
+        Raises:
+            OSError: The file has no room for its end. It keeps its name and what it holds, if that can be played.
+        """
         with uninterrupted():
+            if self._closed:
+                return
             stream, self._stream, self._closed = self._stream, None, True
-            if stream is not None:
+            if stream is None:
+                self._target.release()
+                return
+            try:
                 stream.close()
-            elif self.pictures == 0 and self._new:
-                self.path.unlink(missing_ok=True)
+            except BaseException as error:
+                self.pictures = _cut_to_whole(self._target.file)
+                self._target.commit() if self.pictures else self._target.discard()
+                raise self._target.named(error) if isinstance(error, OSError) else error from None
+            self._target.commit()
 
     def __enter__(self) -> "VideoWriter":
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self.close()
+        except Exception:
+            if kind is None:
+                raise
+
+
+def _cut_to_whole(file: io.RawIOBase) -> int:
+    """Cut a file that could not be finished after its last whole group of pictures. Returns how many it then has."""
+    whole, size, at = 0, file.seek(0, io.SEEK_END), 0
+    while at + 16 <= size:  # ISO base media: boxes, each of 4 bytes of length, 4 of name
+        file.seek(at)
+        head = file.read(16) or b""
+        length = int.from_bytes(head[:4], "big")
+        at += int.from_bytes(head[8:], "big") if length == 1 else length or size
+        whole = at if head[4:8] == b"mdat" and at <= size else whole
+    file.truncate(whole)
+    file.seek(0)
+    if not whole:
+        return 0
+    with _av().open(file) as video:
+        return sum(packet.size > 0 for packet in video.demux(video=0))

@@ -8,8 +8,9 @@ One warp fetches keys and values by TMA; two warpgroups of 64 query rows each mu
 - The query for the next key frame is loaded under the frame's last tile, and turned when that tile's scores are done.
 
 All three roles walk through the same items, skip the same hidden frames and so count the same tiles n = 0, 1, 2, ...
-hopper_device.py describes how a tile passes from one to the other; tests/kernels/test_frame_attention_hopper.py runs
-all this on a CPU, in random order.
+hopper_ring.py describes how a tile passes from one to the other; tests/kernels/test_frame_attention_hopper.py runs
+all this on a CPU, in random order. Variants of the loop that wait for a measurement stand in hopper_variants.py, each
+with a prediction.
 
 Bytes, flops, numerics: as in portable.py; work.py divides the work, and launch.py merges the fragments of cut tiles.
 Oracle: ``reference.frame_attention``. Source: FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2.
@@ -20,16 +21,13 @@ from typing import NamedTuple
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common import LN_2, LOG2_E
 from .hopper_device import (
     ROWS,
-    Buffers,
     QueryRows,
-    Ring,
-    fetch,
     first_tile,
     last_product,
     load_query,
@@ -38,6 +36,21 @@ from .hopper_device import (
     step,
     store_query,
 )
+from .hopper_ring import (
+    KEYS_FREE,
+    VALUES_FREE,
+    Buffers,
+    Ring,
+    Turns,
+    allocate_buffers,
+    allocate_turns,
+    begin_turns,
+    drain,
+    end_turns,
+    fetch,
+    wait_free,
+)
+from .hopper_variants import SELECTED, Variant, get_variant
 from .launch import prepare_launch, validate_inputs
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
@@ -76,7 +89,7 @@ def next_visible(bias_ptr, frame, read, key_frame, end, HAS_BIAS: gl.constexpr):
 def produce(
     descriptors, ring, tables, sizes,
     S: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, BLOCK_N: gl.constexpr, LAST_N: gl.constexpr,
-    STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: all tiles of all items of this program, the keys of tile n before the values of tile n - 1."""
     TILES: gl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
@@ -92,25 +105,28 @@ def produce(
             for j in range(TILES):
                 start, before = j * BLOCK_N, (j - 1) * BLOCK_N
                 if LAST_N > 0 and j == TILES - 1:
-                    fetch(descriptors.last_k, ring.k, n, page, start, column, STAGES, FINAL_N)
+                    fetch(descriptors.last_k, ring.k, n, page, start, column, FINAL_N, VARIANT)
                 else:
-                    fetch(descriptors.k, ring.k, n, page, start, column, STAGES, BLOCK_N)
+                    fetch(descriptors.k, ring.k, n, page, start, column, BLOCK_N, VARIANT)
                 if j > 0:
-                    fetch(descriptors.v, ring.v, n - 1, page, before, column, STAGES, BLOCK_N)
+                    fetch(descriptors.v, ring.v, n - 1, page, before, column, BLOCK_N, VARIANT)
                 elif n > 0:
-                    fetch(descriptors.last_v, ring.v, n - 1, last_page, FINAL, last_column, STAGES, FINAL_N)
+                    fetch(descriptors.last_v, ring.v, n - 1, last_page, FINAL, last_column, FINAL_N, VARIANT)
                 n += 1
             last_page, last_column = page, column
             key_frame = next_visible(tables.bias_ptr, item.frame, sizes.read, key_frame + 1, item.end, HAS_BIAS)
     if n > 0:
-        fetch(descriptors.last_v, ring.v, n - 1, last_page, FINAL, last_column, STAGES, FINAL_N)
+        if VARIANT.one_arrive:  # a last pair that has no keys
+            wait_free(ring.k, n, VARIANT)
+        fetch(descriptors.last_v, ring.v, n - 1, last_page, FINAL, last_column, FINAL_N, VARIANT)
+        drain(ring, n, VARIANT)
 
 
 @gluon.jit
 def attend(
-    q, ring, query, key_frame, n, log2_scale,
+    q, ring, turns, query, key_frame, n, log2_scale,
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """64 rows against the item's visible key frames, ``key_frame`` first: accumulator, pivot, sum, next tile."""
     bias_ptr, frame, end, read = query.tables.bias_ptr, query.item.frame, query.item.end, query.sizes.read
@@ -120,20 +136,20 @@ def attend(
     FINAL_N: gl.constexpr = LAST_N if LAST_N > 0 else BLOCK_N
     FINAL_KEYS: gl.constexpr = S - (TILES - 1) * BLOCK_N
     EARLY: gl.constexpr = FINAL_N * D < 128 * 128  # beside a full last tile the next query finds no registers
-    store_query(q, load_query(query, key_frame, T, D), query, key_frame, S, T, D, CROSSES)
+    store_query(q, load_query(query, key_frame, T, D), query, key_frame, S, T, D, CROSSES, VARIANT)
     following = next_visible(bias_ptr, frame, read, key_frame + 1, end, HAS_BIAS)
     bias = load_bias(bias_ptr, frame, read, key_frame, HAS_BIAS)
     p, m_i, l_i = first_tile(
         q, ring, n, (following < end) | (TILES > 1), bias, log2_scale,
-        N=FIRST_N, KEYS=FIRST_KEYS, D=D, STAGES=STAGES, HAS_BIAS=HAS_BIAS,
+        N=FIRST_N, KEYS=FIRST_KEYS, D=D, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
     )  # fmt: skip
     acc = gl.zeros([ROWS, D], gl.float32, product_layout(D))
     while key_frame < end:  # p holds the first tile of the frame, not yet multiplied by its values
         if TILES > 2:
             for _ in range(TILES - 2):
                 p, acc, m_i, l_i = step(
-                    q, p, acc, m_i, l_i, ring, n, True, bias, log2_scale,
-                    N=BLOCK_N, NEXT_N=BLOCK_N, KEYS=BLOCK_N, STAGES=STAGES, HAS_BIAS=HAS_BIAS,
+                    q, p, acc, m_i, l_i, ring, turns, n, True, bias, log2_scale,
+                    N=BLOCK_N, NEXT_N=BLOCK_N, KEYS=BLOCK_N, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
                 )  # fmt: skip
                 n += 1
         turned_for = gl.minimum(following, end - 1)
@@ -142,23 +158,23 @@ def attend(
         p_final = p
         if TILES > 1:
             p_final, acc, m_i, l_i = step(
-                q, p, acc, m_i, l_i, ring, n, following < end, bias, log2_scale,
-                N=BLOCK_N, NEXT_N=FINAL_N, KEYS=FINAL_KEYS, STAGES=STAGES, HAS_BIAS=HAS_BIAS,
+                q, p, acc, m_i, l_i, ring, turns, n, following < end, bias, log2_scale,
+                N=BLOCK_N, NEXT_N=FINAL_N, KEYS=FINAL_KEYS, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
             )  # fmt: skip
             n += 1
         if not EARLY:
             loaded = load_query(query, turned_for, T, D)
         # no product reads q any more: the step before has waited for the last one
-        store_query(q, loaded, query, turned_for, S, T, D, CROSSES)
+        store_query(q, loaded, query, turned_for, S, T, D, CROSSES, VARIANT)
         beyond = next_visible(bias_ptr, frame, read, following + 1, end, HAS_BIAS)
         if following < end:
             bias = load_bias(bias_ptr, frame, read, following, HAS_BIAS)
             p, acc, m_i, l_i = step(
-                q, p_final, acc, m_i, l_i, ring, n, (beyond < end) | (TILES > 1), bias, log2_scale,
-                N=FINAL_N, NEXT_N=FIRST_N, KEYS=FIRST_KEYS, STAGES=STAGES, HAS_BIAS=HAS_BIAS,
+                q, p_final, acc, m_i, l_i, ring, turns, n, (beyond < end) | (TILES > 1), bias, log2_scale,
+                N=FINAL_N, NEXT_N=FIRST_N, KEYS=FIRST_KEYS, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
             )  # fmt: skip
         else:
-            acc = last_product(p_final, acc, ring, n, STAGES, FINAL_N)
+            acc = last_product(p_final, acc, ring, turns, n, FINAL_N, VARIANT)
             p = gl.zeros([ROWS, FIRST_N], p_final.dtype, operand_layout(D))
         n += 1
         key_frame, following = following, beyond
@@ -193,17 +209,18 @@ def store_fragment(outputs, acc, m_i, l_i, first, D: gl.constexpr):
 
 @gluon.jit
 def consume(
-    q, ring, query_ptr, tables, outputs, sizes, log2_scale, half,
+    q, ring, turns, query_ptr, tables, outputs, sizes, log2_scale,
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, CROSSES: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
+    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: the first (half 0) or last (1) 64 rows of every item of this program."""
     channels = sizes.heads * D
     n = 0
+    begin_turns(turns, VARIANT)
     for index in range(count_items(gl.program_id(0), gl.num_programs(0), sizes.tiles, sizes.read)):
         # item.frame is that of the tile's first row, for both halves: all three roles must see the same frames
         item = take_item(index, sizes, S, SPAN, BLOCK_M)
-        row = item.row + half * ROWS
+        row = item.row + turns.half * ROWS
         rows_ptr = query_ptr + (item.batch.to(gl.int64) * sizes.frames * S + row) * channels + item.head * D
         query = QueryRows(rows_ptr, row, item, sizes, tables)
         m_i = gl.full([ROWS], float("-inf"), gl.float32, gl.SliceLayout(1, product_layout(D)))
@@ -212,25 +229,13 @@ def consume(
         key_frame = next_visible(tables.bias_ptr, item.frame, sizes.read, item.begin, item.end, HAS_BIAS)
         if not HAS_BIAS or key_frame < item.end:
             acc, m_i, l_i, n = attend(
-                q, ring, query, key_frame, n, log2_scale, S, T, D, CROSSES, BLOCK_N, LAST_N, STAGES, HAS_BIAS
+                q, ring, turns, query, key_frame, n, log2_scale, S, T, D, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS
             )
         if item.end - item.begin == sizes.read:
             store_rows(outputs, query, acc, m_i, l_i, S, D, HAS_LSE)
         else:
-            store_fragment(outputs, acc, m_i, l_i, item.fragment * BLOCK_M + half * ROWS, D)
-
-
-@gluon.jit
-def allocate_buffers(dtype: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr):
-    """STAGES buffers for tiles of keys or of values, and their barriers: one arrival fills, two free."""
-    swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], swizzled)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for b in gl.static_range(STAGES):
-        mbarrier.init(full.index(b), count=1)
-        mbarrier.init(free.index(b), count=2)
-    return Buffers(tiles, full, free)
+            store_fragment(outputs, acc, m_i, l_i, item.fragment * BLOCK_M + turns.half * ROWS, D)
+    end_turns(turns, VARIANT)
 
 
 @gluon.jit
@@ -239,16 +244,23 @@ def _frame_attention_hopper(
     keys, values, last_keys, last_values,
     log2_scale, tiles, spans, frames, read, pages, heads, groups,
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, CROSSES: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
+    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     # one program per SM, in three roles, goes through its items: a tile of query rows and a range of key frames each
     dtype: gl.constexpr = query_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     first_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
     last_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
-    ring = Ring(allocate_buffers(dtype, STAGES, BLOCK_N, D), allocate_buffers(dtype, STAGES, BLOCK_N, D))
+    values_free: gl.constexpr = 0 if VARIANT.one_arrive else VALUES_FREE.value  # 0: freed with the keys
+    k_tiles, k_full, k_free = allocate_buffers(dtype, KEYS_FREE, BLOCK_N, D, VARIANT)
+    v_tiles, v_full, v_free = allocate_buffers(dtype, values_free, BLOCK_N, D, VARIANT)
+    turns = 0
+    if VARIANT.ping_pong and VARIANT.signal == "mbarrier":
+        turns = allocate_turns()
     fence_async_shared()  # TMA meets the barriers through the asynchronous proxy
 
+    # Triton 3.6 forgets that a number is constant, and so a branch decided, where a function returns it
+    ring = Ring(Buffers(k_tiles, k_full, k_free, KEYS_FREE), Buffers(v_tiles, v_full, v_free, values_free))
     sizes = Sizes(tiles, spans, frames, read, pages, heads, groups)
     tables = Tables(turn_ptr, scale_ptr, bias_ptr, slot_ptr)
     outputs = Outputs(out_ptr, lse_ptr, acc_ptr, sums_ptr)
@@ -256,17 +268,17 @@ def _frame_attention_hopper(
     gl.warp_specialize(
         [
             (consume, (
-                first_q, ring, query_ptr, tables, outputs, sizes, log2_scale, 0,
-                S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, STAGES, HAS_BIAS, HAS_LSE,
+                first_q, ring, Turns(0, turns), query_ptr, tables, outputs, sizes, log2_scale,
+                S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS, HAS_LSE,
             )),
             (consume, (
-                last_q, ring, query_ptr, tables, outputs, sizes, log2_scale, 1,
-                S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, STAGES, HAS_BIAS, HAS_LSE,
+                last_q, ring, Turns(1, turns), query_ptr, tables, outputs, sizes, log2_scale,
+                S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS, HAS_LSE,
             )),
-            (produce, (descriptors, ring, tables, sizes, S, D, SPAN, BLOCK_N, LAST_N, STAGES, HAS_BIAS)),
+            (produce, (descriptors, ring, tables, sizes, S, D, SPAN, BLOCK_N, LAST_N, VARIANT, HAS_BIAS)),
         ],
         [4, 1],
-        [232, 40],  # registers of a thread: 256 threads of 232 and 128 of 40 are the 64 K of an SM
+        [VARIANT.registers, VARIANT.fetch_registers],
     )  # fmt: skip
 
 
@@ -281,21 +293,23 @@ def frame_attention_hopper(
     *,
     want_lse: bool = False,
     programs: int | None = None,
-    stages: int = 2,
+    variant: str | Variant = SELECTED,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the listed pages, as ``frame_attention`` does, on a GPU of compute capability 9.0.
 
     Args:
         query, key_pages, value_pages: in bfloat16 or float16, head dim 64 or 128.
         slots, turn, logit_scale, bias, want_lse, programs: as in ``frame_attention``.
-        stages: tiles of keys, and of values, that may wait in shared memory; three fit at 128 channels.
+        variant: name of a loop of hopper_variants.py, or one that is not listed there.
 
     Returns:
         The output and the log-sum-exp, as ``frame_attention``.
 
     Raises:
-        ValueError: if a tensor is not contiguous, dtypes differ, or dtype or head dim is not supported.
+        ValueError: if a tensor is not contiguous, dtypes differ, dtype or head dim is not supported, or no variant has
+            that name.
     """
+    variant = get_variant(variant) if isinstance(variant, str) else variant
     validate_inputs(query, key_pages, value_pages, slots, turn, logit_scale, bias)
     tokens, heads, dim = query.shape[2:]
     if query.dtype.itemsize != 2 or dim not in (64, 128):
@@ -313,7 +327,7 @@ def frame_attention_hopper(
     _frame_attention_hopper[(launch.programs,)](
         query, launch.out, launch.lse, launch.acc, launch.sums, turn, logit_scale, bias, slots,
         *(blocks(pages, rows) for rows in (block_n, launch.last_n or block_n) for pages in (key_pages, value_pages)),
-        launch.log2_scale, *launch.sizes, **launch.constants, STAGES=stages,
+        launch.log2_scale, *launch.sizes, **launch.constants, VARIANT=variant,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     launch.merge()

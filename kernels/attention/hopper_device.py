@@ -1,42 +1,18 @@
-"""Device functions of the Hopper kernel, in Gluon: the ring of key and value tiles, the turned query, one step.
+"""Device functions of the Hopper kernel, in Gluon: the turned query, the softmax, one step of the loop.
 
-Ring. Tile n is use n // STAGES of buffer n % STAGES, in a ring for keys and in one for values. Two barriers guard a
-buffer: ``full`` completes a phase when TMA has written it (one arrival and its bytes), ``free`` when both warpgroups
-have read it (two arrivals). Use u completes phase u of both barriers. A reader waits for ``full`` with parity u & 1;
-the writer waits for ``free`` of use u - 1, parity (u & 1) ^ 1. A fresh barrier passes that wait, so the first use never
-blocks. A warpgroup arrives through one thread, after a barrier of its four warps that Triton puts there.
+How tiles of keys and values come and go, and whose turn it is, stands in hopper_ring.py.
 """
 
 from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
+from .hopper_ring import four_warps, free_tile, pass_turn, take_turn, tile_of, wait_full
 from .work import Item, Sizes, Tables
 
 ROWS = gl.constexpr(64)  # query rows of a warpgroup
-
-
-class Buffers(NamedTuple):
-    """Buffers [STAGES, BLOCK_N, D] for tiles of keys or of values, and the two barriers of each buffer."""
-
-    tiles: object
-    full: object
-    free: object
-
-
-class Ring(NamedTuple):
-    """The buffers of keys and of values."""
-
-    k: Buffers
-    v: Buffers
 
 
 class QueryRows(NamedTuple):
@@ -68,27 +44,6 @@ def query_layout(pairs):
 
 
 @gluon.jit
-def tile_of(buffers, n, STAGES: gl.constexpr, N: gl.constexpr):
-    """The first N tokens of tile n's buffer: the last tile of a frame is shorter than the buffer."""
-    return buffers.tiles.index(n % STAGES).slice(0, N)
-
-
-@gluon.jit
-def wait_full(buffers, n, more, STAGES: gl.constexpr):
-    """Wait until TMA has written tile n; return at once if there is none (``more`` is false)."""
-    mbarrier.wait(buffers.full.index(n % STAGES), n // STAGES & 1, pred=more)
-
-
-@gluon.jit
-def fetch(descriptor, buffers, n, page, start, column, STAGES: gl.constexpr, N: gl.constexpr):
-    """Have TMA write N tokens of a page as tile n, once both warpgroups have read what the buffer held."""
-    full = buffers.full.index(n % STAGES)
-    mbarrier.wait(buffers.free.index(n % STAGES), (n // STAGES & 1) ^ 1)
-    mbarrier.expect(full, N * buffers.tiles.shape[2] * 2)
-    tma.async_copy_global_to_shared(descriptor, [page, start, column], full, tile_of(buffers, n, STAGES, N))
-
-
-@gluon.jit
 def load_turn(query, frame, key_frame, T: gl.constexpr, D: gl.constexpr):
     """(cos, sin) [1, D / 2] for a query frame that meets a key frame, times the query frame's logit_scale."""
     pair = gl.arange(0, D // 2, gl.SliceLayout(0, query_layout(D // 2)))
@@ -116,8 +71,9 @@ def load_query(query, key_frame, T: gl.constexpr, D: gl.constexpr):
 
 @gluon.jit
 def store_query(
-    buffer, loaded, query, key_frame, S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr
-):
+    buffer, loaded, query, key_frame,
+    S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr, VARIANT: gl.constexpr,
+):  # fmt: skip
     """Turn in float32 what ``load_query`` loaded, round it once and store it where wgmma reads it."""
     real, imag, cos, sin = loaded
     real, imag = real.to(gl.float32), imag.to(gl.float32)
@@ -129,9 +85,13 @@ def store_query(
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, query_layout(D // 2)))
         is_next = (query.row + offs_m >= (query.item.frame + 1) * S)[:, None]
         cos, sin = gl.where(is_next, next_cos, cos), gl.where(is_next, next_sin, sin)
+    if VARIANT.signal == "named":
+        four_warps()  # no warp still multiplies by what is overwritten
     turned = gl.join((real * cos - imag * sin).to(buffer.dtype), (real * sin + imag * cos).to(buffer.dtype))
     buffer.store(turned.permute((0, 2, 1)).reshape([ROWS, D]))
     fence_async_shared()  # wgmma reads through the asynchronous proxy
+    if VARIANT.signal == "named":
+        four_warps()
 
 
 @gluon.jit
@@ -157,29 +117,49 @@ def softmax(score, m_i, l_i, log2_scale, bias, N: gl.constexpr, KEYS: gl.constex
 
 
 @gluon.jit
+def align_before_products(VARIANT: gl.constexpr):
+    """One barrier of the four warps a step, which all variants but the plain one need, or Triton would put two.
+
+    Triton takes a wait at an mbarrier for a write to shared memory, which the next product might read.
+    """
+    if VARIANT.signal == "mbarrier":
+        if VARIANT.one_arrive or VARIANT.ping_pong:
+            four_warps()
+    elif not VARIANT.ping_pong:
+        four_warps()
+
+
+@gluon.jit
+def align_under_products(VARIANT: gl.constexpr):
+    """With turns by named barriers it stands where nobody waits for it: under the products."""
+    if VARIANT.signal == "named" and VARIANT.ping_pong:
+        four_warps()
+
+
+@gluon.jit
 def first_tile(
     q, ring, n, more, bias, log2_scale,
-    N: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    N: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """Scores and softmax of an item's first tile, n, which no product overlaps: operand p, pivot, sum."""
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
-    wait_full(ring.k, n, True, STAGES)
+    wait_full(ring.k, n, True, VARIANT)
     zeros = gl.zeros([ROWS, N], gl.float32, product_layout(N))
-    score = warpgroup_mma(q, tile_of(ring.k, n, STAGES, N).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    score = warpgroup_mma(q, tile_of(ring.k, n, N, VARIANT).permute((1, 0)), zeros, use_acc=False, is_async=True)
     score = warpgroup_mma_wait(0, deps=(score,))
-    mbarrier.arrive(ring.k.free.index(n % STAGES), count=1)
+    free_tile(ring.k, n, VARIANT)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, state)
     l_i = gl.full([ROWS], 0.0, gl.float32, state)
     p, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, N, KEYS, HAS_BIAS)
-    wait_full(ring.k, n + 1, more, STAGES)
+    wait_full(ring.k, n + 1, more, VARIANT)
     p = gl.convert_layout(p.to(ring.k.tiles.dtype), operand_layout(D))
     return p, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
 @gluon.jit
 def step(
-    q, p, acc, m_i, l_i, ring, n, more, bias, log2_scale,
-    N: gl.constexpr, NEXT_N: gl.constexpr, KEYS: gl.constexpr, STAGES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    q, p, acc, m_i, l_i, ring, turns, n, more, bias, log2_scale,
+    N: gl.constexpr, NEXT_N: gl.constexpr, KEYS: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """The product of tile n (N keys) under the scores and softmax of tile n + 1 (NEXT_N keys, the first KEYS exist).
 
@@ -189,27 +169,40 @@ def step(
     D: gl.constexpr = acc.shape[1]
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
     zeros = gl.zeros([ROWS, NEXT_N], gl.float32, product_layout(NEXT_N))
-    k = tile_of(ring.k, n + 1, STAGES, NEXT_N).permute((1, 0))
+    k = tile_of(ring.k, n + 1, NEXT_N, VARIANT).permute((1, 0))
+    align_before_products(VARIANT)
+    take_turn(turns, n, VARIANT)
     score = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
-    wait_full(ring.v, n, True, STAGES)
-    product = warpgroup_mma(p, tile_of(ring.v, n, STAGES, N), acc, is_async=True)
+    wait_full(ring.v, n, True, VARIANT)
+    product = warpgroup_mma(p, tile_of(ring.v, n, N, VARIANT), acc, is_async=True)
+    pass_turn(turns, VARIANT)
+    align_under_products(VARIANT)
     score = warpgroup_mma_wait(1, deps=(score,))
-    mbarrier.arrive(ring.k.free.index((n + 1) % STAGES), count=1)
+    if not VARIANT.one_arrive:
+        free_tile(ring.k, n + 1, VARIANT)
     p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
     # without this wait here and p_next in the next one, ptxas puts the exponentials after the product
-    wait_full(ring.k, n + 2, more, STAGES)
+    wait_full(ring.k, n + 2, more, VARIANT)
     acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
-    mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)
+    if VARIANT.one_arrive:
+        free_tile(ring.k, n + 1, VARIANT)
+    else:
+        free_tile(ring.v, n, VARIANT)
     acc *= gl.convert_layout(alpha, state)[:, None]
     p_next = gl.convert_layout(p_next.to(ring.k.tiles.dtype), operand_layout(D))
     return p_next, acc, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
 @gluon.jit
-def last_product(p, acc, ring, n, STAGES: gl.constexpr, N: gl.constexpr):
+def last_product(p, acc, ring, turns, n, N: gl.constexpr, VARIANT: gl.constexpr):
     """The product of an item's last tile, n, which nothing overlaps: accumulator."""
-    wait_full(ring.v, n, True, STAGES)
-    acc = warpgroup_mma(p, tile_of(ring.v, n, STAGES, N), acc, is_async=True)
+    take_turn(turns, n, VARIANT)
+    wait_full(ring.v, n, True, VARIANT)
+    acc = warpgroup_mma(p, tile_of(ring.v, n, N, VARIANT), acc, is_async=True)
+    pass_turn(turns, VARIANT)
+    if VARIANT.signal == "named" or VARIANT.one_arrive or VARIANT.ping_pong:
+        four_warps()
     acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)
+    if not VARIANT.one_arrive:
+        free_tile(ring.v, n, VARIANT)
     return acc

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import HOPPER, require_triton
 from ..common import INTERPRETED, LOG2_E, cast
 from .launch import prepare_launch, store_item, validate_inputs
 from .tiles import Config, arch_of, frame_attention_config
@@ -189,15 +190,16 @@ def frame_attention(
         The output [B, F, S, H, D], and the log-sum-exp [B, F, H, S] in float32, or None if it is not wanted.
 
     Raises:
-        ValueError: if a tensor is not contiguous or dtypes differ.
+        ValueError: if a tensor is not contiguous, dtypes differ, or the Hopper kernel has no variant of that name.
     """
     inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
     tokens, heads, dim = query.shape[2:]
     config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
     if config.path == "hopper":
+        require_triton(HOPPER, by="path 'hopper' needs")
         from .hopper import frame_attention_hopper  # Gluon, which only this path needs
 
-        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, stages=config.num_stages)
+        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, variant=config.variant)
     validate_inputs(*inputs)
     launch = prepare_launch(
         query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,

@@ -10,12 +10,15 @@ from typing import Literal
 
 import torch
 
+from .hopper_variants import SELECTED, get_variant
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """How ``frame_attention`` is launched: query rows and keys of a tile, warps, pipeline stages.
 
     tma: read pages through tensor descriptors (sm_90 and newer). path: the portable kernel, or the Hopper one (Gluon).
+    variant: which loop of the Hopper kernel, by its name in hopper_variants.py; it has its own tile, warps and stages.
     """
 
     block_m: int
@@ -24,6 +27,12 @@ class Config:
     num_stages: int
     tma: bool = False
     path: Literal["triton", "hopper"] = "triton"
+    variant: str = SELECTED
+
+    def __post_init__(self):
+        get_variant(self.variant)
+        if self.variant != SELECTED and self.path != "hopper":
+            raise ValueError(f"variant {self.variant!r} is one of path 'hopper', got path {self.path!r}")
 
 
 # the interpreter's time goes by operations, not by elements

@@ -105,7 +105,7 @@ def test_a_killed_suite_leaves_what_was_finished(tmp_path):
 def test_items_are_chosen_by_name():
     queue = gpu_suite.make_queue(Path("out"))
     names = [item.name for item in queue]
-    assert len(names) == len(set(names)) and names[0] == "correctness frame_attention"
+    assert len(names) == len(set(names)) and names[:2] == ["correctness frame_attention", "variants"]
     assert [i.name for i in gpu_suite.choose(queue, ["tiles", "roofs"], None)] == ["roofs", "tiles"]
     assert [i.name for i in gpu_suite.choose(queue, [], "ncu")][0] == "ncu"
     with pytest.raises(ValueError, match="no item 'peer' in the queue: correctness frame_attention, "):
@@ -218,6 +218,38 @@ def test_designs_and_peers_agree_with_the_oracle():
     faults = {name: harness.judge(case, provider)[1] for name, provider in case.providers.items()}
     assert faults.pop("sdpa math") == ""
     assert set(faults.values()) == {"absent: needs a CUDA GPU"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what a CPU cannot do")
+def test_every_variant_says_why_it_cannot_run_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["bench", "--what", "variants", "--tiny", "--out", str(tmp_path)])
+    bench.main()
+    notes = {row.provider: row.note for row in harness.load(tmp_path / "variants.csv")}
+    assert set(notes) == {*(f"hopper {name}" for name in bench.VARIANTS), *bench.RIVALS}
+    assert all(notes[f"hopper {name}"] == "absent: needs a GPU of compute capability 9.0" for name in bench.VARIANTS)
+
+
+def test_a_variant_that_hangs_or_breaks_is_not_timed(tmp_path, monkeypatch):
+    script = tmp_path / "bench.py"
+    script.write_text(
+        "import sys, time\nname = sys.argv[-1]\n"
+        "time.sleep(60 if name == 'turns' else 0)\nassert name != 'named', 'a compiler error'\n"
+    )
+    monkeypatch.setattr(bench, "__file__", str(script))
+    monkeypatch.setattr(bench, "without_hopper", lambda: "")
+    monkeypatch.setattr(bench, "TRIAL", 3.0)
+    faults = bench.try_variants(["plain", "named", "turns"])
+    assert faults["plain"] == "" and faults["turns"] == "did not come back in 3 s"
+    assert faults["named"].startswith("exit code 1: ") and "a compiler error" in faults["named"]
+
+
+def test_a_variant_whose_repeats_differ_is_not_timed(monkeypatch):
+    monkeypatch.setattr(bench, "hopper", lambda problem, name: bench.ours(problem))
+    monkeypatch.setattr(bench, "count_differing", lambda case, name, repeats: int(name.endswith("turns")))
+    case = bench.build_variants(SMALL, {"plain": "", "turns": "", "named": "did not come back in 3 s"})
+    assert isinstance(case.providers["hopper plain"], Provider)
+    assert case.providers["hopper turns"] == "1 of 50 repeats differ"
+    assert case.providers["hopper named"] == "did not come back in 3 s"
 
 
 def test_a_wrong_provider_is_caught_and_not_timed(problem, truth, capsys):

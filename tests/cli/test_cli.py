@@ -1,6 +1,5 @@
 """The command line: what it renders, what it refuses and how, and which presets it lists."""
 
-import json
 import os
 import re
 import resource
@@ -8,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import av
@@ -18,43 +17,13 @@ from safetensors.torch import save_file
 
 import flexkern.render
 from flexkern import demo
-from flexkern.cli import main
 from flexkern.cli.policies import field_docs
 from flexkern.cli.requirements import need_of
-from flexkern.demo.train import CONFIG
-from flexkern.model.wan import CausalWan
 from flexkern.policies import PRESETS, SinkWindow, get_preset
 from flexkern.policies.presets import POLICIES
 from flexkern.session import Session
 
 OTHER = "a yellow disc and a cyan triangle on black, slow"
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory):
-    """A model of the demo's form that has learned nothing."""
-    torch.manual_seed(0)
-    config = replace(CONFIG, dim=64, ffn_dim=64, num_heads=1, num_layers=1, freq_dim=32)
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_file(CausalWan(config).state_dict(), path, {"flexkern_config": json.dumps(config.to_dict())})
-    return str(path)
-
-
-@pytest.fixture
-def flexkern_(tmp_path, monkeypatch, capsys, tiny):
-    """Runs the command in a folder of its own, with the tiny model in the demo's place: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "WEIGHTS", Path(tiny))
-    monkeypatch.setattr(demo, "ZOOM", 2)  # large noise takes long to encode
-
-    def run(*arguments):
-        try:
-            status = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture
@@ -111,7 +80,7 @@ def test_pictures_reach_the_file_while_it_is_rendered(flexkern_, monkeypatch):
 
     def watched(session):
         if session.chunks == 16:
-            seen["early"] = pictures_in("video.mp4")
+            seen["early"] = pictures_in("video.unfinished.mp4")
         return step(session)
 
     monkeypatch.setattr(Session, "step", watched)
@@ -191,16 +160,16 @@ REFUSED = {
         "--model wan.safetensors --weights wan.safetensors",
         "give --model FILE or --weights FILE, not both",
     ),
-    "negative seed": ("--seed -1", "seed must be a whole number >= 0, got -1"),
+    "negative seed": ("--seed -1", r"seed must be a whole number >= 0 and below 2\^64, got -1"),
     "no threads": ("--threads 0", "--threads must be at least 1, got 0"),
-    "missing weights": ("--weights none.safetensors", "there are no weights at none.safetensors"),
+    "missing weights": ("--weights none.safetensors", "no weights at none.safetensors"),
     "missing model": (
         "--model wan-14b",
         "there is no model 'wan-14b': expected demo, self-forcing, .* or a safetensors file",
     ),
     "a folder of weights": ("--model folder.mp4", "folder.mp4 is not of the demo's form"),
     "no model at all": ("--model bad.yaml", "bad.yaml is not of the demo's form"),
-    "a cut file": ("--model cut.safetensors", "cut.safetensors is not a readable safetensors file"),
+    "a cut file": ("--model cut.safetensors", "cut.safetensors is cut off: "),
     "another form": ("--model wan.safetensors", "wan.safetensors is not of the demo's form: .* give --model self-for"),
     "missing prompts": ("--prompts none.yaml", "there is no prompt file none.yaml"),
     "not YAML": ("--prompts bad.yaml", "bad.yaml is not YAML: .*line 1"),
@@ -268,11 +237,29 @@ def test_a_full_disk_is_one_line_and_leaves_what_fits(flexkern_, monkeypatch):
         status, out, err = flexkern_("render", "--frames", 90, "--no-progress")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert status == 1 and not out and re.fullmatch(r"flexkern: error: .*File too large.*\n", err)
-    with av.open("video.mp4") as video, pytest.raises(av.error.InvalidDataError):  # at the picture that was cut short
-        for number, _ in enumerate(video.decode(video=0), start=1):
-            kept = number
-    assert 16 <= kept < 90
+    told = r"flexkern: error: .*File too large: 'video.mp4'; video.mp4 holds the first (\d+) of 90 pictures\n"
+    assert status == 1 and not out and (kept := re.fullmatch(told, err)), err
+    assert 16 <= pictures_in("video.mp4") == int(kept[1]) < 90
+
+
+@pytest.mark.parametrize(("chunks", "told"), [(3, "video.mp4 holds the first 9"), (0, "nothing was written")])
+def test_what_is_not_finite_is_status_1(flexkern_, monkeypatch, tmp_path, chunks, told):
+    predict = Session._predict
+    spoilt = lambda session, z, timestep, memory: predict(session, z, timestep, memory) / (session.chunks < chunks)
+    monkeypatch.setattr(Session, "_predict", spoilt)
+    status, out, err = flexkern_("render", "--frames", 30, "--no-progress")
+    assert status == 1 and not out
+    assert re.fullmatch(rf"flexkern: error: the latents of chunk {chunks} .*; {told} of 30 pictures\n", err), err
+    assert [pictures_in(path) for path in tmp_path.iterdir()] == [9] * bool(chunks)
+
+
+def test_the_encoder_is_tried_before_the_model_loads(flexkern_, monkeypatch, tmp_path):
+    monkeypatch.setattr(demo, "load_engine", lambda *_, **options: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(av, "__version__", "13.1.0")
+    sys.modules["flexkern.render"].validate_encoder.cache_clear()  # another test has loaded it anew
+    status, _, err = flexkern_("render", "--frames", 30)
+    assert status == 2 and re.fullmatch(r"flexkern: error: writing video needs av [\d.]+ or newer, got 13.1.0.*\n", err)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_fault_of_ours_keeps_its_traceback_and_the_file(flexkern_, monkeypatch):
@@ -304,18 +291,19 @@ def test_ctrl_c_is_status_130(flexkern_, monkeypatch, tmp_path, chunks, told):
     assert [pictures_in(path) for path in tmp_path.iterdir()] == [9] * bool(chunks)
 
 
-def test_a_signal_from_outside_leaves_a_playable_file(tmp_path, tiny):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_from_outside_leaves_a_playable_file(tmp_path, tiny, number, status):
     command = [sys.executable, "-m", "flexkern.cli", "render", "--weights", tiny, "--frames", "1000000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
     with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
         give_up = time.time() + 120
         while time.time() < give_up and process.poll() is None:
-            if (tmp_path / "video.mp4").exists() and (tmp_path / "video.mp4").stat().st_size > 20_000:
+            if (growing := tmp_path / "video.unfinished.mp4").exists() and growing.stat().st_size > 20_000:
                 break
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         err = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, err
+    assert process.returncode == status, err
     kept = int(re.search(r"interrupted: video.mp4 holds the first (\d+) of 1000000 pictures", err)[1])
     assert kept > 0 and pictures_in(tmp_path / "video.mp4") == kept
 

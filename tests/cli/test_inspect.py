@@ -95,16 +95,16 @@ def layouts_lack(kind):
 def test_wrappers_and_the_family_of_a_folder(inspect_, tmp_path):
     root = layouts.save_rolling_forcing(tmp_path / "repo")
     told = inspect_(root / "checkpoints/rolling_forcing_dmd.pt")[1].popitem()[1]
-    assert told["prefix"] == "_fsdp_wrapped_module. model." and "render --model rolling-forcing" in told["use"]
+    assert told["prefix"] == "_fsdp_wrapped_module. model." and told["use"].endswith("--model rolling-forcing")
     root = layouts.save_causvid(tmp_path / "causvid")
-    assert "flexkern render --model causvid --weights" in inspect_(root)[1][f"{root}/model.pt"]["use"]
+    assert inspect_(root)[1][f"{root}/model.pt"]["use"].endswith("--model causvid")
 
 
 def test_a_diffusers_folder(inspect_, tmp_path):
     root = layouts.save_diffusers(tmp_path / "any")
     layouts.save_text(root)
     status, places, _ = inspect_(root)
-    command = f"flexkern render --model wan-diffusers --weights {root} --prompt 'a cat walks on grass'"
+    command = f"flexkern render --weights {root} --prompt 'a cat walks on grass' --model wan-diffusers"
     assert status == 0 and places[str(root)]["use"] == command
     assert "VAE of Wan, diffusers keys" in places[f"{root}/vae"]["is"]
 
@@ -156,7 +156,7 @@ def test_what_is_not_supported_or_unknown_is_said(inspect_, tiny, tmp_path):
     (tmp_path / "text.txt").write_text("x")
     assert inspect_(tmp_path / "text.txt")[0] == 1
     status, _, err = inspect_(tmp_path / "nowhere")
-    assert status == 2 and re.fullmatch(r"flexkern: error: there is nothing at [^\n]*nowhere\n", err)
+    assert status == 2 and re.fullmatch(r"flexkern: error: no weights at [^\n]*nowhere\n", err)
 
 
 def test_the_demo_is_told_by_its_form(inspect_, tiny, tmp_path):
@@ -195,3 +195,102 @@ def test_what_render_would_refuse_is_not_promised(inspect_, tiny, tmp_path):
     torch.save(vae, folder / "Wan2.1_VAE.pth")
     told = inspect_(folder / "bare.safetensors")[1].popitem()[1]["use"]
     assert re.match("it cannot be rendered as it is: .*Wan2.1_VAE.pth .* missing 1: decoder.conv_out.bias", told)
+
+
+def test_a_link_of_the_hubs_cache_is_told_by_its_own_name(inspect_, tiny, tmp_path):
+    """The blob's name is a hash; the link's name, its folder's or the repository's says the family."""
+    for repository, name, family in (
+        ("models--gdhe17--anything", "self_forcing_dmd.safetensors", "self-forcing"),
+        ("models--tianweiy--CausVid", "model.safetensors", "causvid"),
+    ):
+        cache = tmp_path / repository
+        link = cache / "snapshots/1a2b/checkpoints" / name
+        link.parent.mkdir(parents=True)
+        (cache / "blobs").mkdir()
+        save_file(tiny, cache / "blobs/9f8e7d")
+        link.symlink_to("../../../blobs/9f8e7d")
+        assert inspect_(link)[1][str(link)]["use"].endswith(f"--model {family}")
+
+
+def test_a_name_that_tells_of_a_link_holds_for_the_file_as_well(inspect_, tiny, tmp_path):
+    save_file(tiny, tmp_path / "longlive_base.safetensors")
+    (tmp_path / "current.safetensors").symlink_to("longlive_base.safetensors")
+    assert inspect_(tmp_path / "current.safetensors")[1].popitem()[1]["use"].endswith("--model longlive")
+
+
+def test_what_cannot_be_read_is_said_for_a_file_and_in_a_folder(inspect_, tiny, tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 507609880\n"
+    (tmp_path / "Wan2.1_VAE.pth").write_text(pointer)
+    save_file(tiny, tmp_path / "self_forcing.safetensors")
+    for path in (tmp_path / "Wan2.1_VAE.pth", tmp_path):
+        status, places, _ = inspect_(path)
+        told = places[f"{tmp_path}/Wan2.1_VAE.pth"]
+        assert status == 1 and "is a Git LFS pointer for a file of 507,609,880 bytes" in told["complete"]
+    use = inspect_(tmp_path / "self_forcing.safetensors")[1].popitem()[1]["use"]
+    assert use.startswith("lacks a VAE") and places[f"{tmp_path}/self_forcing.safetensors"]["complete"] == "yes"
+
+
+def test_inspect_and_render_say_the_same_of_every_form_of_weights(inspect_, tiny, tmp_path, monkeypatch, capsys):
+    """What inspect calls complete renders, what it does not is refused, with the same reason."""
+    from state_dicts import scaled_float8
+
+    monkeypatch.chdir(tmp_path)
+    chosen = lambda key, tensor: key.startswith("blocks.") and tensor.dim() == 2 and key.endswith(".weight")
+    name = "blocks.0.self_attn.q"
+    forms = {
+        "self-forcing scaled": scaled_float8(tiny, chosen)[0],
+        "self-forcing rows": scaled_float8(tiny, chosen, rows=True, leaf="weight_scale")[0],
+        "self-forcing small": {key: t.to(torch.float8_e5m2) if chosen(key, t) else t for key, t in tiny.items()},
+        "self-forcing blocks": tiny | {f"{name}.scale_weight": torch.ones(2, 2)},
+        "self-forcing nf4": tiny | {f"{name}.weight.quant_state.bitsandbytes__nf4": torch.zeros(2, dtype=torch.uint8)},
+        "self-forcing int8": tiny | {f"{name}.weight": tiny[f"{name}.weight"].to(torch.int8)},
+    }
+    layouts.save_prompts(tmp_path / "e.safetensors", ["a cat walks on grass"])
+    complete = []
+    for name, state in forms.items():
+        file = tmp_path / f"{name}.safetensors"
+        save_file(state, file)
+        status, places, _ = inspect_(file)
+        told = places[str(file)]
+        command = (
+            "render --model self-forcing --dtype float32 --size 32x48 --frames 1 --no-progress --latents l.safetensors"
+        )
+        given = ["--weights", str(file), "--embeddings", "e.safetensors", "--prompt", "a cat walks on grass"]
+        try:
+            rendered = main([*command.split(), *given])
+        except SystemExit as stop:
+            rendered = stop.code
+        capsys.readouterr()
+        assert (status == 0) == (told["complete"] == "yes") == (rendered == 0), name
+        complete.append(status == 0)
+    assert complete == [True, True, True, False, False, False]
+
+
+def test_loras_that_no_transformer_of_wan_could_take_are_not_promised(inspect_, tiny, tmp_path):
+    pair = (torch.ones(4, 3072), torch.ones(3072, 4))
+    save_file(
+        layouts.peft({"single_transformer_blocks.0.attn.to_q": pair}, "transformer."), tmp_path / "flux.safetensors"
+    )
+    status, places, _ = inspect_(tmp_path / "flux.safetensors")
+    told = places.popitem()[1]
+    assert status == 1 and "a transformer of Wan 2.1 has no 1: single_transformer_blocks.0" in told["complete"]
+    save_file({"lora_unet_blocks_0_ffn_0.hada_w1_a": torch.ones(2, 2)}, tmp_path / "loha.safetensors")
+    status, places, _ = inspect_(tmp_path / "loha.safetensors")
+    told = places.popitem()[1]
+    assert (status, told["is"]) == (1, "LoRA, not supported") and "is a LoHa" in told["complete"]
+    named = {
+        "diffusion_model.blocks.7.ffn.0.diff_b": torch.ones(8960),
+        "diffusion_model.blocks.7.diff_m": torch.ones(2),
+    }
+    save_file(named, tmp_path / "diff.safetensors")
+    status, places, _ = inspect_(tmp_path / "diff.safetensors")
+    assert status == 0 and places.popitem()[1]["differences"] == "2 of whole tensors, without a rank"
+
+
+def test_json_says_what_the_lines_say(tiny, tmp_path, capsys):
+    save_file(tiny, tmp_path / "self_forcing.safetensors")
+    (tmp_path / "vae.pth").write_text("<html>")
+    status = main(["inspect", str(tmp_path), "--json"])
+    told = {part.pop("path"): part for part in json.loads(capsys.readouterr().out)}
+    assert status == 1 and told[f"{tmp_path}/self_forcing.safetensors"]["complete"] == "yes"
+    assert "web page" in told[f"{tmp_path}/vae.pth"]["complete"]

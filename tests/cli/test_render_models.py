@@ -17,7 +17,6 @@ pytest.importorskip("transformers", reason='needs pip install "flexkern[model]"'
 import layouts
 
 import flexkern.render
-from flexkern.cli import main
 from flexkern.cli.policies import with_policies
 from flexkern.cli.render import Render
 from flexkern.model.families import FAMILIES
@@ -28,34 +27,6 @@ from flexkern.session import Session
 
 FIRST = ("self-forcing", "@self-forcing")
 SMALL = ("--size", "32x48", "--dtype", "float32", "--no-progress")
-
-
-@pytest.fixture(scope="module")
-def disk(tmp_path_factory):
-    """A folder with every layout under the name of its family, and the embeddings of two prompts."""
-    root = tmp_path_factory.mktemp("disk")
-    for name, save in layouts.LAYOUTS.items():
-        save(root / name)
-    layouts.save_prompts(root / "prompts.safetensors")
-    torch.save(layouts.tiny_vae(), root / "vae.pth")
-    save_file(layouts.tiny_transformer(), root / "bare.safetensors")
-    Image.new("RGB", (64, 40), (200, 30, 30)).save(root / "red.png")
-    return root
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys, disk):
-    """Runs the command in a folder of its own beside the files of ``disk``: (status, stdout, stderr)."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            status = main([str(argument).replace("@", f"{disk}/") for argument in arguments])
-        except SystemExit as stop:
-            status = stop.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def tiny_render(command, model="self-forcing", weights="@self-forcing", *more):
@@ -78,7 +49,8 @@ def test_every_layout_renders_from_its_folder(command, disk, name):
     status, out, err = tiny_render(command, name, folder, *more)
     assert status == 0 and out == "video.mp4: 10 pictures, 0.6 s\n", err
     assert pictures_in("video.mp4") == (10, (32, 48), 16)
-    assert re.match(rf"flexkern: {name}: transformer .*, VAE .*, embeddings .*\n", err)
+    size = r"flexkern: --size: 32 high, 48 wide \(landscape\)\n"
+    assert re.match(rf"{size}flexkern: {name}: transformer .*, VAE .*, embeddings .*\n", err)
     assert f"{name} was trained with pictures of 480x832" in err
 
 
@@ -123,7 +95,8 @@ def test_a_lora_is_merged_with_its_scale(command):
 
 def test_research_flags_and_their_configuration(command, monkeypatch, disk):
     Path("self_forcing.yaml").write_text(
-        "generator_ckpt: x.pt\nnum_frame_per_block: 1\ndenoising_step_list: [1000, 500, 0]\n"
+        "generator_ckpt: x.pt\nlr: 2.0e-06\nrope_theta: 5\nmoods: 3\nnum_frame_per_block: 1\n"
+        "denoising_step_list: [1000, 500, 0]\n"
         "warp_denoising_step: false\ncontext_noise: 20\n"
         "model_kwargs:\n  timestep_shift: 8.0\n  local_attn_size: 9\n  sink_size: 2\n"
     )
@@ -139,7 +112,8 @@ def test_research_flags_and_their_configuration(command, monkeypatch, disk):
     status, out, err = command("render", *flags, *given)
     assert status == 0, err
     assert out == "".join(f"videos/here/{i:04}.mp4: 9 pictures, 0.6 s\n" for i in range(2))
-    assert "self_forcing.yaml: not used here: generator_ckpt\n" in err and seeds == [5, 6]
+    told = "not supported, though the video would differ: rope_theta; unknown: moods; for training only: lr"
+    assert f"flexkern: self_forcing.yaml: {told}\n" in err and seeds == [5, 6]
     engine, chosen = sessions[0].engine, sessions[0].preset
     assert engine.schedule.timesteps() == [1000, 500] and engine.chunk == 1
     assert (engine.schedule.shift, engine.schedule.context_timestep) == (8.0, 20)
@@ -301,7 +275,7 @@ def described(tmp_path):
     for name in ("self_forcing_dmd.pt", "framewise.pt"):
         torch.save({"generator_ema": layouts.prefixed(layouts.tiny_transformer(), "model.")}, name)
     Image.new("RGB", (64, 40), (200, 30, 30)).save("cat.png")
-    Path("schedule.yaml").write_text("0: a cat walks\n4: a dog walks\n")
+    Path("schedule.yaml").write_text("0: a cat walks\n0.5: a dog walks\n")
     Path("prompts.txt").write_text("a cat walks on grass\n")
 
 
@@ -311,7 +285,7 @@ def test_every_command_of_the_page_on_weights(command, described):
     for line in commands:
         short = re.sub("--seconds 60", "--seconds 0.1", line).replace("frames 240", "frames 3")
         given = re.findall(r'"[^"]+"|\S+', short)
-        limit = () if re.search("--seconds|--num_output", line) else ("--frames", 1)
+        limit = () if re.search("--seconds|--num_output", line) else ("--frames", 13 if "--prompts" in line else 1)
         extra = (*SMALL, *limit) if line.startswith("render") else ()
         status, _, err = command(*(word.strip('"') for word in given), *extra)
         assert status == 0, f"{line}: {err}"

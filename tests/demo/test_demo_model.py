@@ -5,6 +5,7 @@ thresholds lie a little below, so that the numerics of another machine pass and 
 outlines or motion does not.
 """
 
+import pytest
 import torch
 
 from flexkern.demo import WEIGHTS, encode_prompts, load_engine, world
@@ -39,6 +40,7 @@ def test_clips_inside_the_horizon_look_right():
     assert mean["ground"] <= MOST_GROUND and mean["surplus"] <= MOST_SURPLUS, mean
 
 
+@pytest.mark.triton(3, 4)
 def test_the_kernels_render_it_as_the_oracle_does(device):
     """Pictures of 12 x 12, a frame at a time in one step, so that the interpreter ends; the sink moves away."""
     latents = {}

@@ -18,6 +18,7 @@ from flexkern.testing import assert_as_accurate
 
 ROOT = Path(__file__).parent.parent.parent
 B, FRAMES, R, P, S, H, D, T = 2, 3, 4, 6, 5, 2, 64, 12
+DYNAMO_TELLS = torch.__version__ >= (2, 7)  # what an error raised in traced code says
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -84,7 +85,7 @@ def test_paged_attention_is_as_accurate_as_library_attention(groups, bias, dtype
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_cuda_implementation_is_the_kernel(dtype, device):
     inputs = paged_inputs(dtype, bias=True)
-    actual = functional.on_cuda(*(x if x is None else x.to(device) for x in inputs.values())).cpu()
+    actual = functional.operator.on_cuda(*(x if x is None else x.to(device) for x in inputs.values())).cpu()
     assert_as_accurate(actual, exact(inputs), keys_turned_apart(inputs), mean=2, worst=4)
     for key in ("CPU", "CUDA", "Meta"):
         assert torch._C._dispatch_has_kernel_for_dispatch_key("flexkern::frame_attention", key)
@@ -94,7 +95,8 @@ def test_attention_is_plain_attention_where_nothing_turns(device):
     inputs = flat_inputs(device=device)
     plain = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in inputs)).transpose(1, 2)
     still = torch.tensor([1.0, 0.0], device=device).expand(FRAMES, R, 1, T, 2)
-    for options in (dict(tokens=S), dict(turn=still), dict(bias=torch.full((FRAMES, R), 3.0, device=device))):
+    turned = dict(turn=still, pairs="split")
+    for options in (dict(tokens=S), turned, dict(bias=torch.full((FRAMES, R), 3.0, device=device))):
         torch.testing.assert_close(flexkern.attention(*inputs, **options), plain, atol=1e-5, rtol=1e-5)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
     torch.testing.assert_close(flexkern.attention(*strided, tokens=S), plain, atol=1e-5, rtol=1e-5)
@@ -106,9 +108,11 @@ def test_attention_is_plain_attention_where_nothing_turns(device):
 def test_interleaved_pairs_give_what_split_ones_do():
     query, key, value = flat_inputs()
     turn = turn_of(H)
-    split = flexkern.attention(reference.split_pairs(query), reference.split_pairs(key), value, turn=turn)
+    split = flexkern.attention(
+        reference.split_pairs(query), reference.split_pairs(key), value, turn=turn, pairs="split"
+    )
     torch.testing.assert_close(flexkern.attention(query, key, value, turn=turn, pairs="interleaved"), split)
-    assert not torch.allclose(flexkern.attention(query, key, value, turn=turn), split, atol=1e-2)
+    assert not torch.allclose(flexkern.attention(query, key, value, turn=turn, pairs="split"), split, atol=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -131,11 +135,11 @@ def test_positions_turn_query_and_key_as_the_policy_says(policy):
     heads_first = (turned(query, phases.query) * scale, turned(key, phases.key[0]), value)
     expected = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in heads_first)).transpose(1, 2)
     inputs = [x.float() for x in (query, key, value)]
-    actual = flexkern.attention(*inputs, query_frames=at, key_frames=seen, policy=policy)
+    actual = flexkern.attention(*inputs, query_frames=at, key_frames=seen, policy=policy, pairs="split")
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
-    half = flexkern.attention(*inputs, query_frames=at, key_frames=seen, policy=policy, logit_scale=0.5)
+    half = flexkern.attention(*inputs, query_frames=at, key_frames=seen, policy=policy, pairs="split", logit_scale=0.5)
     turn, logit_scale = frame_turns(at, seen, head_dim=D, heads=H, policy=policy)
-    assert torch.equal(half, flexkern.attention(*inputs, turn=turn, logit_scale=logit_scale * 0.5))
+    assert torch.equal(half, flexkern.attention(*inputs, turn=turn, logit_scale=logit_scale * 0.5, pairs="split"))
 
 
 @pytest.mark.parametrize(
@@ -193,14 +197,19 @@ def test_export_holds_the_operator():
 
 def test_positions_inside_compile_are_refused():
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda *x: flexkern.attention(*x, query_frames=[1, 2, 3], key_frames=[0, 1, 2, 3]), fullgraph=True
-    )
-    with pytest.raises(Exception, match="call frame_turns outside of torch.compile and pass turn"):
+    placed = dict(query_frames=[1, 2, 3], key_frames=[0, 1, 2, 3], policy="flex", pairs="split")
+    compiled = torch.compile(lambda *x: flexkern.attention(*x, **placed), fullgraph=True)
+    told = "call frame_turns outside of torch.compile and pass turn"
+    with pytest.raises(Exception, match=told if DYNAMO_TELLS else "Observed exception"):
         compiled(*flat_inputs())
 
 
 QUERY, KEY, VALUE = (torch.zeros(B, n * S, H, D) for n in (FRAMES, R, R))
+
+
+TURN = {"turn": turn_of(), "pairs": "split"}
+PLACED = {"query_frames": [1, 2, 3], "key_frames": [1, 2, 3, 4], "pairs": "split"}
+ONES = {"query_frames": [1], "key_frames": [1], "pairs": "split"}
 
 
 @pytest.mark.parametrize(
@@ -211,24 +220,54 @@ QUERY, KEY, VALUE = (torch.zeros(B, n * S, H, D) for n in (FRAMES, R, R))
         ({"key": KEY[:, :0]}, ValueError, r"key must be \[B, R \* S, H, D\], not empty, got \[2, 0, 2, 64\]"),
         ({"key": KEY.half()}, ValueError, "key must be torch.float32 on cpu as query is, got torch.float16 on cpu"),
         ({"value": VALUE.to("meta")}, ValueError, "value must be torch.float32 on cpu .+ got torch.float32 on meta"),
-        ({"key": KEY[..., :1, :]}, ValueError, r"key must have B, H and D of query .+ got \[2, 20, 1, 64\]"),
+        ({"key": KEY[..., :1, :]}, ValueError, r"key must have B, H and D .+ got \[2, 20, 1, 64\].+ enable_gqa=True"),
+        ({"key": KEY[:, :15, :1]}, ValueError, r"if heads come first, pass x.transpose\(1, 2\) of each"),
+        ({"key": KEY.repeat(1, 1, 2, 1)}, ValueError, r"B, H and D of query .+ got \[2, 20, 4, 64\]$"),
+        ({"key": KEY.repeat(1, 1, 2, 1), "enable_gqa": True}, ValueError, "heads must divide those of query"),
+        ({"key": KEY[..., :32]}, ValueError, r"key must have B, H and D of query .+ got \[2, 20, 2, 32\]"),
         ({"value": VALUE[:, :5]}, ValueError, r"value must have the shape of key.+ got \[2, 5, 2, 64\]"),
         ({"query": QUERY.clone().requires_grad_()}, NotImplementedError, "query requires a gradient.+torch.no_grad"),
         ({"tokens": None}, ValueError, "tokens must be given"),
         ({"tokens": 4}, ValueError, "whole frames of 4 tokens, got 15 and 20 tokens"),
-        ({"tokens": 0}, ValueError, "whole frames of 0 tokens"),
-        ({"pairs": "wan"}, ValueError, "pairs must be 'split' or 'interleaved', got 'wan'"),
+        ({"tokens": 0}, ValueError, "tokens must be an integer of at least 1, got 0"),
+        ({"tokens": 5.0}, ValueError, "tokens must be an integer of at least 1, got 5.0"),
+        ({"pairs": "wan"}, ValueError, "pairs must be 'interleaved' .+ or 'split' .+, got 'wan'"),
+        (PLACED | {"pairs": None}, ValueError, "pairs must be given .+'interleaved' .pair by pair.+ or 'split'"),
+        ({"turn": turn_of()}, ValueError, "pairs must be given .+'interleaved' .pair by pair.+ or 'split'"),
         ({"query_frames": [1, 2, 3]}, ValueError, "query_frames and key_frames go together"),
-        ({"query_frames": [1], "key_frames": [1], "turn": turn_of()}, ValueError, "either turn or query_frames"),
-        ({"query_frames": [1, 2], "key_frames": [1, 2]}, ValueError, r"turn must be .+ got \[2, 2, 1, 12, 2\]"),
-        ({"query_frames": [1], "key_frames": [1], "policy": "flux"}, ValueError, "no preset 'flux'"),
-        ({"turn": turn_of(read=5)}, ValueError, r"turn must be .+ = \[3, 4, 1, 12, 2\], got \[3, 5, 1, 12, 2\]"),
-        ({"turn": turn_of(3)}, ValueError, r"turn must be \[F, R, 1 or H, T, 2\] = .+ got \[3, 4, 3, 12, 2\]"),
-        ({"turn": turn_of()[0]}, ValueError, r"turn must be .+ got \[4, 1, 12, 2\]"),
-        ({"turn": turn_of().double()}, ValueError, "turn must be torch.float32 on cpu, got torch.float64"),
-        ({"turn": torch.ones(FRAMES, R, 1, 33, 2)}, ValueError, "1 to 32 of the 32 pairs of a head, got T = 33"),
+        (ONES | TURN, ValueError, "either turn or query_frames"),
+        (ONES, ValueError, "query and key must hold 1 and 1 frames of 5 tokens, got 15 and 20 tokens$"),
+        (ONES | {"tokens": None}, ValueError, "hold 1 and 1 frames of as many tokens, got 15 and 20 tokens"),
+        (PLACED | {"query_frames": [1.0]}, TypeError, r"query_frames must list integers.+, got \[1.0\]"),
+        (PLACED | {"query_frames": 3}, TypeError, "query_frames must list integers.+, got 3"),
+        (PLACED | {"key_frames": torch.ones(2, 2).long()}, TypeError, "key_frames must list integers"),
+        (PLACED | {"key_frames": torch.ones(2).bool()}, TypeError, "key_frames must list integers"),
+        (PLACED | {"key_frames": [0, -1]}, ValueError, r"key_frames must list indices of frames >= 0.+ got \[0, -1\]"),
+        (PLACED | {"key_frames": ()}, ValueError, "key_frames must list indices of frames >= 0, at least one"),
+        (PLACED | {"policy": "flux"}, ValueError, "no preset 'flux'.+did you mean 'flex'"),
+        (PLACED | {"policy": ""}, ValueError, "no preset ''"),
+        (PLACED | {"policy": get_preset("flex").retention}, TypeError, "policy must be .+, got SinkWindow"),
+        (PLACED | {"target": -1}, ValueError, "target must be an integer of at least 1, got -1"),
+        ({"policy": "flux"}, ValueError, "no preset 'flux'"),
+        ({"policy": "flex"}, ValueError, "policy needs query_frames and key_frames, got neither$"),
+        ({"policy": "self-forcing"}, ValueError, "policy needs query_frames and key_frames"),
+        (TURN | {"policy": "flex"}, ValueError, "policy needs .+ to make turn of it, pass it to frame_turns"),
+        (TURN | {"policy": "flux"}, ValueError, "no preset 'flux'"),
+        ({"target": 30}, ValueError, "target needs query_frames and key_frames"),
+        ({"is_causal": True}, ValueError, "is_causal is by frame, and needs query_frames and key_frames.+pass bias"),
+        (TURN | {"is_causal": True}, ValueError, "is_causal is by frame"),
+        (PLACED | {"is_causal": True, "bias": torch.zeros(3, 3)}, ValueError, r"bias must be \[F, R\] = \[3, 4\], got"),
+        ({"attn_mask": torch.ones(15, 20).bool()}, NotImplementedError, r"attn_mask is by token.+pass bias.+\[F, R\]"),
+        ({"dropout_p": 0.1}, NotImplementedError, "dropout_p must be 0, got 0.1"),
+        (TURN | {"turn": turn_of(read=5)}, ValueError, "must hold 3 and 5 frames of 5 tokens, got 15 and 20 tokens"),
+        (TURN | {"turn": turn_of(3)}, ValueError, r"turn must be \[F, R, 1 or H, T, 2\] = .+ got \[3, 4, 3, 12, 2\]"),
+        (TURN | {"turn": turn_of()[0]}, ValueError, r"turn must be .+ got \[4, 1, 12, 2\]"),
+        (TURN | {"turn": turn_of().double()}, ValueError, "turn must be torch.float32 on cpu, got torch.float64"),
+        (TURN | {"turn": torch.ones(FRAMES, R, 1, 33, 2)}, ValueError, "T = 12, .+ or T = 32, .+ got T = 33"),
+        (TURN | {"turn": turn_of()[:, :, :, :8]}, ValueError, "T = 12, the temporal pairs of head dim 64 .+ got T = 8"),
         ({"logit_scale": torch.ones(4)}, ValueError, r"logit_scale must be \[F\] = \[3\], got \[4\]"),
-        ({"bias": torch.zeros(FRAMES, 3)}, ValueError, r"bias must be \[F, R\] = \[3, 4\], got \[3, 3\]"),
+        ({"bias": torch.zeros(FRAMES, 3)}, ValueError, "must hold 3 and 3 frames of 5 tokens, got 15 and 20 tokens"),
+        (TURN | {"bias": torch.zeros(FRAMES, 3)}, ValueError, r"bias must be \[F, R\] = \[3, 4\], got \[3, 3\]"),
         ({"bias": [[0.0]]}, TypeError, "bias must be a tensor, got list"),
         ({"bias": torch.zeros(FRAMES, R).half()}, ValueError, "bias must be torch.float32 on cpu, got torch.float16"),
     ],
@@ -243,7 +282,8 @@ def test_errors_name_the_argument(changes, error, message):
     [
         (lambda x: x.to("meta"), "query must be on a CPU or a CUDA GPU, got device 'meta'"),
         (lambda x: x.double(), "query must be float32, bfloat16 or float16, got torch.float64"),
-        (lambda x: x[..., :63], "query must have a head dim that is even, got 63"),
+        (lambda x: x[..., :63], "an even head dim of at most 128, the widest of the CUDA kernel, .+ got 63"),
+        (lambda x: x.repeat(1, 1, 1, 3), "an even head dim of at most 128, .+ on every device, got 192"),
     ],
 )
 def test_what_is_not_supported_is_said(to, message):
@@ -256,16 +296,34 @@ def test_errors_of_paged_attention():
     call = lambda **changes: flexkern.paged_attention(**inputs | changes)
     with pytest.raises(ValueError, match=r"slots must be \[R\].+ = \[1\], got \[0\]"):
         call(slots=inputs["slots"][:0])
-    with pytest.raises(ValueError, match="slots must be torch.int32 on cpu, got torch.int64"):
-        call(slots=inputs["slots"].long())
+    with pytest.raises(ValueError, match="slots must be integers, got torch.float32"):
+        call(slots=inputs["slots"].float())
+    with pytest.raises(TypeError, match="slots must list integers"):
+        call(slots=["4", "0"])
     with pytest.raises(ValueError, match="value_pages must be contiguous"):
         call(value_pages=inputs["value_pages"].transpose(0, 1).contiguous().transpose(0, 1))
     with pytest.raises(ValueError, match="key_pages must hold frames of 5 tokens as query does, got 4"):
         call(key_pages=inputs["key_pages"][:, :, :4], value_pages=inputs["value_pages"][:, :, :4])
-    with pytest.raises((IndexError, RuntimeError)):
-        call(slots=inputs["slots"] + 1)
+    with pytest.raises(ValueError, match=r"query must hold frames of 6 tokens, got \[2, 3, 5, 2, 64\]"):
+        call(tokens=6)
+    with pytest.raises(ValueError, match=r"got \[3, 4, 1, 22, 2\]|T = 12, .+ got T = 22"):
+        call(turn=frame_turns([0, 1, 2], [0, 1, 2, 3], head_dim=128)[0])
+    for slots in (inputs["slots"] + 1, [4, 0, 6, 2], inputs["slots"].long() + 2**32):
+        with pytest.raises(IndexError, match=r"slots must be in \[0, 6\), the pages there are, got"):
+            call(slots=slots)
     with torch.no_grad():
         call(query=inputs["query"].clone().requires_grad_())
+
+
+def test_errors_of_frame_turns():
+    for changes, message in (
+        ({"head_dim": 63}, "head_dim must be even, got 63"),
+        ({"head_dim": 64.0}, "head_dim must be an integer of at least 1, got 64.0"),
+        ({"heads": 0}, "heads must be an integer of at least 1, got 0"),
+        ({"policy": "flux"}, "no preset 'flux'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            frame_turns([1], [1], **{"head_dim": D} | changes)
 
 
 def test_the_package_stays_light():

@@ -1,7 +1,10 @@
 """Every backend against the float64 oracle, and what holds for any of them."""
 
+import importlib
 import math
+import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -154,12 +157,14 @@ def test_an_absent_backend_says_what_is_there_and_why_not(name, why, monkeypatch
         get_backend(name)
 
 
+@pytest.mark.triton(3, 4)
 def test_triton_refuses_a_head_that_does_not_tile():
     q, k, v = inputs(48, torch.float32)
     with pytest.raises(NotImplementedError, match="'triton' takes head dims that are powers of two from 16 on, got 48"):
         get_backend("triton").frame_attention(q, k, v, plan_of(48))
 
 
+@pytest.mark.triton(3, 4)
 def test_triton_says_why_it_cannot_run(monkeypatch):
     monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -173,3 +178,53 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
         get_backend("triton", "cpu")
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert why_not("triton") == "the package triton is not installed"
+
+
+def installed(monkeypatch, **contents):
+    monkeypatch.setattr(backends, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(**contents))
+
+
+@pytest.mark.parametrize("version", ["2.3.1", "3.2.0", "3.3.1+gitabc", "3"])
+def test_an_older_triton_is_named_and_nothing_else_needs_it(monkeypatch, version):
+    """torch 2.6 and 2.7 bring 3.2 and 3.3: their module has a version, and neither knobs nor tensor descriptors."""
+    installed(monkeypatch, __version__=version)
+    told = rf"it needs Triton >= 3.4, and Triton {version.replace('+', '.')} is installed"
+    with pytest.raises(ValueError, match=rf"^backend 'triton' is not there: {told}\. There is sdpa .+ reference"):
+        get_backend("triton")
+    assert get_backend("sdpa") is backends.sdpa and get_backend("reference") is backends.reference
+    with pytest.raises(ValueError, match="'sdpaa' is not there: no backend has that name. There is sdpa"):
+        get_backend("sdpaa")
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.1", "4.0.0+gitabc"])
+def test_a_newer_triton_will_do(monkeypatch, version):
+    knobs = SimpleNamespace(runtime=SimpleNamespace(interpret=True))
+    installed(monkeypatch, __version__=version, knobs=knobs)
+    assert why_not("triton") is None
+
+
+def test_a_triton_that_is_broken_stands_in_nobodys_way(monkeypatch):
+    installed(monkeypatch)
+    assert why_not("triton").startswith("Triton cannot be imported: ImportError: cannot import name '__version__'")
+    assert get_backend("sdpa") is backends.sdpa
+
+
+def test_the_kernels_say_which_triton_they_need(monkeypatch):
+    """Whoever takes them without a backend, and whichever file is loaded first."""
+    for name in [name for name in sys.modules if name.startswith("flexkern.kernels.")]:
+        monkeypatch.delitem(sys.modules, name)
+    language = SimpleNamespace(constexpr=None)
+    old = SimpleNamespace(__version__="3.3.1", jit=lambda function: function, language=language)
+    monkeypatch.setitem(sys.modules, "triton", old)
+    monkeypatch.setitem(sys.modules, "triton.language", language)
+    import flexkern.kernels
+
+    for name in flexkern.kernels.LAUNCHERS:
+        with pytest.raises(ImportError, match="^the kernels need Triton >= 3.4, and Triton 3.3.1 is installed$"):
+            getattr(flexkern.kernels, name)
+    for folder in ("attention.portable", "pages.norm_rope_write", "pointwise.modulate"):
+        with pytest.raises(ImportError, match="^the kernels need Triton >= 3.4, and Triton 3.3.1 is installed$"):
+            importlib.import_module(f"flexkern.kernels.{folder}")
+    with pytest.raises(ImportError, match="^path 'hopper' needs Triton >= 3.6, and Triton 3.3.1 is installed$"):
+        flexkern.kernels.require_triton(flexkern.kernels.HOPPER, by="path 'hopper' needs")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import upstream
+from both_loops import SIZE, Recorded, assert_equal_to, both, drive, prompt_of
 from safetensors.torch import load_file
 
 from flexkern.engine import Engine
@@ -16,7 +17,6 @@ from flexkern.noise import ResearchNoise
 from flexkern.policies import Blend, Kept, get_preset
 
 DATA = Path(__file__).parent.parent / "data"
-SIZE, GRID = (4, 6), (2, 3)
 
 
 @pytest.fixture(scope="module")
@@ -29,62 +29,6 @@ def model():
 @pytest.fixture
 def engine(model):
     return Engine(model, size=SIZE)
-
-
-def prompt_of(seed, batch=1):
-    return torch.randn(batch, 32, 48, generator=torch.Generator().manual_seed(seed))
-
-
-class Recorded:
-    """Noise drawn in advance, in the research code's order."""
-
-    def __init__(self, chunks, steps, batch=1, skip=0):
-        self.video = torch.randn(batch, 3 * chunks, 16, *SIZE)
-        self.fresh = [torch.randn(batch, 3, 16, *SIZE) for _ in range(chunks * (steps - 1))]
-        self.left, self.skip = list(self.fresh), skip
-
-    def initial(self, frames):
-        return self.video[:, [f - self.skip for f in frames]]
-
-    def renoise(self, frames, step):
-        return self.left.pop(0)
-
-
-def drive(session, chunks, switches=None, cuts=()):
-    made = []
-    for index in range(chunks):
-        if switches and index in switches:
-            session.switch(switches[index])
-        if index in cuts:
-            session.cut()
-        made.append(session.step().latents)
-    return torch.cat(made, dim=1)
-
-
-def both(model, name, overrides, memory_options, *, chunks=7, schedule=None, switches=None, cuts=(), prefill=None):
-    """Latents of the engine and of the published semantics, on the same noise."""
-    schedule = schedule or SCHEDULES["self-forcing"]
-    timesteps = schedule.timesteps()
-    skip = 0 if prefill is None else prefill.shape[1]
-    noise = Recorded(chunks, len(timesteps), skip=skip)
-    chosen = get_preset(name, overrides)
-    session = Engine(model, schedule=schedule, size=SIZE).session(prompt_of(1), preset=chosen, noise=noise)
-    if prefill is not None:
-        session.prefill(prefill)
-    ours = drive(session, chunks, {c: prompt for c, (prompt, _) in (switches or {}).items()}, cuts)
-    config = model.config
-    memory = upstream.RollingMemory(config.num_layers, 1, config.num_heads, config.head_dim, *GRID, **memory_options)
-    theirs = upstream.run(
-        model, memory, prompt_of(1), noise.video, noise.fresh, timesteps, schedule.sigma,
-        switches=switches, cuts=cuts, prefill=prefill,
-    )  # fmt: skip
-    return ours, theirs
-
-
-def assert_equal_to(pair):
-    ours, theirs = pair
-    assert theirs.abs().max() > 1
-    assert (ours - theirs).abs().max() < 1e-4
 
 
 WINDOWS = {
@@ -191,6 +135,21 @@ def test_scale_one_is_the_base_preset_bit_for_bit(engine):
     for mode in ("by_parts", "pi", "ntk", "yarn", "hard", "riflex"):
         assert torch.equal(make("flex", {"noise.kind": "iid", "position.mode": mode, "position.scale": 1}), expected)
     assert not torch.equal(make("flex", {"noise.kind": "iid", "position.scale": 2}), expected)
+
+
+def test_the_horizon_of_the_model_is_that_of_its_videos(model):
+    """Where the preset does not say one itself, in positions and in noise alike."""
+    make = lambda horizon, **more: drive(
+        Engine(model, size=SIZE, horizon=horizon).session(
+            prompt_of(1), preset=get_preset("flex", {"noise.kind": "freenoise", **more})
+        ),
+        4,
+    )
+    follows, says = make(5), make(21, **{"position.train_len": 5})
+    assert torch.equal(follows, says) and not torch.equal(follows, make(21))
+    assert torch.equal(make(240, **{"position.train_len": 5}), says)
+    with pytest.raises(ValueError, match="horizon must be at least 1 frame, got 0"):
+        Engine(model, horizon=0)
 
 
 def test_absolute_and_slot_positions_agree_until_the_window_fills(engine):

@@ -253,6 +253,15 @@ def test_own_parts_take_the_place_of_those_on_disk(disk, monkeypatch):
             Engine.from_pretrained(disk / "wan", **own, **wrong)
 
 
+@pytest.mark.parametrize("family, horizon", [("self-forcing", 21), ("longlive", 240)])
+def test_a_method_gets_the_horizon_that_its_model_was_trained_on(disk, family, horizon):
+    engine = load(checkpoint(disk, "bare", family=family), pixels=False)
+    session = engine.session(torch.zeros(1, 32, 48), preset="flex")
+    assert (engine.horizon, session.window.preset.position.train_len) == (horizon, horizon)
+    asked = engine.session(torch.zeros(1, 32, 48), preset=get_preset("flex", {"position.train_len": 60}))
+    assert asked.window.preset.position.train_len == 60
+
+
 def test_parts_can_be_left_out(disk, nothing_is_loaded):
     parts = check(Checkpoint(weights=disk / "wan"), pixels=False)
     assert parts.vae is None and not parts.decodes and parts.text_encoder is not None

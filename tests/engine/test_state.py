@@ -182,7 +182,7 @@ def test_a_state_of_another_session_is_refused(model, engine):
         (engine.session(PROMPTS[0], preset="pi"), "another session: preset.name must be 'pi', got 'flex'"),
         (
             engine.session(PROMPTS[0], preset=get_preset("flex", {"position.alpha": 0.3})),
-            "preset.position.alpha must be 0.3, got None",
+            "preset.position.alpha must be 0.3, got 0.25",
         ),
         (engine.session(PROMPTS[0], frames=9), "frames must be 9, got None"),
         (engine.session(PROMPTS[:, 0]), "batch must be 2, got 1"),

@@ -6,6 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ pytest.importorskip("diffusers")
 from diffusers import WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
-from flexkern.integrations.diffusers import causal, patch
+from flexkern.integrations.diffusers import causal, patch, unpatch
 
 SIZE = (6, 8)
 TINY = dict(
@@ -261,6 +262,24 @@ def test_undo_is_exact_and_ordered(model):
             patch(model, "pi")
     assert inner.transformer.rope is rope
     assert torch.equal(engine.session(given[2]).step().latents, within.latents)
+
+
+def test_unpatch_takes_the_last_patch_back(model):
+    given, clip = inputs(), get_preset("flex", {"position.train_len": 2})
+    own = run(model, *given)
+    patch(model, clip)
+    assert furthest(run(model, *given), own) > 1e-3
+    unpatch(model)
+    assert torch.equal(run(model, *given), own)
+    with pytest.raises(ValueError, match="that patch was called with, got an unpatched WanTransformer3DModel$"):
+        unpatch(model)
+    handle = patch(model, clip)
+    unpatch(model)
+    handle.undo()  # has nothing left to do
+    with patch(model, clip):
+        unpatch(model)
+    with pytest.raises(ValueError, match="got an unpatched SimpleNamespace; pass its .transformer"):
+        unpatch(SimpleNamespace(transformer=model))
 
 
 def test_an_error_in_a_causal_step_leaves_the_transformer_as_it_was(model, monkeypatch):

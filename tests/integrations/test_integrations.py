@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from upstream import deepened
 
 from flexkern.engine import Engine
 from flexkern.integrations import longlive, self_forcing
@@ -82,6 +83,28 @@ def test_a_prompt_switch_recaches_as_upstream_does(weights, name, keep_sink, at)
     theirs = render(pipeline, chunks=8, **prompts)
     longlive.patch(pipeline, get_preset(name, {"switch.keep_sink": keep_sink}))
     assert_equal(render(pipeline, chunks=8, **prompts), theirs)
+
+
+@pytest.mark.parametrize("at", [6, 21], ids=["before the window is full", "after"])
+@pytest.mark.parametrize("keep_sink", [True, False])
+@pytest.mark.parametrize("window, sink", [(9, 0), (9, 3), (18, 0), (18, 3)])
+def test_a_recache_follows_the_window(weights, window, sink, keep_sink, at):
+    """In four layers: two hide a re-cache of too few frames."""
+    pipeline = stand_in.pipeline(stand_in.LongLive, deepened(weights), name=INTERACTIVE, window=window, sink=sink)
+    pipeline.global_sink = keep_sink
+    prompts = dict(text_prompts_list=[[1], [2]], switch_frame_indices=[at])
+    theirs = render(pipeline, chunks=9, **prompts)
+    changes = {"retention.window": window, "retention.sink": sink, "switch.keep_sink": keep_sink}
+    longlive.patch(pipeline, get_preset("longlive", changes))
+    assert_equal(render(pipeline, chunks=9, **prompts), theirs)
+
+
+def test_the_horizon_is_that_of_the_model(weights, forcing):
+    live = stand_in.pipeline(stand_in.LongLive, weights, window=12, sink=3)
+    assert longlive.patch(live, "flex").preset.position.train_len == 240
+    assert self_forcing.patch(forcing, "flex").preset.position.train_len == 21
+    longlive.unpatch(live)
+    assert longlive.patch(live, get_preset("flex", {"position.train_len": 21})).preset.position.train_len == 21
 
 
 SWITCHES = {

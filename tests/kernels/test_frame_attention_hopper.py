@@ -7,12 +7,26 @@ import pytest
 import torch
 from attention_inputs import declared, exact, make_inputs
 from gluon_player import ROOT, played
+from hopper_mutants import DEADLOCKS, MUTANTS, OTHERS, RACES
 
 from flexkern.kernels.attention.hopper import frame_attention_hopper
+from flexkern.kernels.attention.hopper_variants import BEST_ARGUED, SELECTED, VARIANTS, Variant, get_variant
+from flexkern.kernels.attention.portable import frame_attention
+from flexkern.kernels.attention.tiles import Config
 from flexkern.testing import assert_as_accurate
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="fragments are merged by Triton's interpreter")
-OWN = ("common", "attention.work", "attention.hopper_device")  # played like the kernel itself
+# played like the kernel itself
+OWN = ("common", "attention.work", "attention.hopper_ring", "attention.hopper_device")
+SHARED = ("attention.launch", "attention.hopper_variants")
+EVERY = [  # every combination of switches that a variant may have
+    Variant(signal=signal, one_arrive=one, ping_pong=turns, early_free=early, stages=stages)
+    for signal in ("mbarrier", "named")
+    for one in (False, True)
+    for turns in (False, True)
+    for early in ((False, True) if signal == "named" else (False,))
+    for stages in (2, 3)
+]
 SHAPES = {  # B, F, S, H, D, R, G
     "one token": (1, 1, 1, 1, 64, 1, 1),
     "a frame is a short tile of keys": (2, 2, 40, 2, 64, 3, 2),
@@ -24,10 +38,14 @@ SHAPES = {  # B, F, S, H, D, R, G
 }
 
 
-def play(inputs: dict, seed=0, edit=None, programs: int = 2, **options):
+def play(inputs: dict, seed=0, edit=None, programs: int = 2, variant=VARIANTS[SELECTED], **options):
     """The kernel's output and log-sum-exp; ``edit`` changes its sources first."""
-    kernels = played("attention.hopper", OWN, ("attention.launch",), seed, edit)
-    return kernels.frame_attention_hopper(**inputs, programs=programs, want_lse=True, **options)
+    kernels = played("attention.hopper", OWN, SHARED, seed, edit)
+    result = kernels.frame_attention_hopper(**inputs, programs=programs, want_lse=True, variant=variant, **options)
+    if variant.ping_pong:
+        for issued in kernels.player.issued:
+            assert issued == ["role 0", "role 1"] * (len(issued) // 2), "the warpgroups do not take turns"
+    return result
 
 
 def check(inputs: dict, **options) -> None:
@@ -78,82 +96,119 @@ def test_any_shape_in_any_order(seed):
     inputs = make_inputs(1, frames, tokens, heads, 64, read, 1, torch.bfloat16, bias=seed % 2 == 1)
     if seed % 2 and read > 1:
         hide(inputs, choose)
-    check(inputs, seed=seed, programs=choose.randint(1, 6), stages=choose.choice([2, 2, 3]))
+    check(inputs, seed=seed, programs=choose.randint(1, 6), variant=Variant(stages=choose.choice([2, 2, 3])))
+
+
+def name_of(variant: Variant) -> str:
+    return " ".join(
+        f"{key}={getattr(variant, key)}" for key in ("signal", "one_arrive", "ping_pong", "early_free", "stages")
+    )
+
+
+@cpu_only
+@pytest.mark.parametrize("variant", EVERY, ids=name_of)
+def test_every_variant_in_any_order(variant):
+    for seed in range(4):
+        choose = random.Random(seed)
+        torch.manual_seed(seed)
+        tokens = (300, 40, 256, 129)[seed]
+        inputs = make_inputs(1, choose.randint(1, 3), tokens, 2, 64, 3, 1, torch.bfloat16, bias=seed % 2 == 0)
+        if seed % 2 == 0:
+            hide(inputs, choose)
+        check(inputs, seed=seed, programs=choose.randint(1, 5), variant=variant)
 
 
 @cpu_only
 def test_the_order_does_not_change_a_bit():
     inputs = make_inputs(1, 2, 300, 2, 64, 3, 1, torch.bfloat16)
     (out, lse), *others = (play(inputs, seed, programs=5) for seed in range(4))
+    others += [play(inputs, programs=5, variant=variant) for variant in VARIANTS.values()]
     assert all(torch.equal(out, other[0]) and torch.equal(lse, other[1]) for other in others)
 
 
-SCORES_DONE = "    score = warpgroup_mma_wait(1, deps=(score,))\n"
-KEYS_FREE = "    mbarrier.arrive(ring.k.free.index((n + 1) % STAGES), count=1)\n"
-PRODUCT_DONE = "    acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))\n"
-LAST_DONE = "    acc = warpgroup_mma_wait(0, deps=(acc,))\n"
-VALUES_FREE = "    mbarrier.arrive(ring.v.free.index(n % STAGES), count=1)\n"
-MUTANTS = {  # name: what stands in the sources once, what stands there instead
-    "the fetching warp waits for the wrong use": ("(n // STAGES & 1) ^ 1)", "n // STAGES & 1)"),
-    "it never waits": ("    mbarrier.wait(buffers.free.index(n % STAGES), (n // STAGES & 1) ^ 1)\n", ""),
-    "it expects too few bytes": ("N * buffers.tiles.shape[2] * 2)", "N * buffers.tiles.shape[2])"),
-    "one warpgroup is enough to free a buffer": ("init(free.index(b), count=2)", "init(free.index(b), count=1)"),
-    "values are not waited for": ("    wait_full(ring.v, n, True, STAGES)\n    product", "    product"),
-    "keys are not waited for": ("    wait_full(ring.k, n + 2, more, STAGES)\n", ""),
-    "keys of the next item are waited for": ("ring.k, n + 2, more", "ring.k, n + 2, True"),
-    "keys are freed before they are read": (SCORES_DONE + KEYS_FREE, KEYS_FREE + SCORES_DONE),
-    "values are freed before they are read": (PRODUCT_DONE + VALUES_FREE, VALUES_FREE + PRODUCT_DONE),
-    "the product is used too early": ("warpgroup_mma_wait(0, deps=(product", "warpgroup_mma_wait(1, deps=(product"),
-    "the last values are never freed": (LAST_DONE + VALUES_FREE, LAST_DONE),
-    "keys and values lie in one ring": ("descriptors.v, ring.v", "descriptors.v, ring.k"),
-    "the query is not published": ("    fence_async_shared()  # wgmma", "    # wgmma"),
-    "the query is not turned again": ("        store_query(q, loaded", "        (q, loaded"),
-    "it is overwritten too early": (SCORES_DONE, "    q.tensor.fill_(0)\n" + SCORES_DONE),
-    "each half looks at its own frame": (
-        "query = QueryRows(rows_ptr, row, item, sizes, tables)",
-        "query = QueryRows(rows_ptr, row, item._replace(frame=row // S), sizes, tables)",
-    ),
-    "both halves store the same fragment": ("item.fragment * BLOCK_M + half * ROWS", "item.fragment * BLOCK_M"),
-    "hidden frames are fetched": ("key_frame + 1, item.end, HAS_BIAS)", "key_frame + 1, item.end, False)"),
-    "tokens past the frame's end count": ("    if KEYS < N:", "    if False:"),
-    "an accumulator is not rescaled": ("    acc *= gl.convert_layout(alpha, state)[:, None]\n", ""),
-    "the bias of the frame before": ("            bias = load_bias(bias_ptr, frame, read, following, HAS_BIAS)\n", ""),
-}  # fmt: skip
-FILES = [ROOT / "kernels" / f"{name.replace('.', '/')}.py" for name in (*OWN, "attention.hopper")]
+def test_variants_are_refused_by_name_and_by_sense():
+    assert SELECTED in VARIANTS and BEST_ARGUED in VARIANTS
+    with pytest.raises(
+        ValueError, match="no variant 'turn' of the Hopper kernel, did you mean 'turns': there is plain, "
+    ):
+        get_variant("turn")
+    tile = dict(block_m=128, block_n=128, num_warps=4, num_stages=2)
+    with pytest.raises(ValueError, match="no variant 'fast'"):
+        Config(**tile, path="hopper", variant="fast")
+    with pytest.raises(ValueError, match="'turns' is one of path 'hopper', got path 'triton'"):
+        Config(**tile, variant="turns")
+    with pytest.raises(ValueError, match="no variant 'fast'"):
+        frame_attention_hopper(**make_inputs(1, 1, 16, 1, 64, 1, 1, torch.bfloat16), variant="fast")
+    for switches, says in (
+        (dict(early_free=True), 'early_free needs signal "named"'),
+        (dict(signal="flag"), "got 'flag'"),
+        (dict(stages=1), "stages must be 2, 3 or 4, got 1"),
+        (dict(registers=248), "an SM has 65536 registers, got 256 x 248"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            Variant(**switches)
 
 
-def check_many(edit=None) -> None:
+def test_frame_attention_passes_the_variant_on(monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "flexkern.kernels.attention.hopper.frame_attention_hopper", lambda *_, **options: seen.update(options)
+    )
+    config = Config(block_m=128, block_n=128, num_warps=4, num_stages=2, path="hopper", variant=BEST_ARGUED)
+    frame_attention(**make_inputs(1, 1, 16, 1, 64, 1, 1, torch.bfloat16), config=config)
+    assert seen["variant"] == BEST_ARGUED
+
+
+SOURCES = [(ROOT / "kernels" / f"{name.replace('.', '/')}.py").read_text() for name in (*OWN[2:], "attention.hopper")]
+
+
+def check_many(edit=None, variant=VARIANTS[SELECTED]) -> None:
     choose = random.Random(1)
     for seed in range(12):
         inputs = make_inputs(1, 2, (300, 140, 40)[seed % 3], 1, 64, 4, 1, torch.bfloat16, bias=True)
         hide(inputs, choose)
-        check(inputs, seed=seed, edit=edit, programs=3)
+        check(inputs, seed=seed, edit=edit, programs=3, variant=variant)
 
 
 @cpu_only
-def test_without_a_mistake_nothing_is_noticed():
-    check_many()
+@pytest.mark.parametrize("variant", [*VARIANTS.values(), *OTHERS.values()], ids=[*VARIANTS, *OTHERS])
+def test_without_a_mistake_nothing_is_noticed(variant):
+    check_many(variant=variant)
 
 
 @cpu_only
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_is_noticed(name):
-    before, after = MUTANTS[name]
-    assert sum(path.read_text().count(before) for path in FILES) == 1, "a mutant changes one place of the sources"
-    with pytest.raises((AssertionError, RuntimeError)):
-        check_many(lambda source: source.replace(before, after))
+    variant, before, after = MUTANTS[name]
+    assert sum(source.count(before) for source in SOURCES) == 1, "a mutant changes one place of the sources"
+    with pytest.raises((AssertionError, RuntimeError)) as noticed:
+        check_many(lambda source: source.replace(before, after), (VARIANTS | OTHERS)[variant])
+    if name in DEADLOCKS:
+        assert "deadlock of role" in str(noticed.value)
+    if name in RACES:  # seen in the numbers alone: every role came to its end
+        assert "non-finite" in str(noticed.value) or "error" in str(noticed.value)
+
+
+def check_on_a_gpu(inputs: dict, variant: str) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    there = {name: x if x is None else x.cuda() for name, x in inputs.items()}
+    out, lse = frame_attention_hopper(**there, want_lse=True, variant=variant)
+    assert_as_accurate(out.cpu(), exact(inputs)[0], declared(**inputs), mean=1.3)
+    for _ in range(20):
+        again, lse_again = frame_attention_hopper(**there, want_lse=True, variant=variant)
+        assert torch.equal(out, again) and torch.equal(lse, lse_again)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [*SHAPES.values(), (1, 3, 1560, 12, 128, 6, 1), (1, 1, 880, 24, 128, 3, 24)], ids=str)
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_on_a_gpu(shape, has_bias):
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("needs compute capability 9.0")
-    inputs = make_inputs(*shape, torch.bfloat16, bias=has_bias)
-    there = {name: x if x is None else x.cuda() for name, x in inputs.items()}
-    out, lse = frame_attention_hopper(**there, want_lse=True)
-    assert_as_accurate(out.cpu(), exact(inputs)[0], declared(**inputs), mean=1.3)
-    for _ in range(20):
-        again, lse_again = frame_attention_hopper(**there, want_lse=True)
-        assert torch.equal(out, again) and torch.equal(lse, lse_again)
+    check_on_a_gpu(make_inputs(*shape, torch.bfloat16, bias=has_bias), SELECTED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != SELECTED])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_variants_on_a_gpu(variant, has_bias):
+    check_on_a_gpu(make_inputs(1, 3, 1560, 12, 128, 6, 1, torch.bfloat16, bias=has_bias), variant)

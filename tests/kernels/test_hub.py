@@ -30,6 +30,7 @@ def hub(tmp_path, monkeypatch):
         del sys.modules[loaded]
 
 
+@pytest.mark.triton(3, 4)
 def test_the_folder_runs_under_another_name(hub, device):
     x, weight = torch.randn(2, 5, 384, device=device), torch.randn(384, device=device)
     torch.testing.assert_close(hub.rms_norm(x, weight), reference.rms_norm(x, weight))
@@ -51,6 +52,7 @@ def test_the_folder_runs_under_another_name(hub, device):
     assert ours and all(home in Path(module.__file__).parents for module in ours)
 
 
+@pytest.mark.triton(3, 4)
 def test_a_launcher_is_a_function_whoever_loads_its_file_first(hub):
     for name, module in hub.LAUNCHERS.items():
         file = importlib.import_module(f"{hub.__name__}.{module}")  # before anyone asks for the launcher

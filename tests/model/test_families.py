@@ -111,7 +111,7 @@ def test_the_folder_of_wan_holds_everything(tmp_path):
     assert (parts.transformer, parts.vae) == (folder, folder / "Wan2.1_VAE.pth")
     assert parts.text_encoder == folder / "models_t5_umt5-xxl-enc-bf16.pth"
     assert find_part(folder, ("text encoder",)) == ("text encoder", parts.text_encoder)
-    assert {kind for kind, _ in holdings(folder)} == {"transformer", "VAE", "text encoder"}
+    assert {held.kind for held in holdings(folder)} == {"transformer", "VAE", "text encoder"}
 
 
 def test_what_cannot_be_found_is_said(tmp_path):
@@ -130,7 +130,7 @@ def test_what_cannot_be_found_is_said(tmp_path):
         find_parts(tmp_path / "nowhere")
     with pytest.raises(ValueError, match=r"lora.pt is not a VAE or tiny VAE: there is 1: lora.pt \(LoRA\)"):
         find_part(models / "lora.pt", ("VAE", "tiny VAE"))
-    with pytest.raises(FileNotFoundError, match="there is no VAE at"):
+    with pytest.raises(FileNotFoundError, match="no VAE at"):
         find_part(tmp_path / "nowhere", ("VAE",))
 
 

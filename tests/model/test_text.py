@@ -14,7 +14,11 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 tokenizers = pytest.importorskip("tokenizers", reason=REASON)
 pytest.importorskip("ftfy", reason=REASON)
 
+import layouts
+from state_dicts import scaled_float8
+
 from flexkern.model import load
+from flexkern.model.spiece import tokenizer_of
 from flexkern.model.text import (
     SavedEmbeddings,
     _sizes,
@@ -22,6 +26,7 @@ from flexkern.model.text import (
     clean_prompt,
     load_text_encoder,
     save_embeddings,
+    validate_text_encoder,
 )
 
 KEYS = json.loads((Path(__file__).parent.parent / "data" / "part_shapes.json").read_text())["t5"]
@@ -217,8 +222,8 @@ def test_what_is_missing_or_wrong_is_said(wan, state, tokenizer, tmp_path):
         load_text_encoder(broken(state | {"norm.weight": torch.ones(7)}))
     with pytest.raises(ValueError, match="is no UMT5 encoder: it lacks some of shared.weight"):
         load_text_encoder(broken({"patch_embedding.weight": torch.ones(2)}))
-    with pytest.raises(ValueError, match="norm.weight is torch.float8_e4m3fn; expected floating point, not quantised"):
-        load_text_encoder(broken(state | {"norm.weight": torch.ones(24).to(torch.float8_e4m3fn)}))
+    with pytest.raises(ValueError, match="norm.weight is torch.int32; expected floating point, not quantised"):
+        load_text_encoder(broken(state | {"norm.weight": torch.ones(24, dtype=torch.int32)}))
     with pytest.raises(ValueError, match="has 34 tokens, .* embeds 20"):
         load_text_encoder(broken(state | {"token_embedding.weight": torch.ones(20, 24)}))
 
@@ -227,7 +232,7 @@ def test_a_missing_tokenizer_is_named(state, wan, tmp_path):
     torch.save(state, tmp_path / FILE)
     with pytest.raises(FileNotFoundError, match="google/umt5-xxl, .*; pass its folder as tokenizer"):
         load_text_encoder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="no tokenizer .* in /nowhere; pass its folder"):
+    with pytest.raises(FileNotFoundError, match="no tokenizer at /nowhere"):
         load_text_encoder(tmp_path, tokenizer="/nowhere")
     load_text_encoder(tmp_path, tokenizer=wan / "google/umt5-xxl")
 
@@ -275,7 +280,7 @@ def test_other_files_and_inputs_are_refused(encoder, tmp_path):
     (tmp_path / "text.safetensors").write_text("nothing of the kind")
     with pytest.raises(ValueError, match="does not say which prompts it holds; expected a file of save_embeddings"):
         SavedEmbeddings(tmp_path / "other.safetensors")
-    with pytest.raises(ValueError, match="is not a readable safetensors file"):
+    with pytest.raises(ValueError, match="is a text of 19 bytes that begins 'nothing of the kind', not weights"):
         SavedEmbeddings(tmp_path / "text.safetensors")
     with pytest.raises(FileNotFoundError):
         SavedEmbeddings(tmp_path / "absent.safetensors")
@@ -284,3 +289,83 @@ def test_other_files_and_inputs_are_refused(encoder, tmp_path):
             encoder(wrong)
     with pytest.raises(ValueError, match="prompts must be a list of at least one text, got"):
         save_embeddings(tmp_path / "none.safetensors", encoder, [])
+
+
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+PIECES = [("<pad>", 0.0, CONTROL), ("</s>", 0.0, CONTROL), ("<unk>", 0.0, UNKNOWN)]
+PIECES += [(letter, -5.0, NORMAL) for letter in "▁" + string.ascii_lowercase + ".,"]
+PIECES += [("▁a", -2.0, NORMAL), ("▁red", -3.0, NORMAL)]
+
+
+def in_comfys_file(theirs, file, *, model=None, small=True):
+    """The encoder as ComfyUI publishes it: one file, float8 with scales, the tokenizer inside."""
+    state = {key: t.clone() for key, t in theirs.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    chosen = lambda key, tensor: small and ".SelfAttention." in key and tensor.dim() == 2 and "bias" not in key
+    stored, exact = scaled_float8(state, chosen)
+    stored["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    raw = layouts.sentencepiece_model(PIECES) if model is None else model
+    stored["spiece_model"] = torch.frombuffer(bytearray(raw), dtype=torch.uint8).clone()
+    save_file(stored, file)
+    return exact
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_comfys_file_has_scales_and_its_own_tokenizer(theirs, tokenizer, tmp_path, dtype):
+    file = tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    exact = in_comfys_file(theirs, file)
+    encoder = load_text_encoder(file, dtype=dtype)
+    state = encoder.module.state_dict()
+    assert validate_text_encoder(file) == 24 and all(torch.equal(state[key], t.to(dtype)) for key, t in exact.items())
+    for prompt in [*PROMPTS, "red  red, aa.", "q7 \u732b"]:
+        ids = encoder.tokenizer(clean_prompt(prompt))["input_ids"]
+        assert ids == tokenizer(clean_prompt(prompt))["input_ids"] and ids[-1] == 1
+    whole = tmp_path / "whole.safetensors"
+    save_file(exact, whole)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    whole_one = load_text_encoder(whole, dtype=dtype)
+    torch.testing.assert_close(encoder(PROMPTS), whole_one(PROMPTS), rtol=0, atol=1e-5)
+
+
+def test_plain_float8_is_read(theirs, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    state = {key: t.clone() for key, t in theirs.state_dict().items() if key != "encoder.embed_tokens.weight"}
+    small = {key: t.to(torch.float8_e4m3fn) if t.dim() == 2 else t for key, t in state.items()}
+    save_file(small, tmp_path / "small.safetensors")
+    encoder = load_text_encoder(tmp_path / "small.safetensors", dtype=torch.float32)
+    loaded = encoder.module.state_dict()
+    assert all(torch.equal(loaded[key], tensor.float()) for key, tensor in small.items())
+    assert encoder(PROMPTS).isfinite().all() and encoder(PROMPTS).dtype == torch.float32
+
+
+def test_a_named_tokenizer_wins_over_the_one_inside(theirs, tokenizer, tmp_path):
+    in_comfys_file(theirs, tmp_path / "e.safetensors", model=b"no model")
+    for way in (load_text_encoder, validate_text_encoder):
+        with pytest.raises(ValueError, match="spiece_model is no SentencePiece model"):
+            way(tmp_path / "e.safetensors")
+    tokenizer.save_pretrained(tmp_path / "words")
+    assert load_text_encoder(tmp_path / "e.safetensors", tokenizer=tmp_path / "words")(PROMPTS).shape == (3, 512, 24)
+    load_text_encoder(tmp_path / "e.safetensors", tokenizer=tmp_path / "words/tokenizer.json")
+
+
+def test_pieces_of_bytes_spell_what_has_no_other_piece():
+    pieces = [*PIECES, *((f"<0x{byte:02X}>", 0.0, BYTE) for byte in range(256))]
+    words = tokenizer_of(layouts.sentencepiece_model(pieces), transformers)
+    spelled = [len(PIECES) + byte for byte in "\u732b".encode()]
+    assert words("a \u732b")["input_ids"] == [PIECES.index(("▁a", -2.0, NORMAL)), 3, *spelled, 1]
+    assert words.pad_token_id == 0 and len(words) == len(pieces)
+
+
+@pytest.mark.parametrize("wrapped", ["module.", "module.model."])
+def test_names_of_wrappers_are_removed(theirs, tokenizer, tmp_path, wrapped, expected):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    state = {f"{wrapped}{key}": tensor for key, tensor in theirs.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "e.ckpt")
+    got = load_text_encoder(tmp_path / "e.ckpt", dtype=torch.float32)(PROMPTS)
+    assert (got - expected).abs().max() < 1e-5
+
+
+def test_weights_that_are_not_finite_are_refused(state, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    torch.save(state | {"norm.weight": torch.full((24,), float("nan"))}, tmp_path / FILE)
+    with pytest.raises(ValueError, match="encoder.final_layer_norm.weight .float32. holds 24 of 24 values not finite"):
+        load_text_encoder(tmp_path)

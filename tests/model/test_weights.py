@@ -2,9 +2,11 @@
 
 import json
 import os
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,7 +23,7 @@ from state_dicts import (
     to_diffusers,
 )
 
-from flexkern.model import weights
+from flexkern.model import names, weights
 from flexkern.model.wan import CONFIGS, CausalWan
 from flexkern.model.weights import load_transformer, read_state_dict
 
@@ -38,6 +40,15 @@ def tiny():
 def save_as(name, save=torch.save):
     """A writer of a dictionary made from the state to a file of that name."""
     return lambda build: lambda state, folder: (save(build(state), folder / name), folder / name)[1]
+
+
+def linked(state, folder):
+    """A link whose name tells nothing to a file that cannot be written to."""
+    file = folder / "with spaces (1).safetensors"
+    save_file(state, file)
+    file.chmod(0o444)
+    (folder / "a link").symlink_to(file.name)
+    return folder / "a link"
 
 
 pt, st = save_as("any name.pt"), save_as("any name.safetensors", save_file)
@@ -62,6 +73,30 @@ CONTAINERS = {
     "comfy, short": st(lambda s: prefixed(s, "diffusion_model.")),
     "compiled and checkpointed": save_as("x.pth")(lambda s: prefixed(s, "_orig_mod.", "_checkpoint_wrapped_module.")),
     "old torch format": old_format(dict),
+    "DDP": pt(lambda s: {"model": prefixed(s, "module.model.")}),
+    "DDP, compiled, flat": save_as("x.bin")(lambda s: prefixed(s, "module._orig_mod.")),
+    "lightning": save_as("epoch=3.ckpt")(lambda s: {"state_dict": prefixed(s, "model."), "epoch": 3, "loops": {}}),
+    "lightning, several": pt(
+        lambda s: {"state_dict": prefixed(s, "generator.model.") | prefixed(scrambled(s), "critic."), "callbacks": {}}
+    ),
+    "lightning, averaged": pt(lambda s: {"state_dict": prefixed(scrambled(s), "model.") | prefixed(s, "ema_model.")}),
+    "deepspeed": pt(lambda s: {"module": s, "optimizer": None, "global_steps": 7}),
+    "averaged": pt(lambda s: {"model": scrambled(s), "ema": s, "opt": {"state": {0: {"step": torch.ones(1)}}}}),
+    "averaged, two deep": pt(lambda s: {"net": scrambled(s), "ema": {"decay": 0.99, "shadow": prefixed(s, "module.")}}),
+    "torch's AveragedModel": pt(lambda s: {"n_averaged": torch.tensor(5)} | prefixed(s, "module.")),
+    "ema_pytorch": pt(
+        lambda s: prefixed(s, "ema_model.") | prefixed(scrambled(s), "online_model.") | {"step": torch.tensor([3])}
+    ),
+    "numbers of NumPy": pt(
+        lambda s: {"generator": s, "step": np.int64(5), "loss": np.float32(0.1), "state": np.random.get_state()[1]}
+    ),
+    "old numbers of NumPy": old_format(lambda s: {"generator": s, "loss": np.float64(0.1)}),
+    "arguments of the run": pt(lambda s: {"model": s, "args": Namespace(lr=0.1, out=Path("x"), names=["a"])}),
+    "upper case": save_as("WEIGHTS.SAFETENSORS", save_file)(dict),
+    "no suffix": save_as("9f8e7d", save_file)(dict),
+    "safetensors in a .pt": save_as("a.pt", save_file)(dict),
+    "zip in a .safetensors": save_as("a.safetensors")(dict),
+    "spaces, a link, read only": lambda s, p: linked(s, p),
     "bare": save_as("bare.bin")(dict),
 }
 
@@ -102,11 +137,13 @@ def test_ema_is_chosen_refused_or_insisted_on(tiny, tmp_path):
         assert torch.equal(read_state_dict(both, ema=ema).tensors[key], expected)
     assert torch.equal(read_state_dict(raw).tensors[key], tiny[key])
     assert "generator_ema" in read_state_dict(only, ema=True).container
-    with pytest.raises(ValueError, match=r"raw.pt does not hold generator_ema; it holds generator, critic"):
+    with pytest.raises(ValueError, match=r"raw.pt does not hold generator_ema \| .*; it holds generator, critic"):
         read_state_dict(raw, ema=True)
-    with pytest.raises(ValueError, match=r"does not hold generator \| model \| flat tensors; it holds generator_ema"):
+    with pytest.raises(
+        ValueError, match=r"does not hold generator \| model \| .* \| flat tensors; it holds generator_ema"
+    ):
         load_transformer(only, ema=False)
-    with pytest.raises(ValueError, match="tiny_wan.safetensors does not hold generator_ema; it holds flat"):
+    with pytest.raises(ValueError, match=r"tiny_wan.safetensors does not hold generator_ema \| .*; it holds flat"):
         read_state_dict(FILE, ema=True)
     assert read_state_dict(FILE, ema=False).tensors.keys() == tiny.keys()
 
@@ -142,7 +179,7 @@ def test_full_size_keys_and_shapes(size, tensors, parameters):
     assert {key: list(tensor.shape) for key, tensor in state.items()} == expected
     assert len(state) == tensors and sum(tensor.numel() for tensor in state.values()) == parameters
     assert weights._config(state, {}, Path("x")) == CONFIGS[size]
-    assert [weights._original_name(name) for name in to_diffusers(state)] == list(state)
+    assert [names.original_name(name) for name in to_diffusers(state)] == list(state)
 
 
 def save_adapter(pairs, folder, **config):
@@ -204,10 +241,12 @@ def test_lora_errors(tiny, tmp_path):
     wrong = {"blocks.0.ffn.0": (a, b), "blocks.1.ffn.0": (a[:3], torch.ones(512, 4))}
     load(peft(wrong), match=r"wrongly shaped 2: blocks.0.ffn.0.weight \[512, 256\] from \[256, 4\] @ \[4, 256\], blo")
     load({"blocks.0.ffn.0.lora_A.weight": a}, match="1: half of blocks.0.ffn.0.weight")
-    load(peft({"blocks.0.self_attn.q": (a, b)}) | {"blocks.0.self_attn.q.dora_scale": a}, match="1: .*dora_scale")
     doubled = peft({"blocks.0.self_attn.q": (a, b)}) | peft({"blocks.0.self_attn.q": (a, b)}, prefix="model.")
     load(doubled, match="down of blocks.0.self_attn.q.weight twice, the second time as model.blocks")
-    load({"critic_lora": peft({"x": (a, b)})}, match=r"generator_lora \| flat tensors; it holds critic_lora")
+    load(
+        {"critic_lora": peft({"x": (a, b)})},
+        match=r"generator_lora \| state_dict \| model \| flat tensors; it holds critic_lora",
+    )
     folder = save_adapter({"blocks.0.self_attn.q": (a, b)}, tmp_path / "adapter", use_rslora=True)
     with pytest.raises(NotImplementedError, match="use_rslora"):
         load_transformer(FILE, lora=folder)
@@ -265,20 +304,24 @@ def test_unreadable_files(tmp_path):
         assert name in str(caught.value)
 
     good = FILE.read_bytes()
-    fails("cut.safetensors", good[:1000], "not a readable safetensors")
-    fails("cut_late.safetensors", good[:-1000], "not a readable safetensors")
-    fails("empty.safetensors", b"", "not a readable safetensors")
+    fails("cut.safetensors", good[:1000], "is cut off within its header: at least 5,360 bytes are missing")
+    fails("cut_late.safetensors", good[:-1000], f"is cut off: 1,000 of {len(good):,} bytes are missing; download it")
+    fails("empty.safetensors", b"", "is empty")
     Unwelcome.folder = str(tmp_path / "made")
     fails("object.pt", {"generator": Unwelcome()}, r"tensors alone \(GLOBAL posix.mkdir\); save")
     assert not (tmp_path / "made").exists()
-    for name, content in {"noise.pt": b"not a pickle", "empty.pt": b"", "zip.pt": b"PK\3\4" + bytes(40)}.items():
-        fails(name, content, "cannot be read as tensors alone")
+    fails("noise.pt", b"not a pickle", "is a text of 12 bytes that begins 'not a pickle', not weights")
+    fails("empty.pt", b"", "is empty")
+    fails("zip.pt", b"PK\3\4" + bytes(40), "is cut off: its end is missing")
+    fails("old.pt", b"\x80\x02garbage", "cannot be read as tensors alone")
+    fails("bytes.pt", bytes(range(64)), "neither a safetensors file nor torch's: it begins with the bytes 00 01 02 03")
     torch.save({"generator": {"a": torch.ones(1000)}}, tmp_path / "whole.pt")
-    fails("cut.pt", (tmp_path / "whole.pt").read_bytes()[:-100], "cannot be read as tensors alone")
+    whole = (tmp_path / "whole.pt").read_bytes()
+    fails("cut.pt", whole[:2000], "is cut off: at least 2,000 bytes are missing")
+    fails("cut_late.pt", whole[:-100], "is cut off: its end is missing")
     fails("list.pt", [torch.ones(2)], "expected a dictionary of tensors, got list")
     fails("hollow.pt", {"step": 3}, "it holds no tensors")
     fails("other.pt", {"state": {"a": torch.ones(2)}}, "it holds state")
-    fails("weights.gguf", b"GGUF", "expected .safetensors, .pt, .pth, .bin, .ckpt, got '.gguf'")
     fails("twice.pt", {"model.a": torch.ones(2), "a": torch.ones(2)}, "holds a twice, the second time as a")
     fails("int.pt", {"a": torch.ones(2, dtype=torch.int8)}, "a is torch.int8; expected floating point")
 

@@ -301,7 +301,7 @@ def test_angles_are_reduced_float64():
         ),
         (dict(mode=3), TypeError, "PositionPolicy.mode must be 'none'.*got 3"),
         (dict(train_len=0), ValueError, "train_len must be at least 1 latent frame, got 0"),
-        (dict(train_len=21.0), TypeError, "PositionPolicy.train_len must be an int, got 21.0"),
+        (dict(train_len=21.0), TypeError, "PositionPolicy.train_len must be an int or None, got 21.0"),
         (dict(alpha=1.0), ValueError, "alpha must be below beta, got alpha = 1.0 and beta = 1.0"),
         (dict(alpha=-0.1), ValueError, "alpha must be >= 0 and beta > 0, got -0.1 and 1.0"),
         (dict(alpha=float("nan")), TypeError, "PositionPolicy.alpha must be a finite number or None, got nan"),

@@ -17,31 +17,32 @@ def test_names():
 @pytest.mark.parametrize(
     "name, mode, index, train_len, sink, window, noise, switch",
     [
-        ("self-forcing", "none", "absolute", 21, 0, 21, "iid", ("keep", 12)),
+        ("self-forcing", "none", "absolute", 21, 0, 21, "iid", ("keep", None)),
         ("longlive", "none", "absolute", 240, 3, 12, "iid", ("recache", 12)),
         ("longlive-infinite", "none", "slot", 240, 3, 12, "iid", ("recache", 12)),
         ("infinity-rope", "none", "slot", 21, 1, 6, "iid", ("flush", 2)),
-        ("lol", "jitter", "absolute", 240, 3, 12, "iid", ("keep", 12)),
-        ("riflex", "riflex", "absolute", 21, 0, 21, "iid", ("keep", 12)),
-        ("pi", "pi", "absolute", 21, 3, 21, "iid", ("keep", 12)),
-        ("ntk", "ntk", "absolute", 21, 3, 21, "iid", ("keep", 12)),
-        ("yarn", "yarn", "absolute", 21, 3, 21, "iid", ("keep", 12)),
-        ("flex", "by_parts", "absolute", 21, 3, 21, "ar1", ("keep", 12)),
+        ("lol", "jitter", "absolute", 240, 3, 12, "iid", ("keep", None)),
+        ("riflex", "riflex", "absolute", 21, 0, 21, "iid", ("keep", None)),
+        ("pi", "pi", "absolute", 21, 3, 21, "iid", ("keep", None)),
+        ("ntk", "ntk", "absolute", 21, 3, 21, "iid", ("keep", None)),
+        ("yarn", "yarn", "absolute", 21, 3, 21, "iid", ("keep", None)),
+        ("flex", "by_parts", "absolute", 21, 3, 21, "ar1", ("keep", None)),
     ],
 )
 def test_the_family(name, mode, index, train_len, sink, window, noise, switch):
     it = get_preset(name)
-    assert (it.position.mode, it.position.index, it.position.train_len) == (mode, index, train_len)
+    assert (it.position.mode, it.position.index, it.position.horizon) == (mode, index, train_len)
     assert it.retention == SinkWindow(sink=sink, window=window)
     assert it.noise.kind == noise
-    assert (it.switch.kind, it.switch.recent, it.switch.keep_sink) == (*switch, True)
+    used = it.resolve().switch
+    assert (used.kind, used.recent, used.keep_sink) == (*switch, True)
 
 
 def test_values_behind_the_names():
     assert PRESETS["flex"].noise == NoisePolicy(kind="ar1", rho=-0.7, scope="sequence", apply="initial")
     assert PRESETS["flex"].position.thresholds == (0.25, 1.0) and PRESETS["flex"].position.temperature == 0
     assert PRESETS["yarn"].position.thresholds == (1.0, 32.0) and PRESETS["yarn"].position.temperature == 0.1
-    assert PRESETS["infinity-rope"].position.cut_position == 45
+    assert PRESETS["infinity-rope"].resolve().position.cut_position == 45
     assert PRESETS["lol"].position.jitter_sigma == 0.8
 
 
@@ -97,11 +98,74 @@ def test_every_method_runs_chunk_by_chunk():
 
 def test_a_description_tells_presets_apart():
     described = PRESETS["flex"].describe()
-    assert described["position.alpha"] is None and described["loop.kind"] == "chunk"
+    assert described["position.beta"] == 1.0 and described["loop.kind"] == "chunk"
     overridable = {f"{part}.{field.name}" for part in POLICIES for field in fields(getattr(PRESETS["flex"], part))}
     assert described.keys() == {"name", "loop.kind"} | overridable
     changed = get_preset("flex", {"noise.stride": 8}).describe()
     assert {name for name in described if described[name] != changed[name]} == {"noise.stride"}
+
+
+USED = {  # what None stands for, in a preset with these overrides
+    "longlive": {"switch.recent": 12, "position.train_len": 240, "position.alpha": None, "position.cut_position": None},
+    "longlive retention.window=18": {"switch.recent": 18},
+    "longlive retention.window=18 switch.recent=7": {"switch.recent": 7},
+    "longlive switch.kind=flush": {"switch.recent": 2},
+    "longlive switch.kind=keep": {"switch.recent": None},
+    "infinity-rope": {"switch.recent": 2, "position.cut_position": 45, "position.train_len": 21},
+    "infinity-rope retention.window=9": {"switch.recent": 2, "position.cut_position": 45},
+    "infinity-rope switch.kind=recache": {"switch.recent": 6},
+    "infinity-rope retention.window=60": {"position.cut_position": 120},
+    "infinity-rope retention.window=60 position.cut_position=45": {"position.cut_position": 45},
+    "flex": {"position.alpha": 0.25, "position.beta": 1.0, "position.logit_temp": 0.0, "noise.window": None},
+    "flex position.mode=yarn": {"position.alpha": 1.0, "position.beta": 32.0, "position.logit_temp": 0.1},
+    "flex position.mode=hard": {"position.alpha": None, "position.beta": 1.0},
+    "flex noise.kind=alternating": {"noise.weight": 0.7},
+    "flex noise.kind=freenoise": {"noise.window": 21, "noise.stride": 3, "noise.weight": None},
+    "flex noise.kind=freenoise position.train_len=240": {"noise.window": 240, "noise.stride": 4},
+    "flex noise.kind=freenoise noise.window=10": {"noise.window": 10, "noise.stride": 2},
+    "flex noise.kind=freenoise noise.stride=8": {"noise.window": 16, "noise.stride": 8},
+    "flex noise.kind=freenoise noise.stride=30": {"noise.window": 30, "noise.stride": 30},
+}
+
+
+def read_preset(words):
+    name, *given = words.split()
+    pairs = (word.split("=") for word in given)
+    return get_preset(name, {field: int(value) if value.isdigit() else value for field, value in pairs})
+
+
+@pytest.mark.parametrize("words", USED)
+def test_fields_that_follow_others(words):
+    it = read_preset(words)
+    assert it.resolve().resolve() == it.resolve()
+    described = it.describe()
+    assert {name: described[name] for name in USED[words]} == USED[words]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_field_that_follows_keeps_following(name):
+    """Overrides in two calls are those of one: nothing is settled before it is used."""
+    step = get_preset(get_preset(name, {"retention.window": 18}), {"switch.kind": "recache"})
+    assert step.resolve().switch.recent == 18
+    assert get_preset(step, {"retention.window": 9}).resolve().switch.recent == 9
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_values_in_use_compute_what_the_preset_does(name):
+    it = get_preset(name, {"noise.kind": "freenoise"})
+    options = dict(query=[39, 40, 41], visible=[0, 38, 39, 40, 41], bands=22, heads=2, cut=it.position.index == "slot")
+    given, used = (preset.position.phases(**options) for preset in (it, it.resolve()))
+    for field in ("query", "key", "logit_scale"):
+        assert np.array_equal(getattr(given, field), getattr(used, field))
+    if it.position.horizon == 21:
+        draws = [preset.noise.source(0, shape=(2,)).initial(range(90)) for preset in (it, it.resolve())]
+        assert np.array_equal(*draws)
+
+
+def test_a_model_tells_its_horizon_where_the_preset_does_not():
+    assert get_preset("flex").for_horizon(240).resolve().position.train_len == 240
+    assert get_preset("flex", {"position.train_len": 30}).for_horizon(240).position.train_len == 30
+    assert get_preset("flex").resolve().position.train_len == 21
 
 
 @pytest.mark.parametrize(
@@ -124,6 +188,8 @@ def test_a_description_tells_presets_apart():
         ("flex", {"switch.keep_sink": 1}, "SwitchPolicy.keep_sink must be a bool, got 1"),
         ("flex", {"switch.kind": "recach"}, "SwitchPolicy.kind must be 'keep' .* got 'recach'; did you mean 'recache'"),
         ("flex", {"switch.recent": 0}, "recent must be at least 1 frame, got 0"),
+        ("longlive", {"switch.recent": 13}, "recent must be at most the 12 frames of the window, got 13 for 'recache'"),
+        ("longlive", {"position.train_len": 0}, "train_len must be at least 1 latent frame, got 0"),
         ("flex", {"retention.sink": 21}, "window must exceed the sink of 21 frames, got 21"),
     ],
 )

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from flexkern.render import PromptSwitch, VideoWriter, read_script, render, validate_switches
+from flexkern.finite import NotFiniteError
+from flexkern.render import PromptSwitch, VideoWriter, render, validate_switches
 from flexkern.render.writer import SAME_EVERYWHERE, uninterrupted
 
 SIDE = 64
@@ -106,7 +107,7 @@ def test_pictures_reach_the_file_as_they_are_written(tmp_path):
         counts = []
         for start in range(0, 160, 40):
             writer.write(moving(160)[start : start + 40])
-            counts.append(len(decoded(tmp_path / "v.mp4")) if start else 0)
+            counts.append(len(decoded(tmp_path / "v.unfinished.mp4")) if start else 0)
     assert all(40 * (k + 1) - LOST <= count for k, count in enumerate(counts)) and counts[-1] < 160
     assert len(decoded(tmp_path / "v.mp4")) == 160
 
@@ -116,7 +117,7 @@ def test_a_killed_process_leaves_what_was_finished(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "v.mp4"), str(tmp_path / "pixels.npy")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    left = decoded(tmp_path / "v.mp4")
+    left = decoded(tmp_path / "v.unfinished.mp4")
     assert 120 - LOST <= len(left) < 120 and close_enough(left, moving(120)[: len(left)])
 
 
@@ -176,7 +177,9 @@ def test_a_folder_without_permission_is_refused(tmp_path, monkeypatch):
         VideoWriter(tmp_path / "v.mp4", SIDE, SIDE)
 
 
-@pytest.mark.parametrize("pixels", [moving(2)[..., :2], moving(2)[:, 1:], moving(2)[0], moving(2).astype(np.float32)])
+@pytest.mark.parametrize(
+    "pixels", [moving(2)[..., :2], moving(2)[:, 1:], moving(2)[None], moving(2).astype(np.float32)]
+)
 def test_wrong_pixels_are_refused(tmp_path, pixels):
     with VideoWriter(tmp_path / "v.mp4", SIDE, SIDE) as writer, pytest.raises(ValueError, match="pixels must be uint8"):
         writer.write(pixels)
@@ -185,8 +188,8 @@ def test_wrong_pixels_are_refused(tmp_path, pixels):
 class FakeSession:
     """Chunks of three pictures; remembers what was asked of it, and how many chunks were alive at once."""
 
-    def __init__(self, pictures=60, interrupt=None):
-        self.pixels, self.interrupt = torch.from_numpy(moving(pictures)), interrupt
+    def __init__(self, pictures=60, interrupt=None, spoilt=None):
+        self.pixels, self.interrupt, self.spoilt = torch.from_numpy(moving(pictures)), interrupt, spoilt
         self.chunks, self.asked, self.most = 0, [], 0
         self.alive = weakref.WeakSet()
         self.engine = SimpleNamespace(encode=lambda prompt: self.asked.append(prompt))
@@ -194,6 +197,10 @@ class FakeSession:
 
     def switch(self, prompt):
         self.asked.append((self.chunks, prompt))
+
+    def validate_chunks(self):
+        if self.chunks - 1 == self.spoilt:
+            raise NotFiniteError("the latents of a chunk", torch.float16)
 
     def cut(self):
         self.asked.append((self.chunks, "cut"))
@@ -225,6 +232,13 @@ def test_ctrl_c_keeps_what_was_finished(tmp_path, capsys):
     assert len(decoded(tmp_path / "v.mp4")) == 12 and not capsys.readouterr().err
 
 
+def test_a_chunk_that_is_not_finite_is_not_written(tmp_path):
+    writer = VideoWriter(tmp_path / "v.mp4", SIDE, SIDE)
+    with pytest.raises(NotFiniteError), writer:
+        render(FakeSession(spoilt=4), writer, pictures=50, progress=False)
+    assert len(decoded(tmp_path / "v.mp4")) == writer.pictures == 12
+
+
 def test_switches_wait_for_the_next_chunk(tmp_path):
     """Chunks begin at pictures 0, 3, 6 ..., so at 16 pictures per second 0.375 s is the first picture of chunk 2."""
     times = {0.375: "on time", 0.4: "late", 1.0: "skipped", 1.01: "with a cut", 9.0: "never"}
@@ -242,47 +256,3 @@ def test_validate_switches_encodes_every_prompt_and_knows_what_can_cut():
     session.preset.position.index = "slot"
     validate_switches(session, switches)
     assert session.asked == ["a", "b"] * 2
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["- {at: 0, prompt: one}\n- {at: 2.5, prompt: two, cut: true}", "[{prompt: one, at: 0.0}, {at: 2.5, prompt: two}]"]
-    + ["0: one\n2.5: two"],
-)
-def test_scripts_have_two_forms(tmp_path, text):
-    (tmp_path / "s.yaml").write_text(text)
-    one, two = read_script(tmp_path / "s.yaml")
-    assert (one.at, one.prompt, one.cut) == (0, "one", False)
-    assert (two.at, two.prompt, two.cut) == (2.5, "two", "cut" in text)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("0: [", "s.yaml is not YAML: .*, line 1$"),
-        (b"\xff\xfe\x00", "s.yaml is not YAML"),
-        ("", "expected a list .* got nothing"),
-        ("just text", "expected a list .* got str"),
-        ("1: late", "the first prompt must be at 0 seconds, got 1"),
-        ("{0: a, 5: b, 4: c}", "times must ascend, got 4 after 5"),
-        ("[{at: 0, prompt: a}, {at: 0, prompt: b}]", "times must ascend"),
-        ("[{at: 0, prompt: a, cut: true}]", "the first prompt cannot cut"),
-        ("[{at: 0, text: a}]", "entry 1: expected {at: seconds, prompt: text}"),
-        ("[{at: 0, prompt: a, blend: 3}]", "entry 1: expected"),
-        ("[a, b]", "entry 1: expected"),
-        ("{0: a, soon: b}", "entry 2: PromptSwitch.at must be a finite number, got 'soon'"),
-        ("{0: a, .inf: b}", "entry 2: PromptSwitch.at must be a finite number, got inf"),
-        ("{-1: a}", "entry 1: at must be a number of seconds >= 0, got -1"),
-        ("{0: 7}", "entry 1: PromptSwitch.prompt must be a str, got 7"),
-        ("[{at: 0, prompt: a}, {at: 1, prompt: b, cut: 1}]", "entry 2: PromptSwitch.cut must be a bool, got 1"),
-    ],
-)
-def test_wrong_scripts_are_refused(tmp_path, text, words):
-    (tmp_path / "s.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(ValueError, match=words):
-        read_script(tmp_path / "s.yaml")
-
-
-def test_a_missing_script_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no prompt file"):
-        read_script(tmp_path / "s.yaml")

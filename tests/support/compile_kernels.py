@@ -2,7 +2,8 @@
 
     python tests/support/compile_kernels.py [--write] [--json FILE] [--only TEXT]
 
---write replaces tests/data/compile.csv, the committed table of loop lengths that kernels/test_compile.py compares with.
+--write replaces the committed table of loop lengths that kernels/test_compile.py and this script compare with:
+tests/data/compile.csv for the Triton of CI, compile-VERSION.csv beside it for another (make compile TRITON=VERSION).
 Needs torch and Triton (3.6 to 3.8) and nothing else. A new kernel is one entry in MODULES and one in LAUNCH, and its
 cases in SHIPPED.
 """
@@ -16,6 +17,7 @@ import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
@@ -27,11 +29,13 @@ import torch
 from offline import MATRIX, compile_launch
 
 ROOT = Path(__file__).parent.parent.parent
-TABLE = Path(__file__).parent.parent / "data" / "compile.csv"
+IN_CI = "3.7.1"  # the Triton of .ci/constraints.txt
+TABLE = ROOT / "tests/data" / ("compile.csv" if version("triton") == IN_CI else f"compile-{version('triton')}.csv")
 ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may ask for
 # functions that must use the matrix units
 MULTIPLIES = ("_frame_attention", "_frame_attention_hopper")
+OUR_BARRIERS = 6  # the first named barrier that hopper_ring.py takes
 COLUMNS = ("function", "triton", "num_warps", "registers", "stack", "spill_stores", "spill_loads", "shared")
 PROGRAMS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}  # multiprocessors of A100, 4090, H200, B200, 5090
 FRAMES, READ, TOKENS, HEADS = 3, 12, 1560, 12  # Wan 2.1 1.3B at 480p: a chunk of three frames reads twelve
@@ -74,6 +78,18 @@ def gates(case: Case) -> tuple[torch.Tensor, ...]:
     return empty(case, 1, FRAMES, 6, HEADS * case.head_dim).unbind(2)
 
 
+def load_file(name: str) -> ModuleType:
+    """A file of kernels/ that imports nothing but the standard library."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / "kernels" / name)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# loops of the Hopper kernel that wait for a measurement
+PENDING = [name for name in load_file("attention/hopper_variants.py").VARIANTS if name != "plain"]
+
+
 def frame_attention(launcher, case: Case) -> None:
     frames = 1 if case.variant == "one frame" else FRAMES
     groups = HEADS if case.variant == "turn by head" else 1
@@ -82,6 +98,7 @@ def frame_attention(launcher, case: Case) -> None:
     launcher(
         query, pages(case), pages(case), torch.empty(READ, dtype=torch.int32), turn(case, frames, READ, groups),
         torch.empty(frames), bias, want_lse=case.variant == "lse",
+        **({"variant": case.variant} if case.variant in PENDING else {}),
     )  # fmt: skip
 
 
@@ -125,7 +142,7 @@ SHIPPED = [
     *(Case(kernel="frame_attention", arch=90, variant=v) for v in ("bias", "lse", "one frame", "turn by head")),
     Case(kernel="frame_attention_hopper", arch=90, dtype="float16"),
     Case(kernel="frame_attention_hopper", arch=90, head_dim=64),
-    *(Case(kernel="frame_attention_hopper", arch=90, variant=v) for v in ("bias", "lse", "one frame")),
+    *(Case(kernel="frame_attention_hopper", arch=90, variant=v) for v in ("bias", "lse", "one frame", *PENDING)),
     Case(kernel="norm_rope_write", arch=90, dtype="float32"),
     Case(kernel="norm_rope_write", arch=90, variant="recache"),
     Case(kernel="norm_rope_write", arch=90, head_dim=64),
@@ -188,9 +205,16 @@ def objections(case: Case, fact: dict, lengths: str | None = None) -> list[str]:
     if fact["function"] == "_frame_attention_hopper":  # what it is written for
         bare = [loop["MUFU.EX2"] - loop["covered"] for loop in loops]
         wrong += [f"{number} exponentials in a loop with no product under way" for number in bare if number]
+        wrong += [f"Triton takes named barrier {number}" for number in taken_barriers(fact) if number >= OUR_BARRIERS]
     if lengths is not None and not same_length(lengths, loop_lengths(fact)):
         wrong.append(f"loops of {loop_lengths(fact)} instructions, {lengths} in {TABLE.name}")
     return wrong
+
+
+def taken_barriers(fact: dict) -> list[int]:
+    """Numbers of named barriers that Triton takes for itself: where 256 or 288 threads meet, it is one of ours."""
+    found = [meeting.split(", ") for meeting in fact.get("meetings", ())]
+    return sorted({int(number, 16) for number, *threads in found if threads not in (["0x100"], ["0x120"])})
 
 
 def loop_lengths(fact: dict) -> str:
@@ -212,11 +236,12 @@ def row_of(case: Case, fact: dict) -> dict[str, object]:
         "loops": loop_lengths(fact),
         "matrix": " ".join(f"{number} {name}" for name, number in matrix.items()),
         "exponentials": loop.get("MUFU.EX2", 0),
+        "barriers": loop.get("BAR.SYNC", 0),
     }
 
 
 def committed() -> dict[tuple[str, str], dict[str, str]]:
-    """The rows of tests/data/compile.csv by case and function; empty before it is first written."""
+    """The rows of this Triton's table by case and function; empty before it is first written."""
     if not TABLE.exists():
         return {}
     with TABLE.open(newline="") as file:
@@ -246,7 +271,7 @@ def show(case: Case, fact: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"replace {TABLE.name}")
+    parser.add_argument("--write", action="store_true", help=f"replace the rows of these cases in {TABLE.name}")
     parser.add_argument("--json", type=Path, help="write every fact to this file")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -264,11 +289,12 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps(facts))
     if args.write and not any("error" in fact for found in facts.values() for fact in found):
-        rows = [row_of(case, fact) for case in cases for fact in facts[str(case)]]
+        rows = {(str(case), fact["function"]): row_of(case, fact) for case in cases for fact in facts[str(case)]}
+        shipped = {str(case) for case in SHIPPED}
         with TABLE.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer = csv.DictWriter(file, next(iter(rows.values())), lineterminator="\n")
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(row for (case, _), row in (table | rows).items() if case in shipped)
     print("\n".join(wrong) or f"{len(cases)} configurations compile as they should")
     return bool(wrong)
 

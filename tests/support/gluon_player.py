@@ -4,13 +4,16 @@ Gluon has no interpreter. This one knows what kernels/attention/hopper.py uses, 
 runs at a time; at every barrier, copy and product a random one goes on. What the hardware leaves open is random too: a
 TMA copy poisons its target with NaN at once and fills it some time later; an asynchronous product reads its operands
 anywhere between its issue and the wait that finishes it. A deadlock, a result that was not waited for, a product that
-reads what no fence has published, and an arrival too many raise; a buffer overwritten too early or read too soon shows
-in the numbers. What it does not see: how a role's warps are kept together (by the compiler's barriers), and layouts.
+reads what no fence has published, an arrival too many and one that is left at a named barrier raise; a buffer
+overwritten too early or read too soon shows in the numbers. What it does not see: how a role's warps are kept together
+(by barriers of the four warps), and layouts.
 """
 
 import random
+import re
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 
 import torch
 import triton
+from gluon_barriers import Barrier, Barriers, NamedBarrier
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -109,25 +113,6 @@ class Shared:
         return self.tensor.float().clone()
 
 
-class Barrier:
-    """An mbarrier: a phase is over when all have arrived and all bytes have."""
-
-    def __init__(self):
-        self.count = self.missing = self.bytes = self.phase = 0
-
-    def change(self, arrivals: int, expected: int) -> None:
-        self.missing -= arrivals
-        self.bytes += expected
-        assert self.missing >= 0, "an arrival too many"
-        if self.missing == 0 and self.bytes == 0:
-            self.phase, self.missing = self.phase ^ 1, self.count
-
-
-class Barriers(list):
-    def index(self, i) -> Barrier:
-        return self[int(i)]
-
-
 class Product:
     """An asynchronous product: reads its operands when it likes, until it is waited for."""
 
@@ -148,15 +133,19 @@ class Stage:
         self.random, self.turn = random.Random(seed), threading.Condition()
         self.roles, self.current, self.error = {}, None, None  # role -> what it waits for, None if nothing
         self.copies, self.products, self.dirty = [], {}, {}
+        self.named: dict[int, NamedBarrier] = defaultdict(NamedBarrier)
+        self.threads: dict[str, int] = {}  # of a role
+        self.issued: list[str] = []  # which role issued a product that adds to an accumulator, in order
         self.haste = self.random.choice((0.0, 0.1, 0.5))  # of the copies: 0 if they come only when all wait for them
 
     def me(self) -> str:
         return threading.current_thread().name
 
-    def play(self, roles: list[tuple[Callable, tuple]]) -> None:
+    def play(self, roles: list[tuple[Callable, tuple]], warps: list[int]) -> None:
         threads = [threading.Thread(target=self.act, args=role, name=f"role {i}") for i, role in enumerate(roles)]
         self.roles = {thread.name: None for thread in threads}
         self.products = {name: [] for name in self.roles}
+        self.threads = {name: 32 * count for name, count in zip(self.roles, warps, strict=True)}
         for thread in threads:
             thread.start()
         with self.turn:
@@ -165,6 +154,8 @@ class Stage:
             thread.join()
         if self.error:
             raise self.error
+        left = [number for number, barrier in self.named.items() if barrier.arrived]
+        assert not left, f"arrivals left at named barriers {left}"
 
     def act(self, function: Callable, arguments: tuple) -> None:
         try:
@@ -221,6 +212,7 @@ class Kernel:
                 self.player.program = value(program)
                 self.player.stage = Stage(f"{self.player.seed} {program}")
                 self.function(*args, **constants)
+                self.player.issued.append(self.player.stage.issued)
 
         return launch
 
@@ -230,10 +222,11 @@ class Player:
 
     def __init__(self, seed: int):
         self.seed, self.stage, self.program, self.programs = seed, None, None, None
+        self.issued: list[list[str]] = []  # of each program, as its stage has it
 
     def warp_specialize(self, roles, worker_num_warps, worker_num_regs) -> None:
         assert len(roles) == len(worker_num_warps) + 1 == len(worker_num_regs) + 1
-        self.stage.play(roles)
+        self.stage.play(roles, [4, *worker_num_warps])
 
     def allocate_shared_memory(self, dtype, shape, layout):
         if layout == "barriers":
@@ -256,6 +249,19 @@ class Player:
         if pred:
             self.stage.pause(lambda parity=int(parity): barrier.phase != parity)
 
+    def asm(self, text: str, constraints: str, args: list, dtype, is_pure: bool, pack: int) -> None:
+        """The inline PTX that the kernel uses: arrival and wait at a named barrier."""
+        plain = r"bar\.(arrive|sync) \$1, \$2; mov\.u32 \$0, 0;"
+        once = r"\{ \.reg \.pred p; setp\.gt\.u32 p, \$1, 15; again: bar\.(arrive) \$1, \$2; @p bra\.uni again; "
+        found = re.fullmatch(plain, text) or re.fullmatch(once + r"mov\.u32 \$0, 0; \}", text)
+        assert found and constraints == "=r,r,n" and not is_pure, f"unknown assembly: {text}"
+        number, expected = (int(x) for x in args)
+        assert 6 <= number < 16, f"named barrier {number} is Triton's or nobody's"
+        barrier, stage = self.stage.named[number], self.stage
+        before = barrier.round
+        barrier.arrive(stage.me(), stage.threads[stage.me()], expected)
+        stage.pause((lambda: barrier.round != before) if found[1] == "sync" else None)
+
     def copy(self, descriptor, corner, barrier: Barrier, target: Shared) -> None:
         page, start, column = (int(i) for i in corner)
         _, rows, columns = descriptor.block
@@ -276,6 +282,7 @@ class Player:
         assert is_async
         product = Product(left, right, acc, use_acc)
         self.stage.products[self.stage.me()].append(product)
+        self.stage.issued += [self.stage.me()] if use_acc else []
         if self.stage.random.random() < 0.5:
             product.run()
         self.stage.pause()
@@ -311,6 +318,7 @@ class Player:
             arange=lambda begin, end, layout: value(torch.arange(begin, end)),
             full=lambda shape, x, dtype, layout: value(torch.full(shape, x, dtype=dtype)),
             zeros=lambda shape, dtype, layout: value(torch.zeros(shape, dtype=dtype)),
+            barrier=lambda: self.stage.pause(), inline_asm_elementwise=self.asm,
             allocate_shared_memory=self.allocate_shared_memory, warp_specialize=self.warp_specialize,
             NVMMASharedLayout=nothing, NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing,
             BlockedLayout=nothing, int32=torch.int32, int64=torch.int64, float32=torch.float32,
@@ -347,9 +355,10 @@ def played(name: str, own: tuple[str, ...], shared: tuple[str, ...], seed: int, 
     """Module ``name`` of kernels/, such as "attention.hopper", run by a player.
 
     own: modules of kernels/ that it has copies of its own of. shared: those that it shares with everybody.
-    edit: changes a source before it is executed, to see whether a test notices.
+    edit: changes a source before it is executed, to see whether a test notices. The module's ``player`` has played it.
     """
-    stand_ins = Player(seed).modules() | {f"played.{x}": import_module(f"flexkern.kernels.{x}") for x in shared}
+    player = Player(seed)
+    stand_ins = player.modules() | {f"played.{x}": import_module(f"flexkern.kernels.{x}") for x in shared}
     before = dict(sys.modules)
     sys.modules.update(stand_ins)
     try:
@@ -366,4 +375,5 @@ def played(name: str, own: tuple[str, ...], shared: tuple[str, ...], seed: int, 
     finally:
         sys.modules.clear()
         sys.modules.update(before)
+    module.player = player
     return module

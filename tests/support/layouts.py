@@ -3,6 +3,7 @@
 import json
 import re
 import string
+import struct
 from pathlib import Path
 
 import torch
@@ -52,6 +53,23 @@ def save_tokenizer(folder):
     model.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=model, **names).save_pretrained(folder)
+
+
+def sentencepiece_model(pieces, charsmap=b""):
+    """A serialized SentencePiece model of (text, score, kind), written by hand."""
+
+    def field(number, content):
+        if isinstance(content, int):
+            return varint(number << 3) + varint(content)
+        return varint(number << 3 | 2) + varint(len(content)) + content
+
+    def varint(value):
+        return bytes([value & 127 | 128]) + varint(value >> 7) if value > 127 else bytes([value])
+
+    score = lambda value: varint(2 << 3 | 5) + struct.pack("<f", value)
+    listed = b"".join(field(1, field(1, text.encode()) + score(value) + field(3, kind)) for text, value, kind in pieces)
+    trainer = field(3, 1) + field(4, len(pieces)) + varint(10 << 3 | 5) + struct.pack("<f", 0.9995)
+    return listed + field(2, trainer) + field(3, field(1, b"nmt_nfkc") + field(2, charsmap) * bool(charsmap))
 
 
 def save_prompts(file, prompts=PROMPTS, width=48):

@@ -21,7 +21,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 MATRIX = ("HGMMA", "UTCHMMA", "HMMA")  # matrix instructions of sm_90, of sm_100, of the others
-COUNTED = (*MATRIX, "MUFU.EX2", "LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "UTMALDG", "BAR", "SHFL")
+MEMORY = ("LDS", "STS", "LDL", "STL", "LDSM", "STSM", "LDGSTS", "UTMALDG")
+COUNTED = (*MATRIX, "MUFU.EX2", *MEMORY, "BAR", "BAR.SYNC", "SHFL")
 INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)([^;]*);", re.MULTILINE)
 Instruction = tuple[int, str, str]  # address, operation, operands
 Counts = dict[str, int]
@@ -44,6 +45,9 @@ class Facts:
     length: int = 0  # SASS instructions
     warnings: tuple[str, ...] = ()
     counts: Counts = field(default_factory=dict)
+    meetings: tuple[
+        str, ...
+    ] = ()  # operands of BAR instructions that name their barrier: "number" or "number, threads"
     loops: tuple[Counts, ...] = ()  # innermost loops that hold matrix instructions, longest first
 
 
@@ -113,6 +117,9 @@ def facts_of(kernel: triton.compiler.CompiledKernel, log: str, seconds: float) -
         length=len(instructions),
         warnings=tuple(line.strip() for line in log.splitlines() if "wgmma" in line.lower() or "C75" in line),
         counts=count(instructions),
+        meetings=tuple(
+            sorted({at for _, op, rest in instructions if op[:3] == "BAR" and (at := rest.strip())[:2] == "0x"})
+        ),
         loops=matrix_loops(instructions),
     )
 

@@ -6,6 +6,7 @@ dictionaries, around bodies of our own. Small, on the CPU, in float32.
 positions come from a table of 1024 rows and end there.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import torch
@@ -249,11 +250,11 @@ class CausalWanModel(CausalWan):
 
     model_type, eps, block_mask = "t2v", CONFIG.eps, None
 
-    def __init__(self, attention_class, local_attn_size, sink_size):
-        super().__init__(CONFIG)
+    def __init__(self, attention_class, layers, local_attn_size, sink_size):
+        super().__init__(replace(CONFIG, num_layers=layers))
         self.dim, self.patch_size, self.freqs = CONFIG.dim, CONFIG.patch_size, table(CONFIG.head_dim)
         sizes = CONFIG.dim, CONFIG.ffn_dim, CONFIG.num_heads, local_attn_size, sink_size
-        self.blocks = nn.ModuleList(CausalWanAttentionBlock(attention_class, *sizes) for _ in range(CONFIG.num_layers))
+        self.blocks = nn.ModuleList(CausalWanAttentionBlock(attention_class, *sizes) for _ in range(layers))
 
     def forward(
         self, x, t, context, seq_len, kv_cache=None, crossattn_cache=None, current_start=0, cache_start=0, **more
@@ -300,7 +301,8 @@ def pipeline(
 ):
     """A loaded pipeline of ``SelfForcing`` or ``LongLive``, whose prompts are seeds of random embeddings."""
     attention_class = upstream.CausalWanSelfAttention
-    model = CausalWanModel(attention_class, window, sink)
+    layers = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
+    model = CausalWanModel(attention_class, layers, window, sink)
     model.load_state_dict(weights)
     for block in model.blocks:
         block.self_attn.infinite = infinite
@@ -317,6 +319,6 @@ def pipeline(
     }
     made.denoising_step_list = [1000.0, 625.0]
     made.args = SimpleNamespace(context_noise=0)
-    made.num_transformer_blocks, made.frame_seq_length, made.num_frame_per_block = CONFIG.num_layers, tokens, 3
+    made.num_transformer_blocks, made.frame_seq_length, made.num_frame_per_block = layers, tokens, 3
     made.local_attn_size, made.independent_first_frame, made.kv_cache1 = window, False, None
     return made.eval().requires_grad_(False)

@@ -89,3 +89,28 @@ def peft(pairs, prefix="base_model.model.", names=("lora_A.weight", "lora_B.weig
 def kohya(pairs, alpha):
     named = peft(pairs, "", ("lora_down.weight", "lora_up.weight"))
     return named | {f"{module}.alpha": torch.tensor(alpha) for module in pairs}
+
+
+def flattened(pairs, prefix="lora_unet_", alpha=None):
+    """The names of kohya and musubi: dots of the module become underscores."""
+    named = {}
+    for module, (down, up) in pairs.items():
+        flat = prefix + module.replace(".", "_")
+        named |= {f"{flat}.lora_down.weight": down, f"{flat}.lora_up.weight": up}
+        named |= {} if alpha is None else {f"{flat}.alpha": torch.tensor(alpha)}
+    return named
+
+
+def scaled_float8(state, chosen, *, rows=False, leaf="scale_weight"):
+    """float8 with scales beside the chosen weights, as ComfyUI and LightX2V have them, and the exact product."""
+    stored, exact = {}, {}
+    for key, tensor in state.items():
+        if not chosen(key, tensor):
+            stored[key] = exact[key] = tensor
+            continue
+        largest = tensor.abs().amax(dim=1, keepdim=True) if rows else tensor.abs().max()
+        scale = (largest / 448).float()
+        stored[key] = (tensor / scale).to(torch.float8_e4m3fn)
+        stored[f"{key.removesuffix('.weight')}.{leaf}"] = scale
+        exact[key] = stored[key].float() * scale
+    return stored, exact

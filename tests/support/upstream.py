@@ -12,6 +12,20 @@ import torch.nn.functional as F
 from flexkern.kernels import reference
 
 
+def deepened(weights):
+    """A state dict of twice the layers. What a re-cache forgets does not show in two: the first one's keys do not know
+    the prompt.
+    """
+    layers = {int(name.split(".")[1]) for name in weights if name.startswith("blocks.")}
+    more = {
+        name.replace(f"blocks.{i}.", f"blocks.{i + len(layers)}.", 1): tensor
+        for i in layers
+        for name, tensor in weights.items()
+        if name.startswith(f"blocks.{i}.")
+    }
+    return {**weights, **more}
+
+
 def rope(x, start, rows, columns, positions=None):
     """Interleaved 3D rotation in complex128 of x [B, L, H, D], frames at start.. or at the given positions."""
     pairs = x.shape[-1] // 2

@@ -1,0 +1,97 @@
+"""The words of a command line before they are parsed: nothing that was typed may be dropped.
+
+A parser keeps the last of an option that comes twice. Here it is refused, in every spelling: aliases, underscores,
+``--flag=value``, and the two words of a pair (``--progress`` and ``--no-progress``). Options of other programs that
+people bring along get a sentence.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+import tyro
+
+TEXT_ONLY = "videos are made from text, not from a video"
+GUIDANCE = "the models that this runs are distilled, and take no guidance"
+STEPS = "the steps are those of --model, or denoising_step_list in the file of --config-path"
+ROLLOUTS = "a video goes on without rollouts: give its length with --seconds, --frames or --num-output-frames"
+FRAMES = "--frames counts pictures, --num-output-frames latent frames"
+SIZE = "give --size HEIGHTxWIDTH in place of --height and --width"
+FOREIGN = {  # options of other programs: what to do here
+    "--height": SIZE,
+    "--width": SIZE,
+    "--fps": "the rate is the checkpoint's, 16 pictures a second",
+    "--video-path": TEXT_ONLY,
+    "--noise-scale": TEXT_ONLY,
+    "--num-frames": FRAMES,
+    "--frame-num": FRAMES,
+    "--num-rollout": ROLLOUTS,
+    "--num-overlap-frames": ROLLOUTS,
+    "--step": STEPS,
+    "--num-inference-steps": STEPS,
+    "--sample-steps": STEPS,
+    "--denoising-step-list": STEPS,
+    "--sample-shift": "the shift is that of --model, or timestep_shift in the file of --config-path",
+    "--sample-solver": "a few-step model needs no solver",
+    "--guidance-scale": GUIDANCE,
+    "--sample-guide-scale": GUIDANCE,
+    "--cfg-scale": GUIDANCE,
+    "--negative-prompt": GUIDANCE,
+    "--base-seed": "give --seed",
+    "--save-file": "give --out",
+    "--output": "give --out FILE, or --output-folder FOLDER",
+    "--ckpt-dir": "give --weights",
+    "--checkpoint": "give --weights",
+    "--task": "give --model",
+    "--model-type": "give --model",
+    "--local-attn-size": "give --retention.window",
+    "--sink-size": "give --retention.sink",
+    "--num-frame-per-block": "give --chunk",
+}
+
+
+def validate_words(command: type, words: Sequence[str]) -> None:
+    """Raises ValueError for an option that comes twice and cannot, or one of another program.
+
+    Args:
+        command: A dataclass that tyro makes options of.
+        words: What follows its name on the command line.
+    """
+    known, seen = spellings(command), dict[str, str]()
+    for word in words:
+        given = word.partition("=")[0]
+        spelled = given.replace("_", "-")
+        if spelled in FOREIGN and spelled not in known and "--config-path" in known:
+            raise ValueError(f"{given}: {FOREIGN[spelled]}")
+        if (option := known.get(spelled)) is None:
+            continue
+        if option in seen:
+            also = f", as {seen[option]} and {given}" if seen[option] != given else ""
+            raise ValueError(f"{option} is given twice{also}: give it once")
+        seen[option] = given
+
+
+def spellings(command: type, prefix: str = "--") -> dict[str, str]:
+    """Every way to write the options of a command that come once at most: spelling to option, both with hyphens."""
+    found: dict[str, str] = {}
+    hints = get_type_hints(command, include_extras=True)
+    for field in fields(command):
+        hint, name = hints[field.name], field.name.replace("_", "-")
+        markers = getattr(hint, "__metadata__", ())
+        bare = getattr(hint, "__origin__", hint) if markers else hint
+        if is_dataclass(bare) and isinstance(bare, type):
+            found |= spellings(bare, f"{prefix}{name}.")
+            continue
+        if tyro.conf.UseAppendAction in markers:
+            continue
+        option = f"{prefix}{name}"
+        found[option] = option
+        if bare is bool and tyro.conf.FlagCreatePairsOff not in markers:
+            found[f"{prefix}no-{name}"] = option
+        found |= {alias: option for alias in _aliases(markers)}
+    return found
+
+
+def _aliases(markers: Sequence[Any]) -> list[str]:
+    """The other names that markers of an annotation give."""
+    return [alias.replace("_", "-") for marker in markers for alias in getattr(marker, "aliases", None) or ()]

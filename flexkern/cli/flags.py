@@ -1,0 +1,208 @@
+"""The options of ``flexkern render``, and which of them exclude each other."""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from flexkern.checks import require
+from flexkern.cli.policies import DEMO
+from flexkern.cli.research import Research
+
+PROMPT = "a red disc and a blue square on dark green, fast"
+SEEDS = 2**64
+EXCLUSIVE = (
+    ("seconds", "frames"), ("seconds", "num_output_frames"), ("frames", "num_output_frames"), ("prompt", "prompts"),
+    ("prompt", "data_path"), ("prompts", "data_path"), ("latents", "data_path"), ("ema", "no_ema"),
+    ("latents", "out"), ("latents", "output_folder"), ("out", "data_path"),
+)  # fmt: skip
+NEEDS = (("extended_prompt_path", "data_path"), ("save_with_index", "data_path"), ("i2v", "image"))
+NOT_FOR_DEMO = (
+    "vae", "text_encoder", "tokenizer", "embeddings", "lora", "lora_scale", "ema", "no_ema", "dtype", "size", "image",
+    "chunk", "first_chunk", "num_output_frames", "latents", "config_path",
+)  # fmt: skip
+LENGTHS = ("seconds", "frames", "num_output_frames")
+SHOWN = ("prompt", "prompts", "data_path")
+
+
+def option(metavar: str, *aliases: str) -> Any:
+    """An option that may be left out; its help says what then holds."""
+    return tyro.conf.arg(metavar=metavar, aliases=aliases or None, help_behavior_hint="")
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """What a user says of one or several videos."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = DEMO
+    """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, wan-diffusers"""
+    weights: Annotated[Path | None, option("PATH", "--checkpoint-path", "--checkpoint-folder")] = None
+    """weight file or folder, in any published layout; a VAE and a text encoder beside the weights are found"""
+    vae: Annotated[Path | None, option("PATH")] = None
+    """Wan2.1_VAE.pth, a diffusers vae folder, or a tiny decoder (taew2_1); default: the one beside the weights"""
+    text_encoder: Annotated[Path | None, option("PATH")] = None
+    """models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of UMT5; default: the one beside the weights"""
+    tokenizer: Annotated[Path | None, option("PATH")] = None
+    """folder of the tokenizer; default: the one beside the text encoder"""
+    embeddings: Annotated[Path | None, option("FILE")] = None
+    """file of the prompts' embeddings, used instead of a text encoder; written if it does not exist yet"""
+    lora: Annotated[tuple[Path, ...], option("PATH"), tyro.conf.UseAppendAction] = ()
+    """LoRA to add to the transformer, a file or a folder; may be given several times"""
+    lora_scale: Annotated[tuple[float, ...], option("FLOAT"), tyro.conf.UseAppendAction] = ()
+    """factor on the LoRA's own scale, which is alpha / rank; default: 1; once for each --lora, in their order"""
+    ema: Annotated[bool, tyro.conf.arg(aliases=["--use-ema"]), tyro.conf.FlagCreatePairsOff] = False
+    """require the averaged (EMA) weights; without this they are used if the checkpoint has any"""
+    no_ema: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """use the raw weights even if the checkpoint has averaged ones"""
+    dtype: Annotated[Literal["bfloat16", "float16", "float32"] | None, option("NAME")] = None
+    """dtype of the transformer's weights: bfloat16, float16 or float32; default: bfloat16"""
+    size: Annotated[str | None, option("HEIGHTxWIDTH")] = None
+    """size of the pictures in pixels, height first: 480x832 is landscape; default: as the checkpoint was trained"""
+    image: Annotated[Path | None, option("FILE")] = None
+    """picture to begin with, scaled and cropped; only for checkpoints whose first chunk is one latent frame"""
+    i2v: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """as --image, which must be given: the video begins with a picture"""
+    chunk: Annotated[int | None, option("INT")] = None
+    """number of latent frames denoised together; default: as the checkpoint was trained"""
+    first_chunk: Annotated[int | None, option("INT")] = None
+    """number of latent frames in the first chunk; default: as in the others"""
+    config_path: Annotated[Path | None, option("FILE")] = None
+    """YAML configuration of a research repository: chunk, steps, shift, window, sink, and what stands in for options"""
+    prompt: Annotated[str | None, option("TEXT")] = None
+    """what the video shows; default, for the demo only: "a red disc and a blue square on dark green, fast" """
+    prompts: Annotated[Path | None, option("FILE")] = None
+    """file of prompts over time, YAML or JSON: [{at: seconds, prompt: text, cut: true or false}], or {seconds: prompt};
+    times are seconds, or text such as 1:30 and 60s"""
+    data_path: Annotated[Path | None, option("FILE", "--prompt-file-path")] = None
+    """text file of prompts, one a line, or JSON lines; each becomes a video in --output-folder"""
+    extended_prompt_path: Annotated[Path | None, option("FILE")] = None
+    """text file of longer prompts, one for each of --data-path; they are shown in place of those"""
+    num_samples: Annotated[int | None, option("INT")] = None
+    """number of videos of each prompt, with seeds of their own, called NAME-0.mp4 and so on; default: 1"""
+    save_with_index: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """name the videos of --data-path by number, which is done in any case"""
+    seconds: Annotated[float | None, option("FLOAT")] = None
+    """length of the video in seconds; default: 10, or what a file of prompts over time needs"""
+    frames: Annotated[int | None, option("INT")] = None
+    """length of the video in pictures"""
+    num_output_frames: Annotated[int | None, option("INT")] = None
+    """length of the video in latent frames: the first gives one picture, each later one four"""
+    preset: Annotated[str | None, option("NAME")] = None
+    """method of horizon extension, see `flexkern presets`; default: flex, or the one that --model brings"""
+    seed: Annotated[int | None, option("INT")] = None
+    """seed of the noise, default: 0; equal seeds give equal videos. Video i of several, from 0, gets seed + i"""
+    out: Annotated[Path | None, option("FILE")] = None
+    """file to write, H.264 in MP4; an existing file is replaced; default: video.mp4"""
+    output_folder: Annotated[Path | None, option("FOLDER")] = None
+    """folder to write to, created if needed; the videos of --data-path are called 0000.mp4 and so on"""
+    latents: Annotated[Path | None, option("FILE")] = None
+    """write latents to this safetensors file instead of a video; needs no VAE"""
+    backend: Annotated[str, tyro.conf.arg(metavar="NAME")] = "sdpa"
+    """implementation of attention, one of those that `flexkern doctor` lists"""
+    device: Annotated[str | None, option("NAME")] = None
+    """cpu, cuda or cuda:N; default: the first GPU, or the CPU if there is none"""
+    threads: Annotated[int | None, option("INT")] = None
+    """number of CPU threads that torch uses; default: torch's own choice"""
+    progress: bool = True
+    """show the chunk, pictures per second and the time left"""
+
+    def given(self, name: str) -> bool:
+        """Whether the option was given, with another value than that of leaving it out."""
+        value = getattr(self, name)
+        return not (value is None or value is False or value == ())
+
+    def validate_flags(self) -> None:
+        """Raises ValueError for a number that is out of range, or flags that exclude or need each other."""
+        for one, other in EXCLUSIVE:
+            if self.given(one) and self.given(other):
+                raise ValueError(f"give {flag(one)} or {flag(other)}, not both")
+        for one, other in NEEDS:
+            require(not self.given(one) or self.given(other), f"{flag(one)} needs {flag(other)} as well")
+        if self.seconds is not None and not (0 < self.seconds < math.inf):
+            raise ValueError(f"--seconds must be more than 0, got {self.seconds:g}")
+        for name in ("frames", "threads", "num_output_frames", "chunk", "first_chunk", "num_samples"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+        if self.seed is not None and not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed must be a whole number >= 0 and below 2^64, got {self.seed}")
+        for scale in self.lora_scale:
+            require(math.isfinite(scale), f"--lora-scale must be a finite number, got {scale}")
+        if self.output_folder is not None and self.out is not None and self.out != Path(self.out.name):
+            raise ValueError(f"--out must be a name where --output-folder is given, got {self.out}")
+
+    def take(self, research: Research) -> list[str]:
+        """Let a configuration stand in for options that are not given. Returns which, for a note.
+
+        Raises:
+            FileNotFoundError: A file that it names is not there.
+        """
+        said = dict(research.flags)
+        for group in (LENGTHS, SHOWN, ("ema", "no_ema")):
+            if any(map(self.given, group)):
+                said = {name: value for name, value in said.items() if name not in group}
+        if self.given("out") or self.given("latents"):
+            said.pop("output_folder", None)
+        if "data_path" not in said:
+            said.pop("extended_prompt_path", None)
+        taken = []
+        for name, value in said.items():
+            if self.given(name) or (name == "seed" and self.seed is not None):
+                continue
+            if name in ("weights", "lora", "data_path", "extended_prompt_path"):
+                value = research.file(name)
+            if name == "lora":
+                scale = self.lora_scale[0] if len(self.lora_scale) == 1 else 1.0
+                require(len(self.lora_scale) <= 1, f"--lora-scale: {research.path} names one LoRA")
+                self.lora, self.lora_scale = (value,), (scale * research.lora_scale,)
+            else:
+                setattr(self, name, Path(value) if name == "output_folder" else value)
+            taken.append(f"{flag(name)} {value}" if value is not True else flag(name))
+        return taken
+
+    def loras(self) -> tuple[tuple[Path, float], ...]:
+        """Every LoRA with its factor. Raises ValueError where their numbers differ."""
+        scales = self.lora_scale or (1.0,) * len(self.lora)
+        if len(scales) != len(self.lora):
+            told = f"got {len(self.lora)} of --lora and {len(scales)} of --lora-scale"
+            raise ValueError(f"--lora-scale is given once for each --lora, or not at all: {told}")
+        return tuple(zip(self.lora, scales, strict=True))
+
+    def read_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels, None where none is given. Raises ValueError for another form."""
+        if self.size is None:
+            return None
+        found = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", self.size, re.ASCII)
+        require(found is not None, f"--size must be HEIGHTxWIDTH in pixels, such as 480x832, got {self.size!r}")
+        assert found is not None
+        return int(found[1]), int(found[2])
+
+    def inputs(self) -> dict[str, Path]:
+        """The files that are read, by their options."""
+        names = ("weights", "vae", "text_encoder", "embeddings", "image", "config_path", "prompts", "data_path")
+        found = {flag(name): path for name in (*names, "extended_prompt_path") if (path := getattr(self, name))}
+        if self.model != DEMO and Path(self.model).is_file():
+            found["--model"] = Path(self.model)
+        return found | {f"--lora ({path.name})": path for path in self.lora}
+
+    def validate_for_demo(self) -> None:
+        """Raises ValueError where a flag was given that the demo has no use for."""
+        from flexkern.model.families import FAMILIES
+
+        if given := [name for name in NOT_FOR_DEMO if self.given(name)]:
+            known = f"name what --weights are with --model {' | '.join(FAMILIES)}"
+            raise ValueError(f"{flag(given[0])} is for checkpoints: {known}")
+
+
+def flag(name: str) -> str:
+    """A field of ``Flags`` as one types it."""
+    return f"--{name.replace('_', '-')}"
+
+
+def size_words(height: int, width: int) -> str:
+    """A size in words that leave no doubt which side is which."""
+    form = "landscape" if width > height else "portrait" if height > width else "square"
+    other = f"; for landscape give --size {width}x{height}" if height > width else ""
+    return f"--size: {height} high, {width} wide ({form}{other})"

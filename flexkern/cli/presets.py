@@ -1,0 +1,194 @@
+"""``flexkern presets``: the methods of horizon extension, and what each of them does, in words and in options."""
+
+import textwrap
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+import tyro
+
+from flexkern.cli.errors import refusing
+from flexkern.policies import NoisePolicy, PositionPolicy, Preset, RetentionPolicy, SwitchPolicy, get_preset
+from flexkern.policies.presets import POLICIES, PRESETS
+
+RAMP = "Bands of fewer than {low:g} turns in training are slowed by s, those of {high:g} or more stay as trained."
+SLOWED = {
+    "none": "Time passes as it was trained; no band is slowed.",
+    "pi": "Every band is slowed by s.",
+    "ntk": "Bands are slowed the more the longer their period is, the longest by s.",
+    "by_parts": RAMP,
+    "yarn": RAMP,
+    "hard": "Bands of fewer than {high:g} turns in training are slowed by s, all others stay as trained.",
+    "riflex": "The one band whose period is nearest the training length is slowed until it does not repeat.",
+    "jitter": "Every head has speeds of its own, up to {sigma:.0%} off in their base.",
+}
+STRETCHED = {
+    "static": "s is how many times longer the whole video is than training.",
+    "dynamic": "s is how many times longer than training the video has become, frame by frame.",
+    "per_chunk": "s is how many times longer than training the video has become, chunk by chunk; 1 until then.",
+}
+NOISES = {
+    "iid": "Every frame starts from noise of its own.",
+    "ar1": "The noise of a frame is correlated by {rho:g} with that of the frame before{anti}.",
+    "alternating": "A shared noise is added with a sign that changes from frame to frame.",
+    "zero_sum": "The noises of a chunk's frames sum to zero.",
+    "high_pass": "The noise of a frame is what differs from the frame before.",
+    "pyoco_mixed": "All frames share a part of their noise.",
+    "pyoco_progressive": "The noise of a frame carries on a part of that of the frame before.",
+    "freenoise": "Noise is drawn for {window} frames, and later frames shuffle it.",
+}
+SWITCHES = {
+    "keep": "A new prompt leaves what is remembered as it is.",
+    "recache": "A new prompt has the last {recent} frames run again with it{sink}.",
+    "flush": "A new prompt forgets all but the first frames that stay and the last {recent}.",
+}
+PLAIN = {
+    "position.mode": "how bands, the speeds at which attention counts time, are slowed",
+    "position.train_len": "latent frames that the model was trained on",
+    "position.alpha": "turns in training below which a band is slowed",
+    "position.beta": "turns in training from which a band stays as trained",
+    "position.ramp": "how it goes from one to the other between them",
+    "position.scale": "s, how much is slowed; auto follows scale-schedule",
+    "position.scale_schedule": "what s follows",
+    "position.start": "always, or past: not before the video outgrows training",
+    "position.logit_temp": "how much attention is sharpened as s grows",
+    "position.table": "the speed of each band, in place of a mode",
+    "position.index": "absolute: counted in the video; slot: counted in the window",
+    "position.base": "base of the model's speeds",
+    "position.riflex_band": "the one band that is slowed, from 0; none: found by its period",
+    "position.jitter_sigma": "how far heads differ",
+    "position.jitter_seed": "seed of these differences",
+    "position.cut_position": "where the first frame after a scene cut sits",
+    "retention.sink": "first frames, which stay for good",
+    "retention.window": "latent frames seen in all, those and the current chunk included",
+    "noise.kind": "how the noises of frames belong together",
+    "noise.rho": "correlation with the frame before",
+    "noise.scope": "sequence: over the whole video; chunk: within each chunk",
+    "noise.rho_schedule": "const, or linear_decay: to 0 at the end of the video",
+    "noise.apply": "whether noise between denoising steps follows the kind as well",
+    "noise.weight": "how much is shared",
+    "noise.window": "latent frames with noise of their own",
+    "noise.stride": "latent frames shuffled together",
+    "switch.kind": "what a new prompt does with remembered frames",
+    "switch.recent": "how many of the last frames that concerns",
+    "switch.keep_sink": "whether the first frames keep the old prompt",
+}
+
+
+@dataclass(kw_only=True)
+class Presets:
+    """List the presets: methods of horizon extension, each four policies under a name; or show one of them."""
+
+    name: Annotated[tyro.conf.Positional[str | None], tyro.conf.arg(metavar="NAME", help_behavior_hint="")] = None
+    """the preset to show, with every value; default: list them all"""
+
+    def run(self) -> int:
+        if self.name is None:
+            for preset in PRESETS.values():
+                print(f"{preset.name:18} {preset.doc}\n{'':18} {preset.source}")
+            return 0
+        with refusing(ValueError):
+            preset = get_preset(self.name)
+        print("\n".join(describe(preset)))
+        return 0
+
+
+def describe(preset: Preset) -> list[str]:
+    """Lines that say what a preset does, and which option of ``flexkern render`` holds which value."""
+    lines = [f"{preset.name}: {preset.doc}", f"Source: {preset.source}", ""]
+    for sentence in sentences(preset):
+        lines += textwrap.wrap(sentence, 100, initial_indent="  ", subsequent_indent="    ")
+    idle = []
+    for policy in POLICIES:
+        lines.append("")
+        given = getattr(preset, policy)
+        for field in fields(given):
+            option = f"--{policy}.{field.name.replace('_', '-')}"
+            if field.name in _idle(given):
+                idle.append(option)
+                continue
+            value = shown_value(getattr(given, field.name), field.name, given)
+            lines.append(f"{f'{option} {value}':38} {PLAIN.get(f'{policy}.{field.name}', '')}".rstrip())
+    without = textwrap.wrap(f"Without effect in {preset.name}: {', '.join(idle)}", 100, break_on_hyphens=False)
+    return [*lines, "", *without, "flexkern render --preset NAME --help says all of each option."]
+
+
+def _idle(policy: Any) -> set[str]:
+    """The fields without effect at the values of the others."""
+    if isinstance(policy, PositionPolicy):
+        slowed = policy.table is None and policy.mode not in ("none", "jitter")
+        used = {
+            "alpha": slowed and policy.mode in ("by_parts", "yarn"),
+            "beta": slowed and policy.mode in ("by_parts", "yarn", "hard"),
+            "ramp": slowed and policy.mode in ("by_parts", "yarn"),
+            "scale_schedule": (slowed or policy.temperature > 0) and policy.scale == "auto",
+            **dict.fromkeys(("scale", "start"), slowed or policy.temperature > 0),
+            "riflex_band": policy.table is None and policy.mode == "riflex",
+            "cut_position": policy.index == "slot",
+        }
+        used |= dict.fromkeys(("jitter_sigma", "jitter_seed"), policy.table is None and policy.mode == "jitter")
+    elif isinstance(policy, NoisePolicy):
+        used = {
+            "rho": policy.kind == "ar1",
+            "rho_schedule": policy.kind in ("ar1", "pyoco_progressive"),
+            "scope": policy.kind not in ("iid", "zero_sum", "freenoise"),
+            "weight": policy.kind in ("alternating", "high_pass", "pyoco_mixed", "pyoco_progressive"),
+            "apply": policy.kind != "iid",
+        }
+        used |= dict.fromkeys(("window", "stride"), policy.kind == "freenoise")
+    elif isinstance(policy, SwitchPolicy):
+        used = {"recent": policy.kind != "keep", "keep_sink": policy.kind == "recache"}
+    else:
+        used = {}
+    return {name for name, needed in used.items() if not needed}
+
+
+def sentences(preset: Preset) -> list[str]:
+    """What the values of a preset mean."""
+    return [
+        *_positions(preset.position, preset.retention),
+        _memory(preset.retention),
+        _noise(preset.noise),
+        _switch(preset.switch),
+    ]
+
+
+def shown_value(value: Any, name: str, policy: Any) -> str:
+    """A value as one types it; where it is None, what then holds."""
+    if value is not None:
+        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
+    used = {"alpha": lambda: policy.thresholds[0], "beta": lambda: policy.thresholds[1]}
+    used |= {"logit_temp": lambda: policy.temperature, "weight": lambda: policy.strength}
+    return f"{used[name]():g}" if name in used else "none"
+
+
+def _positions(position: PositionPolicy, retention: RetentionPolicy) -> list[str]:
+    within = f"inside the window, 0 to {retention.capacity - 1}, and never grow"
+    counted = within if position.index == "slot" else "from the start of the video"
+    told = [f"Positions in time count {counted}; the model was trained on {position.train_len} latent frames."]
+    if position.table is not None:
+        return [*told, "Bands are slowed by the given table."]
+    low, high = position.thresholds
+    told.append(SLOWED[position.mode].format(low=low, high=high, sigma=position.jitter_sigma))
+    if position.mode not in ("none", "jitter"):
+        fixed = f"s, by how much the video outgrows training, is fixed at {position.scale}."
+        told.append(STRETCHED[position.scale_schedule] if position.scale == "auto" else fixed)
+        if position.start == "past":
+            told.append("Nothing is slowed before the video outgrows training.")
+    return told
+
+
+def _memory(retention: RetentionPolicy) -> str:
+    pinned, seen = retention.pinned, retention.capacity
+    first = "the first frame" if pinned == 1 else f"the first {pinned} frames"
+    stays = f"; {first} of the video stay{'s' * (pinned == 1)} for good" if pinned else ""
+    return f"A frame sees {seen} latent frames in all, its own chunk included{stays}."
+
+
+def _noise(noise: NoisePolicy) -> str:
+    anti = " (antiphase noise)" if noise.rho < 0 else ""
+    return NOISES[noise.kind].format(rho=noise.rho, anti=anti, window=noise.window)
+
+
+def _switch(switch: SwitchPolicy) -> str:
+    sink = "; the first frames keep the old one" if switch.keep_sink else ""
+    return SWITCHES[switch.kind].format(recent=switch.recent, sink=sink)

@@ -1,0 +1,153 @@
+"""Files that a render writes: under another name until they are complete, and by one render at a time.
+
+``video.mp4`` grows as ``video.unfinished.mp4`` beside it and is renamed when it is closed, so that a name holds either
+what it held before or all of the new file. A process killed without warning leaves the unfinished file, which can be
+read as far as it goes; the next render to the same name replaces it.
+"""
+
+import errno
+import hashlib
+import os
+import time
+import weakref
+from io import FileIO
+from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no such locks
+    fcntl = None  # type: ignore[assignment]
+
+LONGEST = 255  # bytes of a file name
+UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network file systems answer
+
+
+def validate_file(path: str | Path, what: str, suffix: str) -> None:
+    """Raise where no such file can be written, before anything is.
+
+    Args:
+        path: The file.
+        what: What goes into it, as the subject of a sentence.
+        suffix: How it must be named.
+
+    Raises:
+        ValueError: It has another suffix, or is a folder or a device.
+        FileNotFoundError: There is no folder for it.
+        PermissionError: It may not be written.
+        BlockingIOError: Another render is writing it.
+    """
+    path = Path(path)
+    if len(os.fsencode(path.name)) > LONGEST:
+        raise ValueError(f"a file name has at most {LONGEST} bytes, got {len(os.fsencode(path.name))}: {path.name}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; expected the name of an {suffix} file")
+    if path.suffix.lower() != suffix:
+        raise ValueError(f"{what} must be named {suffix}, got {path.name!r}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no ordinary file")
+    for needed in (path.parent, path) if path.exists() else (path.parent,):
+        if not os.access(needed, os.W_OK):
+            raise PermissionError(f"no permission to write {needed}")
+    unfinished = unfinished_name(path)
+    if unfinished.is_file():
+        with unfinished.open("rb", buffering=0) as file:
+            _lock(file, path, shared=True)
+
+
+def unfinished_name(path: str | Path) -> Path:
+    """Where a file grows until it is complete: in the same folder, of the same suffix, behind a link beside its aim."""
+    path = Path(os.path.realpath(path))
+    name = f"{path.stem}.unfinished{path.suffix}"
+    if len(os.fsencode(name)) > LONGEST:
+        mark = f"-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.unfinished{path.suffix}"
+        stem = os.fsencode(path.stem)[: LONGEST - len(os.fsencode(mark))]
+        name = stem.decode(errors="ignore") + mark
+    return path.with_name(name)
+
+
+class Target:
+    """A file that this process alone is writing, under its unfinished name.
+
+    Attributes:
+        path: As it was given.
+        unfinished: Where it grows.
+        file: Open for reading and writing, unbuffered.
+
+    Raises:
+        BlockingIOError: Another render is writing it.
+        OSError: It cannot be created.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.unfinished = Path(path), unfinished_name(path)
+        self.file = _claim(self.unfinished, self.path)
+        self._forget = weakref.finalize(self, _close, self.file, self.unfinished)
+
+    def begin(self) -> None:
+        """Drop what a killed process left."""
+        self.file.truncate(0)
+
+    def commit(self) -> None:
+        """Give the file its name; what bore it is replaced."""
+        self._forget.detach()
+        with self.file:  # the lock goes last
+            try:
+                os.fsync(self.file.fileno())
+            finally:
+                os.replace(self.unfinished, os.path.realpath(self.path))
+
+    def discard(self) -> None:
+        """Remove the file; what bears its name stays."""
+        self._forget.detach()
+        self.unfinished.unlink(missing_ok=True)
+        self.file.close()
+
+    def release(self) -> None:
+        """Close a file that was not begun; what a killed process left stays."""
+        self._forget()
+
+    def named(self, error: OSError) -> OSError:
+        """The error of a system call, with the name of the file."""
+        return OSError(error.errno, error.strerror, str(self.path)) if error.errno else error
+
+
+def _claim(unfinished: Path, path: Path) -> FileIO:
+    while True:
+        file = FileIO(os.open(unfinished, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), "r+")
+        try:
+            _lock(file, path)
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(unfinished)):
+                return file
+        except FileNotFoundError:
+            pass  # renamed or removed since it was opened
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _lock(file: FileIO, path: Path, *, shared: bool = False) -> None:
+    """Lock the file until it is closed. Raises BlockingIOError where another process has."""
+    if fcntl is None:
+        return
+    for patience in (True, True, False):  # a check holds a lock for a moment
+        try:
+            return fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not patience:
+                raise BlockingIOError(f"another render is writing {path}") from None
+            time.sleep(0.02)
+        except OSError as error:
+            if error.errno in UNLOCKABLE:
+                return
+            raise
+
+
+def _close(file: FileIO, unfinished: Path) -> None:
+    """Leave nothing where nothing was written."""
+    if not file.closed:
+        with file:
+            if os.fstat(file.fileno()).st_size == 0:
+                unfinished.unlink(missing_ok=True)

@@ -1,0 +1,154 @@
+"""Text files as people have them, read in one way whatever wrote them.
+
+UTF-8 with or without a byte order mark, UTF-16 with one; lines end at a newline, in the form of Unix, Windows or old
+Macs, and nowhere else. YAML has YAML 1.2's numbers (010 is ten, 1e-3 a number, 1:30 no number of base sixty) and no
+key twice; JSON and JSON lines are read as such.
+"""
+
+import codecs
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+TIMES = (  # hours, minutes, seconds
+    re.compile(r"(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>[0-5]?\d(?:\.\d*)?)"),
+    re.compile(
+        r"(?=\S)(?:(?P<h>\d+)\s*h(?:ours?)?)?\s*(?:(?P<m>\d+)\s*m(?:in(?:ute)?s?)?)?\s*"
+        r"(?:(?P<s>\d*\.?\d+)\s*s(?:ec(?:ond)?s?)?)?"
+    ),
+    re.compile(r"(?P<ms>\d+)\s*ms"),
+    re.compile(r"(?P<s>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"),
+)
+UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+EXAMPLES = "seconds or a time such as 90, 1:30, 60s or 1m30s"
+
+
+def read_text(path: str | Path, what: str = "file") -> str:
+    """The text of a file.
+
+    Args:
+        path: The file; a pipe will do.
+        what: What it is, for messages.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is a folder, or not text.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {what} {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, expected a {what}")
+    content = path.read_bytes()
+    encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
+    try:
+        text = content.decode(encoding)
+    except UnicodeDecodeError as error:
+        named = "UTF-16" if encoding == "utf-16" else "UTF-8"
+        raise ValueError(f"{path} is not text in {named}, at byte {error.start}: save it as UTF-8") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: it holds bytes of zero")
+    return text
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text; Unicode's other separators, which ``str.splitlines`` knows, belong to their line."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def read_data(path: str | Path, what: str = "file") -> Any:
+    """What a file of YAML, JSON or JSON lines holds; the lines as a list.
+
+    Args:
+        path: The file.
+        what: What it is, for messages.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Names the file, and the line where it is neither of these, or has a key twice.
+    """
+    text = read_text(path, what)
+    if text.lstrip()[:1] in ("{", "["):
+        for content in (text, f"[{','.join(line for _, line in filled(text))}]"):  # or JSON lines
+            try:
+                return read_json(content)
+            except json.JSONDecodeError:
+                continue
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ValueError(f"{path} is not YAML: {getattr(error, 'problem', None) or error}{where}") from None
+
+
+def read_json(text: str) -> Any:
+    """What JSON holds. Raises JSONDecodeError, or another ValueError for a key that is written twice."""
+    return json.loads(text, object_pairs_hook=_once)
+
+
+def filled(text: str) -> list[tuple[int, str]]:
+    """The lines that are not empty, with their numbers."""
+    return [(number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()]
+
+
+def parse_time(value: Any) -> float:
+    """Seconds, from a number or from text such as 7.5, 60s, 1m30s, 1:30 and 1:02:30.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    for form in TIMES if isinstance(value, str) else ():
+        if (found := form.fullmatch(value.strip().lower())) is not None:
+            seconds = math.fsum(UNITS[unit] * float(count) for unit, count in found.groupdict(default="0").items())
+            return int(seconds) if seconds.is_integer() else seconds
+    raise ValueError(f"at must be {EXAMPLES}, got {value!r}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs. Raises ValueError for a key that comes twice."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key!r} is written twice")
+        found[key] = value
+    return found
+
+
+class Loader(yaml.SafeLoader):
+    """YAML whose numbers are what they look like, and whose keys come once."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # none of YAML 1.1's, but those below
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and name != ("tag:yaml.org,2002:merge", "<<"):
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
+            seen.add(name or object())
+        return super().construct_mapping(node, deep)
+
+
+FORMS = {  # tag: what a plain word must look like, and how it may begin
+    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": ("(?i:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
+    "int": ("[-+]?[0-9][0-9_]*", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+.0123456789"),
+    ),
+    "merge": ("<<", ["<"]),
+}
+for tag, (form, first) in FORMS.items():
+    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{form})$"), first)
+Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten

@@ -1,0 +1,73 @@
+"""Commands to run: the demo in a folder of its own, and checkpoints of every published layout at tiny size."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from flexkern import demo
+from flexkern.cli import main
+from flexkern.demo.train import CONFIG
+from flexkern.model.wan import CausalWan
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A model of the demo's form that has learned nothing."""
+    torch.manual_seed(0)
+    config = replace(CONFIG, dim=64, ffn_dim=64, num_heads=1, num_layers=1, freq_dim=32)
+    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
+    save_file(CausalWan(config).state_dict(), path, {"flexkern_config": json.dumps(config.to_dict())})
+    return str(path)
+
+
+@pytest.fixture
+def flexkern_(tmp_path, monkeypatch, capsys, tiny):
+    """Runs the command in a folder of its own, with the tiny model in the demo's place: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "WEIGHTS", Path(tiny))
+    monkeypatch.setattr(demo, "ZOOM", 2)  # large noise takes long to encode
+
+    def run(*arguments):
+        try:
+            status = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def disk(tmp_path_factory):
+    """A folder with every layout under the name of its family, and the embeddings of two prompts."""
+    pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
+    import layouts
+
+    root = tmp_path_factory.mktemp("disk")
+    for name, save in layouts.LAYOUTS.items():
+        save(root / name)
+    layouts.save_prompts(root / "prompts.safetensors")
+    torch.save(layouts.tiny_vae(), root / "vae.pth")
+    save_file(layouts.tiny_transformer(), root / "bare.safetensors")
+    Image.new("RGB", (64, 40), (200, 30, 30)).save(root / "red.png")
+    return root
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys, disk):
+    """Runs the command in a folder of its own beside the files of ``disk``: (status, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            status = main([str(argument).replace("@", f"{disk}/") for argument in arguments])
+        except SystemExit as stop:
+            status = stop.code
+        return status, *capsys.readouterr()
+
+    return run
