@@ -33,7 +33,7 @@ class Render(Flags):
         with refusing(*bad):
             orders, engine, family = self.begin()
             from flexkern.finite import NotFiniteError
-            from flexkern.render import prepare, stoppable
+            from flexkern.render import prepare, render, stoppable
 
             for prompt in dict.fromkeys(prompt for order in orders for prompt in order.prompts):
                 engine.embed(prompt)  # one that the model cannot follow is told before the first video
@@ -45,8 +45,8 @@ class Render(Flags):
                 with refusing(*bad):
                     job = prepare(order, engine, family)
             try:
-                with stoppable() as signals:
-                    finished = job.run(progress=self.progress)
+                with stoppable() as signals, job.writer:
+                    finished = render(job.session, job.writer, **job.loop, progress=self.progress)
             except (OSError, NotFiniteError) as error:  # a full disk, weights that overflow
                 refuse(f"{error}; {job.kept}", status=1)
             made = job.writer.pictures
