@@ -94,22 +94,27 @@ class Presets:
 
 def describe(preset: Preset) -> list[str]:
     """Lines that say what a preset does, and which option of ``flexkern render`` holds which value."""
+    given, preset = preset, preset.resolve()
     lines = [f"{preset.name}: {preset.doc}", f"Source: {preset.source}", ""]
+    follows = False
     for sentence in sentences(preset):
         lines += textwrap.wrap(sentence, 100, initial_indent="  ", subsequent_indent="    ")
     idle = []
     for policy in POLICIES:
         lines.append("")
-        given = getattr(preset, policy)
-        for field in fields(given):
+        used = getattr(preset, policy)
+        for field in fields(used):
             option = f"--{policy}.{field.name.replace('_', '-')}"
-            if field.name in _idle(given):
+            if field.name in _idle(used):
                 idle.append(option)
                 continue
-            value = shown_value(getattr(given, field.name), field.name, given)
-            lines.append(f"{f'{option} {value}':38} {PLAIN.get(f'{policy}.{field.name}', '')}".rstrip())
+            value = getattr(used, field.name)
+            if value is not None and getattr(getattr(given, policy), field.name) is None:
+                option, follows = f"* {option}", True
+            lines.append(f"{f'{option} {shown_value(value)}':38} {PLAIN[f'{policy}.{field.name}']}".rstrip())
+    stars = ["* follows another value, or the model, unless it is given"] * follows
     without = textwrap.wrap(f"Without effect in {preset.name}: {', '.join(idle)}", 100, break_on_hyphens=False)
-    return [*lines, "", *without, "flexkern render --preset NAME --help says all of each option."]
+    return [*lines, "", *stars, *without, "flexkern render --preset NAME --help says all of each option."]
 
 
 def _idle(policy: Any) -> set[str]:
@@ -152,13 +157,11 @@ def sentences(preset: Preset) -> list[str]:
     ]
 
 
-def shown_value(value: Any, name: str, policy: Any) -> str:
-    """A value as one types it; where it is None, what then holds."""
-    if value is not None:
-        return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower()
-    used = {"alpha": lambda: policy.thresholds[0], "beta": lambda: policy.thresholds[1]}
-    used |= {"logit_temp": lambda: policy.temperature, "weight": lambda: policy.strength}
-    return f"{used[name]():g}" if name in used else "none"
+def shown_value(value: Any) -> str:
+    """A value as one types it."""
+    if isinstance(value, tuple):
+        return " ".join(map(shown_value, value))
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 def _positions(position: PositionPolicy, retention: RetentionPolicy) -> list[str]:

@@ -178,7 +178,8 @@ def test_a_preset_is_shown_in_words(flexkern_):
         "A new prompt leaves what is remembered as it is.",
     ):
         assert words in out
-    assert re.search(r"^--position.alpha 0.25 +turns in training", out, re.MULTILINE)
+    assert re.search(r"^\* --position.alpha 0.25 +turns in training", out, re.MULTILINE)
+    assert re.search(r"^\* --switch.recent 12 ", flexkern_("presets", "longlive")[1], re.MULTILINE)  # as the window
     assert "--position.jitter-sigma" in out[out.index("Without effect in flex") :]
 
 
