@@ -17,11 +17,12 @@ endef
 
 unexport PYTHONPATH
 
-.PHONY: help test lint docs demo train-demo mutate compile matrix matrix-floor matrix-kernels matrix-newest
+.PHONY: help test slow lint docs demo train-demo mutate compile matrix matrix-floor matrix-kernels matrix-newest
 help:
 	@echo "make test | lint | docs | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
 	@echo "make matrix-floor | matrix-kernels | matrix-newest    the suite at other versions; make matrix runs all three"
-	@echo "make mutate | compile                          for a nightly run: break the kernels; compile them with Triton 3.6.0"
+	@echo "make slow | mutate | compile                   for a nightly run: tests of every combination; break the kernels;"
+	@echo "                                               compile them with Triton 3.6.0"
 
 # torch first and alone, at its pin, so that no other requirement chooses its build
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
@@ -33,6 +34,9 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 
 test: $(STAMP)
 	$(BIN)/pytest $(ARGS)
+
+slow: $(STAMP)
+	$(BIN)/pytest -m slow $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

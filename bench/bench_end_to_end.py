@@ -2,10 +2,13 @@
 
 python bench/bench_end_to_end.py --save
 
-Needs numpy. Errors are those of the first pass of the first chunk, against the same weights in float32.
+Needs numpy. Errors are those of the first pass of the first chunk, against the same weights in float32. Pictures per
+second and peak memory are those of the transformer and its cache: there is no VAE and no text encoder.
 """
 
 import math
+import resource
+import sys
 import time
 
 import harness
@@ -20,6 +23,7 @@ from flexkern.session import Session
 PRESETS = ("flex", "longlive")  # windows of 21 and 12 frames
 BACKENDS = ("triton", "sdpa")
 ROUNDS = 3
+PICTURES = 4  # of a latent frame
 TINY = WanConfig(
     dim=64, ffn_dim=64, num_heads=1, num_layers=1, in_dim=4, out_dim=4, text_len=4, text_dim=8, freq_dim=16
 )
@@ -82,6 +86,30 @@ def fill(session: Session) -> None:
         session.step()
 
 
+def allocated() -> int:
+    """Bytes that are allocated on the GPU; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+
+
+def start_full(
+    model: CausalWan, backend: str, preset: str, text: torch.Tensor, size: tuple[int, int], *, full: bool
+) -> tuple[Session, float]:
+    """A session, its window filled if ``full``, and the most that is allocated while it makes a chunk, in 1e9 bytes.
+
+    Memory of sessions that were there before does not count. On a CPU it is the peak of the process, all included.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    others = max(0, allocated() - weights)
+    session = start_session(model, backend, preset, text, size)
+    if full:
+        fill(session)
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        session.step()
+        return session, (torch.cuda.max_memory_allocated() - others) / 1e9
+    return session, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def main() -> None:
     args = harness.arguments(__doc__).parse_args()
     out, is_tiny = harness.folder(args), args.tiny or DEVICE == "cpu"
@@ -92,19 +120,20 @@ def main() -> None:
     faults = {backend: "" if error[backend] <= 2 * error["sdpa"] else "wrong" for backend in BACKENDS}
     for preset in PRESETS[:1] if is_tiny else PRESETS:
         good = [backend for backend in BACKENDS if not faults[backend]]
-        sessions = {backend: start_session(model, backend, preset, text, size) for backend in good}
-        for session in sessions.values():
-            if not is_tiny:
-                fill(session)
+        started = {name: start_full(model, name, preset, text, size, full=not is_tiny) for name in good}
+        sessions = {backend: session for backend, (session, _) in started.items()}
         taken = race(sessions, 1 if is_tiny else ROUNDS)
-        window = sessions["sdpa"].preset.retention.window
+        window, chunk = sessions["sdpa"].preset.retention.window, sessions["sdpa"].engine.chunk
+        around = harness.conditions(sessions[good[0]].step)
         rows = []
         for backend in BACKENDS:
             ms_20, ms, ms_80 = harness.quantiles(taken.get(backend, [math.nan]))
             about = dict(kernel="end_to_end", provider=backend, note=faults[backend], error=error[backend])
             about["shape"] = f"{name} {size[0]}x{size[1]} {preset} window {window} bfloat16, random weights"
-            rows.append(Row(**about, ms=ms, ms_20=ms_20, ms_80=ms_80, **harness.provenance()))
-            print(harness.describe(rows[-1]), flush=True)
+            _, peak = started.get(backend, (None, math.nan))
+            figures = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, pictures_s=PICTURES * chunk * 1000 / ms, peak_gb=peak)
+            rows.append(Row(**about, **figures, **around, **harness.provenance()))
+            harness.show(rows[-1], as_json=args.json)
         if out:
             harness.save(rows, out / "end_to_end.csv")
 

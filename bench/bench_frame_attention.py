@@ -206,12 +206,12 @@ def run_peers(args: argparse.Namespace, shapes: list[Shape]) -> None:
     """Time libraries and designs, shape by shape, so that a run that is cut off has whole shapes."""
     out, roof = harness.folder(args), measure_roofs()
     for shape in shapes:
-        rows = harness.compare(build(shape), roof, budget_ms=args.budget_ms)
+        rows = harness.compare(build(shape), roof, budget_ms=args.budget_ms, as_json=args.json)
         best = best_library(rows)
         designs = []
         if best:
             case = build_designs(shape, best)
-            designs = harness.compare(case, roof, budget_ms=args.budget_ms, note=f"library: {best}")
+            designs = harness.compare(case, roof, budget_ms=args.budget_ms, note=f"library: {best}", as_json=args.json)
         if out:
             harness.save(rows, out / "frame_attention.csv")
         if out and designs:

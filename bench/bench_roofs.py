@@ -4,11 +4,12 @@ python bench/bench_roofs.py --save
 """
 
 import json
+import sys
 
 import harness
 import machine
 import torch
-from roofs import DEVICE, measure_roofs
+from roofs import COPIED, DEVICE, SIDE, measure_roofs
 
 
 def under_load() -> str:
@@ -24,19 +25,24 @@ def under_load() -> str:
 def main() -> None:
     args = harness.arguments(__doc__).parse_args()
     out, roofs, about = harness.folder(args), measure_roofs(), harness.provenance()
+    size = f"{COPIED >> 30} GiB" if DEVICE == "cuda" else f"{COPIED >> 10} KiB"
+    a, b = torch.randn(2, SIDE, SIDE, device=DEVICE).bfloat16()
+    around = harness.conditions(lambda: a @ b)
     rows = [
-        harness.Row(kernel="roofs", provider=provider, shape=shape, **rate, **about)
+        harness.Row(kernel="roofs", provider=provider, shape=shape, **rate, **around, **about)
         for provider, shape, rate in (
-            ("bf16 product", "8192 x 8192 x 8192", {"tflop_s": roofs.matmul_tflop_s}),
-            ("device copy, read and written", "1 GiB", {"gb_s": roofs.copy_gb_s}),
+            ("bf16 product", f"{SIDE} x {SIDE} x {SIDE}", {"tflop_s": roofs.matmul_tflop_s}),
+            ("device copy, read and written", size, {"gb_s": roofs.copy_gb_s}),
         )
     ]
     if DEVICE == "cuda":
         properties = torch.cuda.get_device_properties(0)
         about |= {"multiprocessors": properties.multi_processor_count, "memory_gb": properties.total_memory / 1e9}
         about |= {"under load: sm, memory and highest sm clock, power, its limit, temperature": under_load()}
-    print(json.dumps(about, indent=1))
-    print(roofs)
+    print(f"{json.dumps(about, indent=1)}\n{roofs}", file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        for row in rows:
+            harness.show(row, as_json=True)
     if out:
         harness.save(rows, out / "roofs.csv")
         (out / "machine.json").write_text(json.dumps(about, indent=1) + "\n")

@@ -41,6 +41,7 @@ class Verdict:
     driver: str
     torch: str
     triton: str
+    interpreter: str = ""  # "yes" where Triton interprets kernels
     commit: str
     day: str
 
@@ -104,7 +105,10 @@ def main() -> None:
     for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or DEVICE == "cpu"):
         row = judge(args.kernel or BENCHES[0], case, name, repeats)
         error = "" if math.isnan(row.error) else f"  error {row.error:.2e}"
-        print(f"{row.kernel} {row.shape}{error}  {row.repeats} repeats  {row.verdict}", flush=True)
+        if args.json:
+            harness.show(row, as_json=True)
+        else:
+            print(f"{row.kernel} {row.shape}{error}  {row.repeats} repeats  {row.verdict}", flush=True)
         all_right &= row.verdict == "right" or row.verdict.startswith("absent")
         if out:
             harness.save([row], out / "correctness.csv", key=("kernel", "shape"))

@@ -7,13 +7,17 @@ C B A, ...), so that a drifting clock affects all of them equally, each call wit
 
 import argparse
 import csv
+import json
 import math
+import os
 import statistics
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import machine
 import pytest
@@ -40,13 +44,19 @@ class Row:
     tflop_s: float = math.nan  # of the floating-point operations that the mathematics needs
     roof_percent: float = math.nan  # of the copy rate or the large bf16 product measured in the same run
     error: float = math.nan  # mean distance from the float64 oracle over the mean magnitude
+    pictures_s: float = math.nan  # pictures per second, where a row is of a whole chunk
+    peak_gb: float = math.nan  # 1e9 bytes, the most that was allocated at once: on the GPU, or by the process on a CPU
     note: str = ""
     gpu: str
     driver: str
     torch: str
     triton: str
+    interpreter: str = ""  # "yes" where Triton interprets kernels, whether or not this provider has any
     commit: str
     day: str
+    clocks: str = ""  # of the GPU while the case ran: "sm 1740 MHz, memory 3201 MHz"
+    load: float = math.nan  # processes that wanted a CPU, over the last minute
+    threads: int = 0  # CPU threads of torch
 
 
 KEY = ("kernel", "provider", "shape")
@@ -59,9 +69,17 @@ def provenance() -> dict[str, str]:
         "driver": machine.ask_gpu("driver_version") or "none",
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "interpreter": "yes" if triton.knobs.runtime.interpret else "",
         "commit": machine.commit(),
         "day": date.today().isoformat(),
     }
+
+
+def conditions(call: Callable[[], object]) -> dict[str, object]:
+    """What a time depends on beside the machine, seen while ``call`` runs."""
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan
+    clocks = machine.clocks_during(lambda: (call(), torch.cuda.synchronize())) if DEVICE == "cuda" else ""
+    return {"clocks": clocks, "load": load, "threads": torch.get_num_threads()}
 
 
 def load(path: Path, kind: type = Row) -> list:
@@ -69,7 +87,7 @@ def load(path: Path, kind: type = Row) -> list:
     if not path.is_file():
         return []
     types = {field.name: field.type for field in fields(kind)}
-    read = {float: lambda text: float(text) if text else math.nan, int: int, str: str}
+    read = {float: lambda text: float(text) if text else math.nan, int: lambda text: int(text or 0), str: str}
     with path.open(newline="") as file:
         return [
             kind(**{name: read[types[name]](text) for name, text in row.items() if name in types})
@@ -163,19 +181,20 @@ def judge(case: Case, provider: Provider | str) -> tuple[float, str]:
         return math.nan, f"failed: {type(fault).__name__}: {' '.join(str(fault).split())[:300]}"
 
 
-def compare(case: Case, roof: Roofs, *, budget_ms: float = 200.0, note: str = "") -> list[Row]:
+def compare(case: Case, roof: Roofs, *, budget_ms: float = 200.0, note: str = "", as_json: bool = False) -> list[Row]:
     """Judge all providers of a case, then time those that are right side by side. Prints a line for each."""
     judged = {name: judge(case, provider) for name, provider in case.providers.items()}
     good = [name for name, (_, fault) in judged.items() if not fault]
     taken = dict(zip(good, measure([case.providers[name].call for name in good], budget_ms), strict=True))
+    around = conditions(case.providers[good[0]].call if good else lambda: None)
     rows = []
     for name, (error, fault) in judged.items():
         timed = {}
         if name in taken:
             timed = rates(case, [ms / case.providers[name].calls for ms in taken[name]], roof)
         about = dict(kernel=case.kernel, provider=name, shape=case.shape, error=error, note=fault or note)
-        rows.append(Row(**about, **timed, **provenance()))
-        print(describe(rows[-1]), flush=True)
+        rows.append(Row(**about, **timed, **around, **provenance()))
+        show(rows[-1], as_json=as_json)
     return rows
 
 
@@ -195,13 +214,29 @@ def quantiles(times: Sequence[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(times), fifths[3]
 
 
+def show(row: Any, *, as_json: bool) -> None:
+    """Print a row: a line to read, or a JSON object on a line, in which what was not measured is null."""
+    if as_json:
+        found = {name: None if isinstance(v, float) and math.isnan(v) else v for name, v in asdict(row).items()}
+        print(json.dumps(found), flush=True)
+    else:
+        print(describe(row), flush=True)
+
+
 def describe(row: Row) -> str:
     head = f"{row.kernel} {row.shape}  {row.provider:<28}"
     if math.isnan(row.ms):
         return f"{head} {row.note}"
-    times = f"{row.ms:9.4f} ms ({row.ms_20:.4f} to {row.ms_80:.4f})"
-    rate = f"{row.gb_s:7.0f} GB/s {row.tflop_s:7.1f} TFLOP/s {row.roof_percent:6.1f} % of the roof"
-    return f"{head} {times} {rate}  error {row.error:.2e}"
+    parts = [
+        (row.ms, f"{row.ms:9.4f} ms ({row.ms_20:.4f} to {row.ms_80:.4f})"),
+        (row.gb_s, f"{row.gb_s:7.0f} GB/s"),
+        (row.tflop_s, f"{row.tflop_s:7.1f} TFLOP/s"),
+        (row.roof_percent, f"{row.roof_percent:6.1f} % of the roof"),
+        (row.pictures_s, f"{row.pictures_s:7.2f} pictures/s"),
+        (row.peak_gb, f"peak {row.peak_gb:.2f} GB"),
+        (row.error, f" error {row.error:.2e}"),
+    ]
+    return f"{head} {' '.join(text for value, text in parts if not math.isnan(value))}"
 
 
 def arguments(doc: str) -> argparse.ArgumentParser:
@@ -211,6 +246,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, help="write there instead of bench/results/<gpu>")
     parser.add_argument("--all", action="store_true", help="every shape instead of the short list")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, which a CPU manages in the interpreter")
+    parser.add_argument("--json", action="store_true", help="print every row as a JSON object on a line")
     parser.add_argument("--budget-ms", type=float, default=200.0, help="time given to each provider and shape")
     return parser
 
@@ -231,9 +267,9 @@ def shapes_for(args: argparse.Namespace, short: Sequence, every: Sequence, tiny:
 def run(args: argparse.Namespace, name: str, shapes: Iterable, build: Callable[..., Case]) -> None:
     """Compare the providers at each shape; ``name``.csv is written after every shape."""
     out, roof = folder(args), roofs.measure_roofs()
-    print(f"{provenance()}\n{roof}")
+    print(f"{provenance()}\n{roof}", file=sys.stderr if args.json else sys.stdout)
     for shape in shapes:
-        rows = compare(build(shape), roof, budget_ms=args.budget_ms)
+        rows = compare(build(shape), roof, budget_ms=args.budget_ms, as_json=args.json)
         if out:
             save(rows, out / f"{name}.csv")
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -71,6 +72,19 @@ def ask_gpu(*fields: str) -> str:
     """Answer of nvidia-smi for the first GPU, fields separated by ", "; empty if there is none."""
     lines = answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader").splitlines()
     return lines[0].strip() if lines else ""
+
+
+def clocks_during(call: Callable[[], object]) -> str:
+    """The clocks of the first GPU while ``call`` runs over and over; empty where nvidia-smi does not tell."""
+    if not shutil.which("nvidia-smi"):
+        return ""
+    query = ["nvidia-smi", "--query-gpu=clocks.sm,clocks.mem", "--format=csv,noheader"]
+    with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        while process.poll() is None:
+            call()
+        said = process.stdout.read() if process.stdout else ""
+    first = said.splitlines()[0].split(", ") if process.returncode == 0 and said else []
+    return f"sm {first[0]}, memory {first[1]}" if len(first) == 2 else ""
 
 
 def folder_of(gpu: str) -> str:

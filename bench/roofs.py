@@ -16,6 +16,7 @@ if DEVICE == "cpu":
 FLUSH_BYTES = 256 << 20  # several times the L2 cache of any GPU
 ROUNDS = 6
 LEAD_CYCLES = 3_000_000  # about 2 ms
+SIDE, COPIED = (8192, 1 << 30) if DEVICE == "cuda" else (128, 1 << 17)  # of the product's matrices; bytes of the copy
 
 
 @cache
@@ -85,12 +86,11 @@ class Roofs:
 @cache
 def measure_roofs() -> Roofs:
     """Measure both, once in a process."""
-    n, count = (8192, 1 << 29) if DEVICE == "cuda" else (128, 1 << 16)
-    a, b = torch.randn(2, n, n, device=DEVICE).bfloat16()
-    source = torch.randn(count // 2, device=DEVICE)
+    a, b = torch.randn(2, SIDE, SIDE, device=DEVICE).bfloat16()
+    source = torch.randn(COPIED // 4, device=DEVICE)
     target = torch.empty_like(source)
     product, copied = measure([lambda: a @ b, lambda: target.copy_(source)])
     return Roofs(
-        matmul_tflop_s=2 * n**3 / statistics.median(product) / 1e9,
+        matmul_tflop_s=2 * SIDE**3 / statistics.median(product) / 1e9,
         copy_gb_s=2 * source.nbytes / statistics.median(copied) / 1e6,
     )

@@ -2,6 +2,7 @@
 
 python bench/tables.py             # rewrites what stands between <!-- table: NAME --> and <!-- end table -->
 python bench/tables.py --check     # exits with 1 where that would change a file
+python bench/tables.py --results DIR    # prints the tables of other CSVs, in DIR or in a folder of it; writes nothing
 
 Names: correctness, roofs, attention, tiles, designs, targets, pointwise, end_to_end; compiled and variants, from
 tests/data/compile*.csv.
@@ -98,7 +99,14 @@ def pointwise(rows: dict[str, list[Row]]) -> str:
 
 
 def end_to_end(rows: dict[str, list[Row]]) -> str:
-    return by_provider(rows["end_to_end"], "ms a chunk") if rows["end_to_end"] else ""
+    """A line for each row: what a chunk takes, pictures per second, and the most memory."""
+    figure = lambda value, form: "" if math.isnan(value) else format(value, form)
+    lines = [
+        [row.shape, row.provider, cell(row), figure(row.pictures_s, ".3g"), figure(row.peak_gb, ".1f")]
+        for row in rows["end_to_end"]
+        if not row.note.startswith("absent")
+    ]
+    return grid(["chunk", "backend", "ms", "pictures a second", "peak, GB"], lines) if lines else ""
 
 
 def ratio(rows: list[Row], over: str, under: str, frames: int, read: int) -> float:
@@ -182,8 +190,9 @@ TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, 
 def caption(rows: list) -> str:
     """Where the rows come from; mixed origins are all named."""
     say = lambda name: ", ".join(dict.fromkeys(getattr(row, name) for row in rows))
+    interpreter = " in its interpreter" if any(row.interpreter for row in rows) else ""
     return (
-        f"{say('gpu')}, driver {say('driver')}, torch {say('torch')}, Triton {say('triton')}, "
+        f"{say('gpu')}, driver {say('driver')}, torch {say('torch')}, Triton {say('triton')}{interpreter}, "
         f"commit {say('commit')}, {say('day')}"
     )
 
@@ -197,7 +206,7 @@ def table(name: str, results: Path) -> str:
     make, files = TABLES[name]
     kind = Verdict if name == "correctness" else Row
     found = []
-    for folder in sorted(path for path in results.glob("*") if path.is_dir()):
+    for folder in [results, *sorted(path for path in results.glob("*") if path.is_dir())]:
         rows = {file: load(folder / f"{file}.csv", kind) for file in files}
         everything = [row for group in rows.values() for row in group]
         text = make(rows) if everything else ""
@@ -214,12 +223,18 @@ def fill(text: str, results: Path = machine.RESULTS) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
+    parser.add_argument("--results", type=Path, metavar="DIR", help="CSVs to print tables of, instead of bench/results")
     args = parser.parse_args()
+    if args.results is not None and not args.results.is_dir():
+        parser.error(f"there is no folder {args.results}")
+    if args.results is not None and not args.check:
+        print("\n\n".join(f"{name}\n\n{table(name, args.results)}" for name in TABLES))
+        return 0
     stale = []
     for name in FILES:
         path = machine.ROOT / name
         old = path.read_text()
-        new = fill(old)
+        new = fill(old, args.results or machine.RESULTS)
         if new != old:
             stale.append(name)
             if not args.check:

@@ -33,7 +33,7 @@ class Render(Flags):
         with refusing(*bad):
             orders, engine, family = self.begin()
             from flexkern.finite import NotFiniteError
-            from flexkern.render import prepare, stoppable
+            from flexkern.render import prepare, render, stoppable
 
             for prompt in dict.fromkeys(prompt for order in orders for prompt in order.prompts):
                 engine.embed(prompt)  # one that the model cannot follow is told before the first video
@@ -45,8 +45,8 @@ class Render(Flags):
                 with refusing(*bad):
                     job = prepare(order, engine, family)
             try:
-                with stoppable() as signals:
-                    finished = job.run(progress=self.progress)
+                with stoppable() as signals, job.writer:
+                    finished = render(job.session, job.writer, **job.loop, progress=self.progress)
             except (OSError, NotFiniteError) as error:  # a full disk, weights that overflow
                 refuse(f"{error}; {job.kept}", status=1)
             made = job.writer.pictures
@@ -201,10 +201,6 @@ class Render(Flags):
 
         if self.weights is None:
             raise ValueError(f"--model {self.model} needs --weights PATH, a file or a folder")
-        loras = self.loras()
-        lora: dict[str, Any] = {"lora": loras}
-        if len(loras) < 2:
-            lora = {"lora": None} if not loras else {"lora": loras[0][0], "lora_scale": loras[0][1]}
         return Checkpoint(
             weights=self.weights,
             family=family,
@@ -212,7 +208,7 @@ class Render(Flags):
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             embeddings=self.embeddings,
-            **lora,
+            lora=self.loras() or None,
             ema=True if self.ema else False if self.no_ema else None,
             dtype=self.dtype or "bfloat16",
         )

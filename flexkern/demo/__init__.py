@@ -14,7 +14,7 @@ from torch import Tensor
 from flexkern.demo import world
 from flexkern.engine import Engine
 from flexkern.model.families import Family
-from flexkern.model.intact import raise_absent, validate_form
+from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
 from flexkern.model.schedule import Schedule
 
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
@@ -93,7 +93,7 @@ def validate_weights(weights: str | Path) -> None:
     needed = {"in_dim": 3, "out_dim": 3, "text_len": world.TEXT_LEN, "text_dim": world.TEXT_DIM}
     form = f"pixels in, pixels out, its text encoder, all said in the metadata entry flexkern_config ({needed})"
     other = f"{path} is not of the demo's form: {form}"
-    if validate_form(path) != "safetensors":
+    if not path.is_file() or not looks_like_weights(path) or validate_form(path) != "safetensors":
         raise ValueError(other)
     try:
         with safe_open(path, framework="numpy") as file:

@@ -4,7 +4,7 @@ import importlib
 import json
 import pickle
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -128,12 +128,22 @@ def _harmless(file: Path, *, mapped: bool) -> list[Any]:
         core = importlib.import_module("numpy._core.multiarray")
     except ModuleNotFoundError:
         core = importlib.import_module("numpy.core.multiarray")
-    makers = [(getattr(core, name), name) for name in ("scalar", "_reconstruct")]
-    named = [(made, f"numpy.{room}.multiarray.{name}") for made, name in makers for room in ("core", "_core")]
+    names = [(room, name) for room in ("core", "_core") for name in ("scalar", "_reconstruct")]
+    makers = [_named(f"numpy.{room}.multiarray.{name}", getattr(core, name)) for room, name in names]
     kinds = {type(numpy.dtype(code)) for code in numpy.typecodes["All"] if code != "O"}
     held = torch.serialization.get_unsafe_globals_in_checkpoint(file) if mapped else []
-    skipped = [(type("Skipped", (Nothing,), {}), name) for name in held if name.startswith(CONFIGURATIONS)]
-    return [*named, numpy.dtype, numpy.ndarray, *kinds, *skipped]
+    skipped = [_named(name, Nothing) for name in held if name.startswith(CONFIGURATIONS)]
+    return [*makers, numpy.dtype, numpy.ndarray, *kinds, *skipped]
+
+
+def _named(full: str, made_with: Callable[..., Any]) -> Any:
+    """What is called, or made, under that full name; torch looks at the name alone."""
+    module, _, name = full.rpartition(".")
+    if isinstance(made_with, type):
+        return type(name, (made_with,), {"__module__": module})
+    call = lambda *arguments: made_with(*arguments)
+    call.__module__, call.__name__, call.__qualname__ = module, name, name
+    return call
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypedDict
 
 from tqdm import tqdm
 
@@ -19,6 +19,14 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
     from flexkern.session import Chunk, Session
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+
+
+class Loop(TypedDict):
+    """Arguments of ``render``."""
+
+    pictures: int
+    script: Sequence[PromptSwitch]
+    start: "Chunk | None"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,14 +60,12 @@ class Job:
             NotFiniteError: A chunk is not finite; the file holds those before it.
         """
         with self.writer:
-            return render(
-                self.session,
-                self.writer,
-                pictures=self.order.pictures,
-                script=self.order.script[1:],
-                progress=progress,
-                start=self.start,
-            )
+            return render(self.session, self.writer, **self.loop, progress=progress)
+
+    @property
+    def loop(self) -> "Loop":
+        """What ``render`` is told beside session and writer."""
+        return {"pictures": self.order.pictures, "script": self.order.script[1:], "start": self.start}
 
 
 def prepare(order: Order, engine: "Engine", family: "Family") -> Job:

@@ -12,7 +12,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import bench_end_to_end as end_to_end
 import bench_frame_attention as bench
 import correctness
 import designs
@@ -25,6 +24,7 @@ import pytest
 import roofs
 import tables
 import torch
+from bare import run_python
 from gpu_suite import Item
 from harness import Case, Provider, Row, Truth
 
@@ -123,12 +123,6 @@ def archive(tmp_path):
     for folder in ("bench", "flexkern", "kernels"):
         shutil.copytree(ROOT / folder, root / folder, ignore=skip, symlinks=True)
     return root
-
-
-def run_python(*args, cwd, **environment) -> subprocess.CompletedProcess:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "FLEXKERN"))}
-    command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, cwd=cwd, env=clean | environment, capture_output=True, text=True, timeout=300)
 
 
 def test_the_suite_lists_its_queue_from_an_archive(archive):
@@ -305,14 +299,6 @@ def test_a_race_is_counted(problem, truth):
     # one call is judged, one is compared with
     row = correctness.judge("frame_attention", case, "racy", repeats=10)
     assert (row.repeats, row.differing, row.verdict) == (10, 4, "wrong: 4 of 10 repeats differ")
-
-
-def test_a_chunk_is_timed_end_to_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(end_to_end, "BACKENDS", ("sdpa",))
-    monkeypatch.setattr(sys, "argv", ["bench", "--tiny", "--out", str(tmp_path)])
-    end_to_end.main()
-    [row] = harness.load(tmp_path / "end_to_end.csv")
-    assert row.ms > 0 and 0 < row.error < 0.05 and math.isnan(row.gb_s)
 
 
 def test_pages_are_turned_and_others_left_alone():

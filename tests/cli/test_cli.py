@@ -169,7 +169,10 @@ REFUSED = {
     ),
     "a folder of weights": ("--model folder.mp4", "folder.mp4 is not of the demo's form"),
     "no model at all": ("--model bad.yaml", "bad.yaml is not of the demo's form"),
-    "a cut file": ("--model cut.safetensors", "cut.safetensors is cut off: "),
+    "a cut file": (
+        "--model cut.safetensors",
+        "cut.safetensors is cut off within its header: at least 34 bytes are missing",
+    ),
     "another form": ("--model wan.safetensors", "wan.safetensors is not of the demo's form: .* give --model self-for"),
     "missing prompts": ("--prompts none.yaml", "there is no prompt file none.yaml"),
     "not YAML": ("--prompts bad.yaml", "bad.yaml is not YAML: .*line 1"),

@@ -205,7 +205,7 @@ REFUSED = {
     "a text image": ("@@ --image p.txt --chunk 1", "p.txt is not an image"),
     "another lora": ("@@ --lora lora.pt", "lora.pt does not fit .* unknown targets 1: blocks.9.ffn.0.weight"),
     "keys": ("@@ --weights broken.pt --vae @vae.pth", "does not fit the model: missing 1: head.modulation"),
-    "no average": ("@@ --weights @causvid --ema", "does not hold generator_ema; it holds generator"),
+    "no average": ("@@ --weights @causvid --ema", r"does not hold generator_ema \| .*; it holds generator"),
     "both": ("@@ --ema --no-ema", "give --ema or --no-ema, not both"),
     "channels": ("@@ --weights demo.safetensors --vae @vae.pth", "latents of 3 in, 3 out channels; expected 16"),
     "wide embeddings": ("@@ --embeddings wide.safetensors", "holds embeddings of 32 channels; .* takes 48"),

@@ -26,7 +26,7 @@ def count_pictures(path: Path) -> int:
 
 
 def test_no_example_is_untried():
-    tried = {"own_preset.py", "prompts.txt", "prompts_over_time.yaml", "render_loop.py"}
+    tried = {"interactive.jsonl", "own_preset.py", "prompts.txt", "prompts_over_time.yaml", "render_loop.py"}
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tried
 
 
@@ -64,4 +64,14 @@ def test_the_prompts_over_time_are_followed_to_the_last(tmp_path, monkeypatch):
     options = ["--prompts", str(path), "--frames", "9", "--no-progress", "--out", str(tmp_path / "out.mp4")]
     assert flexkern.cli.main(["render", *options]) == 0
     assert count_pictures(tmp_path / "out.mp4") == 9
+    assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]
+
+
+def test_the_prompts_of_a_line_follow_each_other_in_one_video(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    follow, asked = Session.switch, []
+    monkeypatch.setattr(Session, "switch", lambda self, prompt: asked.append(prompt) or follow(self, prompt))
+    options = ["--data_path", str(EXAMPLES / "interactive.jsonl"), "--output_folder", "videos"]
+    assert flexkern.cli.main(["render", *options, "--frames", "6", "--no-progress"]) == 0
+    assert [count_pictures(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [6, 6]
     assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]

@@ -105,9 +105,10 @@ def name_of(variant: Variant) -> str:
     )
 
 
+@pytest.mark.slow
 @cpu_only
 @pytest.mark.parametrize("variant", EVERY, ids=name_of)
-def test_every_variant_in_any_order(variant):
+def test_every_combination_of_switches_in_any_order(variant):
     for seed in range(4):
         choose = random.Random(seed)
         torch.manual_seed(seed)
@@ -120,9 +121,9 @@ def test_every_variant_in_any_order(variant):
 
 @cpu_only
 def test_the_order_does_not_change_a_bit():
-    inputs = make_inputs(1, 2, 300, 2, 64, 3, 1, torch.bfloat16)
-    (out, lse), *others = (play(inputs, seed, programs=5) for seed in range(4))
-    others += [play(inputs, programs=5, variant=variant) for variant in VARIANTS.values()]
+    inputs = make_inputs(1, 2, 300, 1, 64, 3, 1, torch.bfloat16)
+    (out, lse), *others = (play(inputs, seed, programs=3) for seed in range(4))  # two of five tiles are cut
+    others += [play(inputs, programs=3, variant=variant) for name, variant in VARIANTS.items() if name != SELECTED]
     assert all(torch.equal(out, other[0]) and torch.equal(lse, other[1]) for other in others)
 
 
@@ -162,18 +163,19 @@ def test_frame_attention_passes_the_variant_on(monkeypatch):
 SOURCES = [(ROOT / "kernels" / f"{name.replace('.', '/')}.py").read_text() for name in (*OWN[2:], "attention.hopper")]
 
 
-def check_many(edit=None, variant=VARIANTS[SELECTED]) -> None:
+def check_many(edit=None, variant=VARIANTS[SELECTED], orders: int = 12) -> None:
     choose = random.Random(1)
-    for seed in range(12):
+    for seed in range(orders):
         inputs = make_inputs(1, 2, (300, 140, 40)[seed % 3], 1, 64, 4, 1, torch.bfloat16, bias=True)
         hide(inputs, choose)
         check(inputs, seed=seed, edit=edit, programs=3, variant=variant)
 
 
 @cpu_only
+@pytest.mark.parametrize("orders", [3, pytest.param(12, marks=pytest.mark.slow)])  # 3: each mistake shows by then
 @pytest.mark.parametrize("variant", [*VARIANTS.values(), *OTHERS.values()], ids=[*VARIANTS, *OTHERS])
-def test_without_a_mistake_nothing_is_noticed(variant):
-    check_many(variant=variant)
+def test_without_a_mistake_nothing_is_noticed(variant, orders):
+    check_many(variant=variant, orders=orders)
 
 
 @cpu_only

@@ -1,9 +1,11 @@
 """Scripts and lists of prompts: every form that people write them in, what is refused, and which prompts are shown."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+import flexkern.render
 from flexkern.render import Pace, PromptSwitch, read_prompts, read_script, seconds_needed, spread, validate_shown
 from flexkern.render.texts import parse_time, read_text, split_lines
 
@@ -232,3 +234,10 @@ def test_prompts_without_times_are_spread_over_chunks():
 def test_the_last_prompt_needs_as_long_as_the_one_before():
     at = lambda *times: [PromptSwitch(at=time, prompt="a") for time in times]
     assert [seconds_needed(at(0)), seconds_needed(at(0, 12)), seconds_needed(at(0, 5, 7))] == [0, 24, 9]
+
+
+def test_the_examples_are_read():
+    folder = Path(flexkern.render.__file__).parents[1] / "docs/examples"
+    assert [switch.at for switch in read_script(folder / "prompts_over_time.yaml")] == [0, 5, 10]
+    assert [len(prompts) for prompts in read_prompts(folder / "interactive.jsonl").videos] == [2, 2]
+    assert [len(prompts) for prompts in read_prompts(folder / "prompts.txt").videos] == [1, 1]

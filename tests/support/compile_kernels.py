@@ -1,6 +1,6 @@
 """Compile every shipped configuration of every kernel, with no GPU, and print what ptxas and SASS say.
 
-    python tests/support/compile_kernels.py [--write] [--json FILE] [--only TEXT]
+    python tests/support/compile_kernels.py [--write] [--json FILE] [--only TEXT] [--cases NAME ...]
 
 --write replaces the committed table of loop lengths that kernels/test_compile.py and this script compare with:
 tests/data/compile.csv for the Triton of CI, compile-VERSION.csv beside it for another (make compile TRITON=VERSION).
@@ -274,10 +274,11 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help=f"replace the rows of these cases in {TABLE.name}")
     parser.add_argument("--json", type=Path, help="write every fact to this file")
     parser.add_argument("--only", default="", help="cases whose name contains this text")
+    parser.add_argument("--cases", nargs="*", metavar="NAME", help="these cases, by their whole names")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     args = parser.parse_args()
 
-    cases = [case for case in SHIPPED if args.only in str(case)]
+    cases = [case for case in SHIPPED if args.only in str(case) and (args.cases is None or str(case) in args.cases)]
     table, facts, wrong = committed(), {}, []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         for case, found in zip(cases, pool.map(compile_case, cases), strict=True):
