@@ -1,4 +1,5 @@
 import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from flexkern.kernels import HOPPER, PORTABLE, lacking
 CUDA = torch.cuda.is_available()
 if not CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any `import triton`
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # a script's background job ignores Ctrl-C, and hands that down to the renders that tests interrupt
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; more threads only contend
 
 TRITON = {  # test files that import kernels, and what these need
