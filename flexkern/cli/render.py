@@ -45,8 +45,8 @@ class Render(Flags):
                 with refusing(*bad):
                     job = prepare(order, engine, family)
             try:
-                with stoppable() as signals, job.writer:
-                    finished = render(job.session, job.writer, **job.loop, progress=self.progress)
+                with stoppable() as signals:
+                    finished = job.run(progress=self.progress, loop=render)
             except (OSError, NotFiniteError) as error:  # a full disk, weights that overflow
                 refuse(f"{error}; {job.kept}", status=1)
             made = job.writer.pictures

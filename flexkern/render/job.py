@@ -1,9 +1,9 @@
 """A job: an order that an engine has begun, and the loop that carries it to its file."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn, TypedDict
+from typing import TYPE_CHECKING, NoReturn
 
 from tqdm import tqdm
 
@@ -19,14 +19,6 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
     from flexkern.session import Chunk, Session
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-
-
-class Loop(TypedDict):
-    """Arguments of ``render``."""
-
-    pictures: int
-    script: Sequence[PromptSwitch]
-    start: "Chunk | None"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +38,12 @@ class Job:
         kept = f"{self.order.target} holds the first {made}" if made else "nothing was written"
         return f"{kept} of {self.order.pictures} pictures"
 
-    def run(self, *, progress: bool = True) -> bool:
+    def run(self, *, progress: bool = True, loop: "Callable[..., bool] | None" = None) -> bool:
         """Write the video and close its file, however that ends.
 
         Args:
             progress: Show a bar on stderr.
+            loop: Takes the place of ``render``, for a caller that wraps it.
 
         Returns:
             True, or False where Ctrl-C came first; the file then holds what was made.
@@ -60,12 +53,14 @@ class Job:
             NotFiniteError: A chunk is not finite; the file holds those before it.
         """
         with self.writer:
-            return render(self.session, self.writer, **self.loop, progress=progress)
-
-    @property
-    def loop(self) -> "Loop":
-        """What ``render`` is told beside session and writer."""
-        return {"pictures": self.order.pictures, "script": self.order.script[1:], "start": self.start}
+            return (loop or render)(
+                self.session,
+                self.writer,
+                pictures=self.order.pictures,
+                script=self.order.script[1:],
+                progress=progress,
+                start=self.start,
+            )
 
 
 def prepare(order: Order, engine: "Engine", family: "Family") -> Job:
