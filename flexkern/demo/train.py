@@ -184,7 +184,12 @@ class Args:
 
 
 def train(args: Args) -> None:
-    """Train to the end of the given time; the weights are written every two minutes, the log with every line of it."""
+    """Train to the end of the given time; the weights are written every two minutes, the log with every line of it.
+
+    Raises NotImplementedError where torch has no Muon yet.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise NotImplementedError(f"training needs torch.optim.Muon, of torch 2.9; torch {torch.__version__} has none")
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     trainer = Trainer(CONFIG, args.device, args.start)

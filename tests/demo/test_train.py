@@ -19,6 +19,7 @@ from flexkern.policies import PositionPolicy
 
 SMALL = WanConfig(**{**train.CONFIG.to_dict(), "dim": 64, "num_heads": 1, "num_layers": 2, "ffn_dim": 64})
 FRAMES = 9
+NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ def test_teacher_forcing_is_the_cached_loop(small):
         small(clean[:, frames], torch.zeros(1, 3), text, memory, keys_only=True)
 
 
+@NEEDS_MUON
 def test_training_lowers_the_loss_and_leaves_a_model_that_renders(small, monkeypatch, tmp_path):
     monkeypatch.setattr(train, "CLIPS", {3: 16})
     monkeypatch.setattr(train, "GROWTH", ((1.0, (1,)),))
@@ -73,6 +75,7 @@ def test_training_lowers_the_loss_and_leaves_a_model_that_renders(small, monkeyp
     assert chunk.pixels.shape == (1, 3, 288, 288, 3)
 
 
+@NEEDS_MUON
 def test_training_never_draws_a_held_out_prompt(small, monkeypatch, tmp_path):
     seen = []
     draw = train.draw_batch
@@ -84,3 +87,10 @@ def test_training_never_draws_a_held_out_prompt(small, monkeypatch, tmp_path):
     )
     assert seen
     assert not any(world.held_out(scene) for scene in seen)
+
+
+def test_an_old_torch_is_told_before_any_work(monkeypatch, tmp_path):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(NotImplementedError, match=r"training needs torch.optim.Muon, of torch 2.9; torch \d"):
+        train.train(train.Args(steps=2, out=tmp_path / "w.safetensors", log=tmp_path / "l.csv", device="cpu"))
+    assert not list(tmp_path.iterdir())

@@ -43,6 +43,7 @@ def test_a_page_whose_code_prints_something_else_is_caught(tmp_path):
         run_blocks(page)
 
 
+@pytest.mark.triton(3, 4)  # the page names that backend
 def test_every_patch_of_the_page_on_self_forcing_is_taken():
     """Its lines run on stand-ins for the two repositories' pipelines, each undone before the next."""
     weights = load_file(ROOT / "tests" / "data" / "tiny_wan.safetensors")

@@ -319,6 +319,7 @@ def test_a_turn_for_every_pair_is_taken():
     torch.testing.assert_close(flexkern.attention(query, key, value, turn=whole, **pairs), expected)
 
 
+@pytest.mark.triton(3, 4)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [2, 32, 96, 126])
 def test_head_dims_that_the_kernel_lacks_are_done_by_wider_ones(dim, dtype, device):
