@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexkern.finite import all_finite
+
 
 class LatentForm(NamedTuple):
     """What the latents of a VAE look like."""
@@ -80,7 +82,7 @@ class ChunkDecoder(ABC):
         done, finite = 0, []
         for i, frame in enumerate(latents.unbind(1)):
             made = self._step(frame.to(self.device), first=past is None and i == 0)
-            finite.append(torch.isfinite(made).all())  # before clamping and rounding hide it
+            finite.append(all_finite(made))  # before clamping and rounding hide it
             pictures[:, done : done + made.shape[1]] = convert(made.clamp(-1, 1))
             done += made.shape[1]
         self.finite = torch.stack(finite).all()

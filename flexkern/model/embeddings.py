@@ -18,16 +18,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from flexkern.model.files import some_of
+from flexkern.finite import all_finite
+from flexkern.model.files import DTYPES, some_of
 from flexkern.model.intact import raise_absent, validate_form
-from flexkern.model.merge import is_finite
 
-NAMES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.float64: "F64",
-}  # of dtypes, in safetensors
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PER_PROMPT = 160  # bytes that the header holds of a prompt, beside its text
 
 
@@ -49,7 +44,7 @@ def encoded_rows(encoder: Callable[[list[str]], Tensor], prompt: str) -> tuple[T
         ValueError: They are not finite.
     """
     embedding = encoder([prompt])[0]
-    if not is_finite(embedding):
+    if not all_finite(embedding):
         advice = "its weights are damaged or lost too many bits: try those in bfloat16"
         raise ValueError(f"the text encoder's embedding of {short(prompt)} is not finite; {advice}")
     used = embedding.ne(0).any(dim=-1).nonzero()
@@ -133,7 +128,7 @@ class SavedEmbeddings:
         self._validate(prompts)
         rows = [self._file.get_tensor(self._index[prompt]) for prompt in prompts]
         for prompt, used in zip(prompts, rows, strict=True):
-            if not is_finite(used):
+            if not all_finite(used):
                 raise ValueError(f"{self.path}: the embedding of {short(prompt)} is not finite; encode it again")
         return padded(rows, self.tokens)
 

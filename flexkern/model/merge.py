@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexkern.finite import all_finite
+
 
 class Update(NamedTuple):
     """What a LoRA adds to one tensor: scale * up @ down, or scale * up where there is no down."""
@@ -42,11 +44,6 @@ class Update(NamedTuple):
         return torch.addmm(weight.flatten(1), up.flatten(1), down, alpha=self.scale).view(weight.shape)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is infinite or nan. aminmax passes both on, at a tenth of the cost of isfinite."""
-    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
-
-
 def validate_finite(name: str, rounded: Tensor, exact: Tensor, where: str, updates: Sequence[Update] = ()) -> None:
     """Raises ValueError where a tensor is not finite, that says where it came to be so and what to try.
 
@@ -57,11 +54,11 @@ def validate_finite(name: str, rounded: Tensor, exact: Tensor, where: str, updat
         where: Names the file.
         updates: Those added in between.
     """
-    if is_finite(rounded):
+    if all_finite(rounded):
         return
     exact = exact.to(rounded.device)
     dtype = str(rounded.dtype).removeprefix("torch.")
-    if not torch.isfinite(exact.float()).all():
+    if not all_finite(exact.float()):
         count = int((~torch.isfinite(exact.float())).sum())
         stored = str(exact.dtype).removeprefix("torch.")
         advice = "the file is damaged or its training diverged: get it again, or take another"
@@ -69,7 +66,7 @@ def validate_finite(name: str, rounded: Tensor, exact: Tensor, where: str, updat
     merged = exact.float()
     for update in updates:
         merged = update.added_to(merged)
-        if not is_finite(merged):
+        if not all_finite(merged):
             advice = "the LoRA is damaged, or its scale too large"
             raise ValueError(f"{update.source} makes {name} not finite at scale {update.scale:g}; {advice}")
     largest = f"{float(merged.abs().max()):.3g}, and {dtype} ends at {torch.finfo(rounded.dtype).max:.3g}"

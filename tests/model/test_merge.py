@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from state_dicts import scaled_float8
 
-from flexkern.model.merge import is_finite
+from flexkern.finite import all_finite
 from flexkern.model.weights import load_transformer
 
 FILE = Path(__file__).parent.parent / "data" / "tiny_wan.safetensors"
@@ -69,11 +69,11 @@ def test_a_scale_that_is_nan(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("count", [1, 7, 64, 1023])
 def test_no_value_escapes_wherever_it_stands(dtype, count):
-    assert is_finite(torch.zeros(0, dtype=dtype)) and is_finite(
+    assert all_finite(torch.zeros(0, dtype=dtype)) and all_finite(
         torch.full((count,), torch.finfo(dtype).max, dtype=dtype)
     )
     for place in {0, count // 2, count - 1}:
         for value in (float("nan"), float("inf"), float("-inf")):
             tensor = torch.ones(count, dtype=dtype)
             tensor[place] = value
-            assert not is_finite(tensor)
+            assert not all_finite(tensor)
