@@ -45,9 +45,11 @@ class Video:
 
 def chosen_videos(flags: Flags, preset: Preset, research: Research | None) -> list[Video]:
     """The videos of these flags. Raises where a file cannot be read or written, or a cut cannot be followed."""
+    from flexkern.render import validate_latents_target, validate_target
+
     if flags.output_folder is not None:
         validate_folder(flags.output_folder)
-    shown, targets = chosen_shown(flags, preset, research), chosen_targets(flags)
+    shown, named = chosen_shown(flags, preset, research), chosen_target(flags)
     samples = flags.num_samples or 1
     first = flags.seed or 0
     last = first + len(shown) * samples - 1
@@ -55,10 +57,15 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None) -> li
         raise ValueError(f"seed {first} is too large for {len(shown) * samples} videos: the last has {last}, over 2^64")
     videos = []
     for i, one in enumerate(shown):
-        target = targets if flags.data_path is None else targets / f"{i:04}.mp4"
+        target = named if flags.data_path is None else named / f"{i:04}.mp4"
         for j in range(samples):
             path = target if samples == 1 else target.with_stem(f"{target.stem}-{j}")
             videos.append(Video(shown=one, target=path, seed=first + i * samples + j))
+    folder = flags.output_folder
+    if folder is None or folder.exists():
+        validate = validate_target if flags.latents is None else validate_latents_target
+        for video in videos:
+            validate(video.target)
     validate_targets([video.target for video in videos], flags.inputs())
     return videos
 
@@ -107,21 +114,14 @@ def list_shown(flags: Flags, research: Research | None) -> list[Shown]:
     return [Shown(source=str(path), prompts=prompts) for prompts in videos]
 
 
-def chosen_targets(flags: Flags) -> Path:
-    """The file to write, or the folder of --data-path. Raises where it cannot be written."""
-    from flexkern.render import validate_latents_target, validate_target
-
+def chosen_target(flags: Flags) -> Path:
+    """The file to write, or the folder of --data-path. Raises ValueError where none is named for several videos."""
     folder, out = flags.output_folder, flags.out or Path("video.mp4")
-    if flags.data_path is not None:
-        if folder is None:
-            raise ValueError("--data-path makes several videos: give --output-folder as well")
-        return folder
-    target = flags.latents or (out if folder is None else folder / out.name)
-    if flags.latents is not None:
-        validate_latents_target(target)
-    elif folder is None or folder.exists():
-        validate_target(target)
-    return target
+    if flags.data_path is None:
+        return flags.latents or (out if folder is None else folder / out.name)
+    if folder is None:
+        raise ValueError("--data-path makes several videos: give --output-folder as well")
+    return folder
 
 
 def validate_targets(targets: Sequence[Path], inputs: Mapping[str, Path]) -> None:
@@ -134,10 +134,6 @@ def validate_targets(targets: Sequence[Path], inputs: Mapping[str, Path]) -> Non
             raise ValueError(f"two videos would be written to {target}")
         if path in read:
             raise ValueError(f"{target} would be overwritten: it is also {read[path]}")
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder")
-        if target.exists() and not os.access(target, os.W_OK):
-            raise PermissionError(f"no permission to write {target}")
         seen.add(path)
 
 

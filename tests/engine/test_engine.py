@@ -8,27 +8,13 @@ import pytest
 import torch
 import upstream
 from both_loops import SIZE, Recorded, assert_equal_to, both, drive, prompt_of
-from safetensors.torch import load_file
 
 from flexkern.engine import Engine
 from flexkern.model.schedule import SCHEDULES, Schedule
-from flexkern.model.wan import CONFIGS, CausalWan
 from flexkern.noise import ResearchNoise
 from flexkern.policies import Blend, Kept, get_preset
 
 DATA = Path(__file__).parent.parent / "data"
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = CausalWan(CONFIGS["tiny"])
-    model.load_state_dict(load_file(DATA / "tiny_wan.safetensors"))
-    return model.eval().requires_grad_(False)
-
-
-@pytest.fixture
-def engine(model):
-    return Engine(model, size=SIZE)
 
 
 WINDOWS = {

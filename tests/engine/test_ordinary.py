@@ -7,24 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from both_loops import SIZE, prompt_of
-from safetensors.torch import load_file
 
 from flexkern.engine import Engine
-from flexkern.model.wan import CONFIGS, CausalWan
+from flexkern.model.wan import CausalWan
 
 DATA = Path(__file__).parent.parent / "data"
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = CausalWan(CONFIGS["tiny"])
-    model.load_state_dict(load_file(DATA / "tiny_wan.safetensors"))
-    return model.eval().requires_grad_(False)
-
-
-@pytest.fixture
-def engine(model):
-    return Engine(model, size=SIZE)
 
 
 class InInferenceMode:

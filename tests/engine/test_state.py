@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from flexkern.engine import Engine
 from flexkern.model.schedule import Schedule
-from flexkern.model.wan import CONFIGS, CausalWan
+from flexkern.model.wan import CausalWan
 from flexkern.noise import PolicyNoise, ResearchNoise
 from flexkern.policies import PRESETS, NoisePolicy, get_preset
 
@@ -36,13 +36,6 @@ class Differences:
 
     def restore(self, state):
         self.last = state["last"]
-
-
-@pytest.fixture(scope="module")
-def model():
-    model = CausalWan(CONFIGS["tiny"])
-    model.load_state_dict(load_file(DATA / "tiny_wan.safetensors"))
-    return model.eval().requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
