@@ -6,19 +6,25 @@ place with the new F. So the file, named ``x.unfinished.safetensors`` until it i
 however the process ended; only a kill between the two writes leaves bytes past the end that the header declares.
 """
 
+import hashlib
+import io
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from flexkern.render.signals import uninterrupted
 from flexkern.render.target import Target, validate_file
+from flexkern.state import State
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}  # of torch: of safetensors
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "float64": 8}  # bytes
+BLOCK = 1 << 20  # bytes that are read at once
 DIGITS = 64  # by which the numbers of a header may grow
 
 
@@ -61,6 +67,8 @@ class LatentsFile:
         self._target = Target(path)
         self._form: tuple[str, list[int]] | None = None  # dtype, and shape of a frame
         self._header = 0  # length of the header
+        self._hash = hashlib.sha256()  # of the data
+        self.kept = self._target.unfinished  # what holds the latents so far
         self._begun = self._closed = False
 
     @property
@@ -114,7 +122,40 @@ class LatentsFile:
             file.truncate(end)
             raise
         self._put(0, self._framed(self._described(form, self.frames + frames, len(data) // frames)))
+        self._hash.update(data)
         self.frames += frames
+
+    def state(self) -> State:
+        """What has to be there to go on from here: so many frames, by their bytes. They are on the disk."""
+        if self._begun:
+            os.fsync(self._target.file.fileno())
+        form = None if self._form is None else [self._form[0], *self._form[1]]
+        return {"frames": self.frames, "form": form, "header": self._header, "digest": self._hash.hexdigest()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``; frames that were written after it are dropped.
+
+        Raises:
+            ValueError: The unfinished file does not hold the frames of the state, bit for bit.
+        """
+        if not state["frames"]:
+            return
+        dtype, *shape = state["form"]
+        frame = math.prod(shape) * WIDTHS[dtype]
+        file, self._header, self._form = self._target.file, state["header"], (dtype, shape)
+        end = 8 + self._header + state["frames"] * frame
+        if file.seek(0, io.SEEK_END) < end:
+            raise ValueError(f"{self._target.unfinished} holds less than the {state['frames']} frames written to it")
+        file.seek(8 + self._header)
+        found, left = hashlib.sha256(), end - 8 - self._header
+        while left and (block := file.read(min(left, BLOCK))):
+            found.update(block)
+            left -= len(block)
+        if found.hexdigest() != state["digest"]:
+            raise ValueError(f"{self._target.unfinished} does not hold what was written to it")
+        self._begun, self.frames, self._hash = True, state["frames"], found
+        self._put(0, self._framed(self._described(self._form, self.frames, frame)))
+        file.truncate(end)
 
     def _described(self, form: tuple[str, list[int]], frames: int, size: int) -> bytes:
         """The header for so many frames of so many bytes."""
@@ -144,6 +185,20 @@ class LatentsFile:
                 self._target.discard()
             else:
                 self._target.release()
+
+    def finish(self) -> None:
+        """The file has its name."""
+        self.close()
+        self.kept = self.path
+
+    def stop(self) -> None:
+        """What was written so far can be read, under the unfinished name; where nothing was, nothing is left."""
+        with uninterrupted():
+            if self._closed or not self.frames:
+                self.close()
+                return
+            self._closed = True
+            self._target.leave()
 
     def __enter__(self) -> "LatentsFile":
         return self

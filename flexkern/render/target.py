@@ -2,7 +2,8 @@
 
 ``video.mp4`` grows as ``video.unfinished.mp4`` beside it and is renamed when it is closed, so that a name holds either
 what it held before or all of the new file. A process killed without warning leaves the unfinished file, which can be
-read as far as it goes; the next render to the same name replaces it.
+read as far as it goes; the next render to the same name replaces it. What a render needs to go on after that lies in
+``video.mp4.parts``, see ``flexkern.render.parts``.
 """
 
 import errno
@@ -19,6 +20,7 @@ except ModuleNotFoundError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LONGEST = 255  # bytes of a file name
+LOCK, JOB = "lock", "job.json"  # of a folder of parts: what the render that fills it has locked, and what it is
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network file systems answer
 
 
@@ -50,20 +52,49 @@ def validate_file(path: str | Path, what: str, suffix: str) -> None:
     for needed in (path.parent, path) if path.exists() else (path.parent,):
         if not os.access(needed, os.W_OK):
             raise PermissionError(f"no permission to write {needed}")
-    unfinished = unfinished_name(path)
-    if unfinished.is_file():
-        with unfinished.open("rb", buffering=0) as file:
-            _lock(file, path, shared=True)
+    for held in (unfinished_name(path), parts_name(path) / LOCK):
+        if held.is_file():
+            with held.open("rb", buffering=0) as file:
+                _lock(file, path, shared=True)
+
+
+def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
+    """Raise FileExistsError where a render to the path would replace something, unless it may.
+
+    Args:
+        path: The file.
+        overwrite: Whether it may.
+    """
+    path = Path(path)
+    if overwrite:
+        return
+    if os.path.lexists(path) and not (path.is_symlink() and not path.exists()):
+        raise FileExistsError(f"{path} exists already: --overwrite replaces it")
+    if (parts_name(path) / JOB).is_file():
+        raise FileExistsError(
+            f"{path} was begun already, and {parts_name(path).name} holds what was made: --resume {path} goes on with "
+            "it, --overwrite begins anew"
+        )
 
 
 def unfinished_name(path: str | Path) -> Path:
     """Where a file grows until it is complete: in the same folder, of the same suffix, behind a link beside its aim."""
     path = Path(os.path.realpath(path))
-    name = f"{path.stem}.unfinished{path.suffix}"
+    return _beside(path, path.stem, f".unfinished{path.suffix}")
+
+
+def parts_name(path: str | Path) -> Path:
+    """The folder that holds what a render of the file needs to go on; behind a link beside its aim."""
+    path = Path(os.path.realpath(path))
+    return _beside(path, path.name, ".parts")
+
+
+def _beside(path: Path, stem: str, suffix: str) -> Path:
+    """A name in the path's folder, shortened, and then marked with the path's own, where it has too many bytes."""
+    name = f"{stem}{suffix}"
     if len(os.fsencode(name)) > LONGEST:
-        mark = f"-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}.unfinished{path.suffix}"
-        stem = os.fsencode(path.stem)[: LONGEST - len(os.fsencode(mark))]
-        name = stem.decode(errors="ignore") + mark
+        mark = f"-{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]}{suffix}"
+        name = os.fsencode(stem)[: LONGEST - len(os.fsencode(mark))].decode(errors="ignore") + mark
     return path.with_name(name)
 
 
@@ -82,7 +113,7 @@ class Target:
 
     def __init__(self, path: str | Path):
         self.path, self.unfinished = Path(path), unfinished_name(path)
-        self.file = _claim(self.unfinished, self.path)
+        self.file = claim(self.unfinished, self.path)
         self._forget = weakref.finalize(self, _close, self.file, self.unfinished)
 
     def begin(self) -> None:
@@ -97,6 +128,13 @@ class Target:
                 os.fsync(self.file.fileno())
             finally:
                 os.replace(self.unfinished, os.path.realpath(self.path))
+        sync_folder(self.unfinished.parent)
+
+    def leave(self) -> None:
+        """Close the file under its unfinished name."""
+        self._forget.detach()
+        with self.file:
+            os.fsync(self.file.fileno())
 
     def discard(self) -> None:
         """Remove the file; what bears its name stays."""
@@ -113,7 +151,16 @@ class Target:
         return OSError(error.errno, error.strerror, str(self.path)) if error.errno else error
 
 
-def _claim(unfinished: Path, path: Path) -> FileIO:
+def claim(unfinished: Path, path: Path) -> FileIO:
+    """A file that is open, and locked until it is closed.
+
+    Args:
+        unfinished: The file, created where it is not there.
+        path: What is being written, for the message.
+
+    Raises:
+        BlockingIOError: Another process, or another writer of this one, has it.
+    """
     while True:
         file = FileIO(os.open(unfinished, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), "r+")
         try:
@@ -126,6 +173,17 @@ def _claim(unfinished: Path, path: Path) -> FileIO:
             file.close()
             raise
         file.close()
+
+
+def sync_folder(folder: Path) -> None:
+    """Names that were given in the folder outlast a loss of power."""
+    if os.name == "nt":  # where folders cannot be opened
+        return
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _lock(file: FileIO, path: Path, *, shared: bool = False) -> None:

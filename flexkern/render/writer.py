@@ -91,7 +91,7 @@ def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf
         raise ValueError(f"width and height must be even, yuv420p halves them, got {width}x{height}")
     if not 0 <= crf <= 51:
         raise ValueError(f"crf must be in 0..51, got {crf}")
-    rate, av, memory = exact_rate(fps), _av(), io.BytesIO()
+    rate, av, memory = exact_rate(fps), load_av(), io.BytesIO()
     try:
         stream = _Stream(memory, width, height, rate, crf)
         stream.write(np.zeros((height, width, 3), dtype=np.uint8), 0)
@@ -105,7 +105,7 @@ def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf
         raise ValueError(f"x264 does not encode pictures of {width}x{height} at {rate} per second: {error}") from None
 
 
-def _av() -> Any:
+def load_av() -> Any:
     """PyAV. Raises ImportError where it is not there, or is too old."""
     av = importlib.import_module("av")
     if tuple(map(int, re.findall(r"\d+", av.__version__)[:2])) < OLDEST:
@@ -114,7 +114,7 @@ def _av() -> Any:
     return av
 
 
-class _Sink:
+class Sink:
     """What FFmpeg writes to. It hears of no error, which it may answer with a segmentation fault.
 
     After the first, nothing more is written, so that the file stays what it was then.
@@ -144,7 +144,7 @@ class _Stream:
     """An MP4 that has been begun, in a file that is open."""
 
     def __init__(self, file: io.RawIOBase | io.BytesIO, width: int, height: int, rate: int | Fraction, crf: int):
-        self._av, self._sink = _av(), _Sink(file)
+        self._av, self._sink = load_av(), Sink(file)
         reformatter = importlib.import_module("av.video.reformatter")
         self._colours = {"dst_colorspace": reformatter.Colorspace.ITU709}
         self._colours["dst_color_range"] = reformatter.ColorRange.MPEG
@@ -225,7 +225,7 @@ class VideoWriter:
         """
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        for picture in self._pictures(pixels):
+        for picture in as_pictures(pixels, self.height, self.width):
             with uninterrupted():
                 if self._stream is None:
                     self._target.begin()
@@ -235,20 +235,6 @@ class VideoWriter:
                 except OSError as error:
                     raise self._target.named(error) from None
                 self.pictures += 1
-
-    def _pictures(self, pixels: Any) -> NDArray[np.uint8]:
-        """[pictures, height, width, 3]. Raises ValueError for anything else."""
-        torch = sys.modules.get("torch")  # never loaded for the sake of looking
-        tensor = torch is not None and isinstance(pixels, torch.Tensor)
-        form = (self.height, self.width, 3)
-        shape = tuple(getattr(pixels, "shape", ()))
-        fits = (tensor or isinstance(pixels, np.ndarray)) and str(pixels.dtype).removeprefix("torch.") == "uint8"
-        if not fits or shape[-3:] != form or len(shape) not in (3, 4):
-            got = f"{pixels.dtype} {list(shape)}" if hasattr(pixels, "dtype") else type(pixels).__name__
-            hint = "; of a batch, write one video after the other: pixels[0]" if len(shape) == 5 else ""
-            raise ValueError(f"pixels must be uint8 [pictures, {', '.join(map(str, form))}], got {got}{hint}")
-        found: NDArray[np.uint8] = pixels.detach().cpu().numpy() if tensor else pixels
-        return found.reshape(-1, *form)
 
     def close(self) -> None:
         """Finish the file and give it its name; where no picture was written, what was there before stays.
@@ -282,6 +268,30 @@ class VideoWriter:
                 raise
 
 
+def as_pictures(pixels: Any, height: int, width: int) -> NDArray[np.uint8]:
+    """Pictures as an array [pictures, height, width, 3].
+
+    Args:
+        pixels: uint8 [pictures, height, width, 3] or [height, width, 3], an array, or a tensor on any device.
+        height: Of a picture, in pixels.
+        width: Of a picture, in pixels.
+
+    Raises:
+        ValueError: They have another dtype or shape.
+    """
+    torch = sys.modules.get("torch")  # never loaded for the sake of looking
+    tensor = torch is not None and isinstance(pixels, torch.Tensor)
+    form = (height, width, 3)
+    shape = tuple(getattr(pixels, "shape", ()))
+    fits = (tensor or isinstance(pixels, np.ndarray)) and str(pixels.dtype).removeprefix("torch.") == "uint8"
+    if not fits or shape[-3:] != form or len(shape) not in (3, 4):
+        got = f"{pixels.dtype} {list(shape)}" if hasattr(pixels, "dtype") else type(pixels).__name__
+        hint = "; of a batch, write one video after the other: pixels[0]" if len(shape) == 5 else ""
+        raise ValueError(f"pixels must be uint8 [pictures, {', '.join(map(str, form))}], got {got}{hint}")
+    found: NDArray[np.uint8] = pixels.detach().cpu().numpy() if tensor else pixels
+    return found.reshape(-1, *form)
+
+
 def _cut_to_whole(file: io.RawIOBase) -> int:
     """Cut a file that could not be finished after its last whole group of pictures. Returns how many it then has."""
     whole, size, at = 0, file.seek(0, io.SEEK_END), 0
@@ -295,5 +305,5 @@ def _cut_to_whole(file: io.RawIOBase) -> int:
     file.seek(0)
     if not whole:
         return 0
-    with _av().open(file) as video:
+    with load_av().open(file) as video:
         return sum(packet.size > 0 for packet in video.demux(video=0))

@@ -13,7 +13,7 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from flexkern.render import VideoWriter, validate_encoder
-from flexkern.render.writer import MOVFLAGS, SAME_EVERYWHERE, _Sink, exact_rate
+from flexkern.render.writer import MOVFLAGS, SAME_EVERYWHERE, Sink, exact_rate
 
 SIDE = 64
 NTSC = Fraction(24000, 1001)
@@ -224,4 +224,4 @@ def test_a_disk_that_takes_a_part_gets_the_rest():
             return super().write(bytes(data[:3]))
 
     memory = Slow()
-    assert _Sink(memory).write(b"0123456789") == 10 and memory.getvalue() == b"0123456789"
+    assert Sink(memory).write(b"0123456789") == 10 and memory.getvalue() == b"0123456789"
