@@ -19,7 +19,10 @@ EXCLUSIVE = (
     ("prompt", "data_path"), ("prompts", "data_path"), ("latents", "data_path"), ("ema", "no_ema"),
     ("latents", "out"), ("latents", "output_folder"), ("out", "data_path"),
 )  # fmt: skip
-NEEDS = (("extended_prompt_path", "data_path"), ("save_with_index", "data_path"), ("i2v", "image"))
+NEEDS = (
+    ("extended_prompt_path", "data_path"), ("save_with_index", "data_path"), ("i2v", "image"),
+    ("resume_anyway", "resume"),
+)  # fmt: skip
 NOT_FOR_DEMO = (
     "vae", "text_encoder", "tokenizer", "embeddings", "lora", "lora_scale", "ema", "no_ema", "dtype", "size", "image",
     "chunk", "first_chunk", "num_output_frames", "latents", "config_path",
@@ -95,7 +98,13 @@ class Flags:
     seed: Annotated[int | None, option("INT")] = None
     """seed of the noise, default: 0; equal seeds give equal videos. Video i of several, from 0, gets seed + i"""
     out: Annotated[Path | None, option("FILE")] = None
-    """file to write, H.264 in MP4; an existing file is replaced; default: video.mp4"""
+    """file to write, H.264 in MP4; default: video.mp4"""
+    overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """replace files that exist, and drop what is left of renders to them that were stopped"""
+    resume: Annotated[Path | None, option("FILE")] = None
+    """go on with the render to this file that was stopped; nothing else need be given"""
+    resume_anyway: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """go on where something is damaged, or not as it was when the render began"""
     output_folder: Annotated[Path | None, option("FOLDER")] = None
     """folder to write to, created if needed; the videos of --data-path are called 0000.mp4 and so on"""
     latents: Annotated[Path | None, option("FILE")] = None

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean
+from flexkern.cli import status
 from flexkern.cli.errors import note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
 from flexkern.cli.research import Research, read_research
+from flexkern.cli.resume import options_from, saved_options, validate_alone, way_on
 from flexkern.cli.videos import chosen_videos, timed, validate_targets
 from flexkern.policies import get_preset
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
-    from flexkern.render import Order
+    from flexkern.render import Job, Order
 
 
 @dataclass(kw_only=True)
@@ -29,34 +31,54 @@ class Render(Flags):
     """Render a video of any length; pictures reach the file as they are made, and Ctrl-C leaves a playable one."""
 
     def run(self) -> int:
+        return self.go_on(self.resume) if self.resume is not None else self.render_all()
+
+    def render_all(self) -> int:
+        """Every video that the flags name. Returns the exit status."""
         bad = ValueError, OSError, NotImplementedError
         with refusing(*bad):
             orders, engine, family = self.begin()
-            from flexkern.finite import NotFiniteError
-            from flexkern.render import prepare, render, stoppable
+            from flexkern.render import prepare
 
             for prompt in dict.fromkeys(prompt for order in orders for prompt in order.prompts):
                 engine.embed(prompt)  # one that the model cannot follow is told before the first video
             if self.output_folder is not None:
                 self.output_folder.mkdir(parents=True, exist_ok=True)
-            job = prepare(orders[0], engine, family)
-        for number, order in enumerate(orders):
-            if number:
-                with refusing(*bad):
-                    job = prepare(order, engine, family)
-            try:
-                with stoppable() as signals:
-                    finished = job.run(progress=self.progress, loop=render)
-            except (OSError, NotFiniteError) as error:  # a full disk, weights that overflow
-                refuse(f"{error}; {job.kept}", status=1)
-            made = job.writer.pictures
-            if not finished:
-                note(f"interrupted: {job.kept}")
-                return 128 + (signals[0] if signals else signal.SIGINT)
-            length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
-            print(f"{order.target}: {length if self.latents is None else f'{family.frames(made)} latent frames'}")
+        for order in orders:
+            with refusing(*bad):
+                job = prepare(order, engine, family, overwrite=self.overwrite, options=saved_options(self), tell=note)
+            if (ended := carry_out(job, family, progress=self.progress)) != status.DONE:
+                return ended
             del job  # one cache at a time
-        return 0
+        return status.DONE
+
+    def go_on(self, target: Path) -> int:
+        """The render to the file, from its last checkpoint. Returns the exit status."""
+        with refusing(ValueError, OSError, NotImplementedError):
+            validate_alone(self)
+            from flexkern.render import clear_parts, find_stopped, resume
+
+            stopped = find_stopped(target)
+            if stopped.done:
+                clear_parts(target)
+                print(f"{target}: is whole, there was nothing left to do")
+                return status.DONE
+            begun = Render(**options_from(stopped.record["options"]))
+
+            import torch
+
+            from flexkern.pipeline import validate_device
+
+            device = begun.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            validate_device(device, "--device")
+            threads = self.threads or begun.threads or stopped.record["identity"].get("threads")
+            if threads:
+                torch.set_num_threads(threads)  # of which sums depend
+            research = begun.follow_research()
+            family = begun.chosen_family(research)
+            engine = begun.open_engine((replace(stopped.order, target=target),), family, device)
+            job = resume(target, engine, family, anyway=self.resume_anyway, tell=note)
+        return carry_out(job, family, progress=self.progress)
 
     def begin(self) -> "tuple[tuple[Order, ...], Engine, Family]":
         """What to make, and what makes it. Raises what ``run`` refuses."""
@@ -69,7 +91,7 @@ class Render(Flags):
         base = base_preset(self.preset, self.model, research)
         overrides = chosen_overrides(self, base, research)
         videos = chosen_videos(self, get_preset(base.name, overrides), research)
-        weights = self.chosen_weights()
+        self.chosen_weights()
 
         import torch
 
@@ -99,11 +121,13 @@ class Render(Flags):
         )
         if self.latents is None:
             validate_encoder(*reversed(family.picture_size), family.fps)
+        return orders, self.open_engine(orders, family, device), family
+
+    def open_engine(self, orders: "Sequence[Order]", family: "Family", device: str) -> "Engine":
+        """What makes the orders."""
         if is_family(self.model):
-            engine = self.open_checkpoint(orders, family, device)
-        else:
-            engine = open_demo(weights, self.backend, device)
-        return orders, engine, family
+            return self.open_checkpoint(orders, family, device)
+        return open_demo(self.chosen_weights(), self.backend, device)
 
     def follow_research(self) -> Research | None:
         """The configuration, with what it says in place of options taken, and what is not used told."""
@@ -212,6 +236,31 @@ class Render(Flags):
             ema=True if self.ema else False if self.no_ema else None,
             dtype=self.dtype or "bfloat16",
         )
+
+
+def carry_out(job: "Job", family: "Family", *, progress: bool) -> int:
+    """Make the video of a job, and say how that ended. Returns the exit status."""
+    from flexkern.finite import NotFiniteError
+    from flexkern.render import is_out_of_memory, render, stoppable
+
+    order = job.order
+    try:
+        with stoppable() as signals:
+            finished = job.run(progress=progress, loop=render)
+    except NotFiniteError as error:  # weights that overflow
+        refuse(f"{error}; {job.kept}", status.FAILED)
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
+        refuse(f"{why}; {job.kept}{way_on(job)}", status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT)
+    if not finished:
+        note(f"interrupted: {job.kept}{way_on(job)}")
+        return status.SIGNAL + (signals[0] if signals else signal.SIGINT)
+    made = job.writer.pictures
+    length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
+    print(f"{order.target}: {length if order.writes == 'video' else f'{family.frames(made)} latent frames'}")
+    return status.DONE
 
 
 def open_demo(weights: Path | None, backend: str, device: str) -> "Engine":

@@ -45,7 +45,7 @@ class Video:
 
 def chosen_videos(flags: Flags, preset: Preset, research: Research | None) -> list[Video]:
     """The videos of these flags. Raises where a file cannot be read or written, or a cut cannot be followed."""
-    from flexkern.render import validate_latents_target, validate_target
+    from flexkern.render import validate_latents_target, validate_new, validate_target
 
     if flags.output_folder is not None:
         validate_folder(flags.output_folder)
@@ -66,6 +66,7 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None) -> li
         validate = validate_target if flags.latents is None else validate_latents_target
         for video in videos:
             validate(video.target)
+            validate_new(video.target, overwrite=flags.overwrite)
     validate_targets([video.target for video in videos], flags.inputs())
     return videos
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from flexkern.render.checkpoint import is_out_of_memory
     from flexkern.render.job import Job, prepare, render, run
     from flexkern.render.latents import LatentsFile, validate_latents_target
     from flexkern.render.order import Order
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
         validate_switches,
     )
     from flexkern.render.signals import stoppable
+    from flexkern.render.stopped import Stopped, clear_parts, find_stopped, resume
+    from flexkern.render.target import validate_new
     from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
@@ -33,12 +36,17 @@ __all__ = [
     "Pace",
     "PromptList",
     "PromptSwitch",
+    "Stopped",
     "VideoWriter",
+    "clear_parts",
+    "find_stopped",
+    "is_out_of_memory",
     "parse_script",
     "prepare",
     "read_prompts",
     "read_script",
     "render",
+    "resume",
     "run",
     "seconds_needed",
     "spread",
@@ -46,6 +54,7 @@ __all__ = [
     "validate_cuts",
     "validate_encoder",
     "validate_latents_target",
+    "validate_new",
     "validate_script",
     "validate_shown",
     "validate_switches",
@@ -53,6 +62,7 @@ __all__ = [
 ]
 
 _HOMES = {  # module: what it holds
+    "checkpoint": ("is_out_of_memory",),
     "job": ("Job", "prepare", "render", "run"),
     "latents": ("LatentsFile", "validate_latents_target"),
     "order": ("Order",),
@@ -70,6 +80,8 @@ _HOMES = {  # module: what it holds
         "validate_switches",
     ),
     "signals": ("stoppable",),
+    "stopped": ("Stopped", "clear_parts", "find_stopped", "resume"),
+    "target": ("validate_new",),
     "writer": ("VideoWriter", "validate_encoder", "validate_target"),
 }
 

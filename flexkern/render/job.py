@@ -1,17 +1,27 @@
 """A job: an order that an engine has begun, and the loop that carries it to its file."""
 
 import sys
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from tqdm import tqdm
 
 from flexkern.checks import require
+from flexkern.render.checkpoint import EVERY, Checkpoints
+from flexkern.render.identity import identity
 from flexkern.render.latents import LatentsFile
 from flexkern.render.order import Order
+from flexkern.render.parts import Parts
+from flexkern.render.record import Record, new_record, write_record
 from flexkern.render.script import Pace, PromptSwitch, validate_shown, validate_switches
+from flexkern.render.segments import SegmentWriter
+from flexkern.render.signals import uninterrupted
+from flexkern.render.target import validate_new
 from flexkern.render.writer import VideoWriter, validate_encoder
+from flexkern.state import State, nest, stateful
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
     from flexkern.engine import Engine
@@ -21,78 +31,200 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
+class Writer(Protocol):
+    """What a render fills, and can go on with after a stop."""
+
+    pictures: int
+    """written so far; of a file that could not be finished, those that are kept"""
+    kept: Path
+    """what holds them"""
+
+    def finish(self) -> None:
+        """The file is whole and has its name. Raises OSError where there is no room."""
+
+    def stop(self) -> None:
+        """What was written so far is kept, as far as there is room; nothing where it is finished."""
+
+    def state(self) -> State:
+        """What must be there to go on."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a ``state``. Raises ValueError where what it needs is not there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """An order with everything at hand: the session that makes it, and the file that waits for it."""
 
     order: Order
     session: "Session"
-    writer: VideoWriter | LatentsFile
+    writer: SegmentWriter | LatentsFile
     start: "Chunk | None"
     """what the session was begun with, where there is an image"""
+    parts: Parts
+    """what the render needs to go on after a stop"""
+    checkpoints: Checkpoints
+    record: Record
+    """what is rendered, with what, and when it went on; its entry ``history`` says what was not as it had been"""
+    followed: int = 0
+    """changes of prompt that the session has made"""
 
     @property
     def kept(self) -> str:
         """What of the video is on disk, in words."""
-        made = self.writer.pictures
-        kept = f"{self.order.target} holds the first {made}" if made else "nothing was written"
-        return f"{kept} of {self.order.pictures} pictures"
+        made, kept = self.writer.pictures, self.order.target.with_name(self.writer.kept.name)
+        told = f"{kept} holds the first {made}" if made else "nothing was written"
+        return f"{told} of {self.order.pictures} pictures"
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether ``resume`` would go on with it: there was a first picture, and its folder is there."""
+        return self.parts.job.is_file()
 
     def run(self, *, progress: bool = True, loop: "Callable[..., bool] | None" = None) -> bool:
-        """Write the video and close its file, however that ends.
+        """Write the video and finish its file; where that fails, keep what was made, and what is needed to go on.
 
         Args:
             progress: Show a bar on stderr.
             loop: Takes the place of ``render``, for a caller that wraps it.
 
         Returns:
-            True, or False where Ctrl-C came first; the file then holds what was made.
+            True, or False where Ctrl-C came first.
 
         Raises:
-            OSError: The file cannot be written to its end; ``kept`` says what it holds.
-            NotFiniteError: A chunk is not finite; the file holds those before it.
+            OSError: The file cannot be written to its end.
+            NotFiniteError: A chunk is not finite.
+            MemoryError, torch.OutOfMemoryError: There is not enough memory.
         """
-        with self.writer:
-            return (loop or render)(
+        try:
+            if not self.writer.pictures:
+                self.parts.clear()  # of a render that was stopped, and is not wanted
+            write_record(self.parts.folder, self.record)
+            finished = (loop or render)(
                 self.session,
                 self.writer,
                 pictures=self.order.pictures,
                 script=self.order.script[1:],
                 progress=progress,
                 start=self.start,
+                followed=self.followed,
+                after=self._after,
             )
+            self.checkpoints.wait()
+            if finished:
+                self.writer.finish()
+                write_record(self.parts.folder, self.record | {"done": True})  # a kill leaves nothing to do but clear
+                self.parts.clear()
+            return finished
+        finally:
+            with uninterrupted():
+                self.checkpoints.wait()
+                self.writer.stop()
+                if not self.writer.pictures:
+                    self.parts.clear()
+                self.parts.release()
+
+    def close(self) -> None:
+        """Let others write to the file. Of a job that was not run nothing is left, and nothing is lost."""
+        self.writer.stop()
+        self.parts.release()
+
+    def _after(self, followed: int) -> None:
+        state = lambda: {
+            **nest("session", self.session.state()), **nest("writer", self.writer.state()),
+            "followed": followed, "record": self.record,
+        }  # fmt: skip
+        with uninterrupted():
+            self.checkpoints.take(self.writer.pictures, state)
 
 
-def prepare(order: Order, engine: "Engine", family: "Family") -> Job:
+def prepare(
+    order: Order,
+    engine: "Engine",
+    family: "Family",
+    *,
+    overwrite: bool = False,
+    options: Mapping[str, Any] | None = None,
+    every: float = EVERY,
+    tell: Callable[[str], None] = warnings.warn,
+) -> Job:
     """The job of an order: pages are allocated, prompts encoded, and the file can be written; no picture is made.
 
     Args:
         order: What to make.
         engine: What makes it.
         family: How the engine's latents become pictures: their size, number and rate.
+        overwrite: Whether an existing file is replaced, and what is left of a render that was stopped is dropped.
+        options: What whoever resumes the render makes the engine of; fits JSON.
+        every: Seconds between two checkpoints; 0 for one after every chunk.
+        tell: Hears what the user should know.
 
     Raises:
         ValueError: Model, preset, prompts, length, image and file do not fit each other.
+        FileExistsError: The file exists, or was begun.
+        BlockingIOError: Another render is writing it.
         OSError: A file cannot be read or written.
     """
-    from flexkern.model.image import read_image
+    order.validate_files()
+    validate_new(order.target, overwrite=overwrite)
+    session = begin_session(order, engine, family)
+    start = begin_with(order, session, family)
+    record = new_record(order, identity(engine, order.prompts, writes=order.writes), options or {})
+    parts = Parts(order.target)
+    return Job(
+        order=order,
+        session=session,
+        writer=begin_file(order, family, parts),
+        start=start,
+        parts=parts,
+        checkpoints=Checkpoints(parts, every=every, tell=tell),
+        record=record,
+    )
 
+
+def begin_session(order: Order, engine: "Engine", family: "Family") -> "Session":
+    """The session of an order, of which nothing is made.
+
+    Raises:
+        ValueError: Model, preset, prompts and length do not fit each other.
+        TypeError: A noise or a decoder of one's own has no ``state``.
+    """
     decodes = order.writes == "latents" or engine.decoder is not None
     require(decodes, "this engine has no decoder: an order for it must write latents")
-    order.validate_files()
     if order.writes == "video":
         validate_encoder(*reversed(family.picture_size), family.fps)
     first, *later = order.script
     frames = family.frames(order.pictures)
     session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
+    for thing, name in ((session.noise, "noise"), (session.decode, "decoder")):
+        if thing is not None:
+            stateful(thing, name)
     validate_switches(session, later)
     pace = Pace(chunk=engine.chunk, first_chunk=engine.first_chunk, per_frame=family.pictures_per_frame, fps=family.fps)
     validate_shown(order.script, order.pictures, pace)
-    start = None if order.image is None else session.prefill(read_image(order.image, *family.picture_size))
-    return Job(order=order, session=session, writer=_writer(order, family), start=start)
+    return session
 
 
-def run(order: Order, engine: "Engine", family: "Family", *, progress: bool = True) -> bool:
+def begin_with(order: Order, session: "Session", family: "Family") -> "Chunk | None":
+    """What the session has been begun with, where an image was ordered."""
+    from flexkern.model.image import read_image
+
+    return None if order.image is None else session.prefill(read_image(order.image, *family.picture_size))
+
+
+def begin_file(order: Order, family: "Family", parts: Parts) -> SegmentWriter | LatentsFile:
+    """What an order's pictures or latents go to; nothing is written yet."""
+    if order.writes == "video":
+        height, width = family.picture_size
+        return SegmentWriter(parts, width=width, height=height, fps=family.fps)
+    about = {
+        "prompt": order.script[0].prompt, "seed": str(order.seed), "preset": order.preset, "model": family.name,
+        "pictures": str(order.pictures),
+    }  # fmt: skip
+    return LatentsFile(order.target, fps=family.fps, per_frame=family.pictures_per_frame, about=about)
+
+
+def run(order: Order, engine: "Engine", family: "Family", *, progress: bool = True, overwrite: bool = False) -> bool:
     """Make the video of an order; ``prepare`` and ``Job.run`` in one.
 
     Args:
@@ -100,29 +232,24 @@ def run(order: Order, engine: "Engine", family: "Family", *, progress: bool = Tr
         engine: What makes it.
         family: How the engine's latents become pictures.
         progress: Show a bar on stderr.
+        overwrite: Whether an existing file is replaced.
 
     Returns:
         True, or False where Ctrl-C came first.
     """
-    return prepare(order, engine, family).run(progress=progress)
-
-
-def _writer(order: Order, family: "Family") -> VideoWriter | LatentsFile:
-    if order.writes == "video":
-        height, width = family.picture_size
-        return VideoWriter(order.target, width, height, family.fps)
-    about = {"prompt": order.script[0].prompt, "seed": str(order.seed), "preset": order.preset, "model": family.name}
-    return LatentsFile(order.target, fps=family.fps, per_frame=family.pictures_per_frame, about=about)
+    return prepare(order, engine, family, overwrite=overwrite).run(progress=progress)
 
 
 def render(
     session: "Session",
-    writer: VideoWriter | LatentsFile,
+    writer: VideoWriter | SegmentWriter | LatentsFile,
     *,
     pictures: int,
     script: Sequence[PromptSwitch] = (),
     progress: bool = True,
     start: "Chunk | None" = None,
+    followed: int = 0,
+    after: Callable[[int], None] | None = None,
 ) -> bool:
     """Write the first pictures of the session's video, wherever its chunks end.
 
@@ -130,11 +257,13 @@ def render(
 
     Args:
         session: What makes it.
-        writer: An open file.
-        pictures: How many to write.
+        writer: An open file; pictures that it holds already are not made again.
+        pictures: How many to write in all.
         script: Prompts that follow the session's own, in ascending order.
         progress: Show a bar on stderr.
         start: What the session was prefilled with; written first.
+        followed: How many prompts of the script the session has come to.
+        after: Called when a chunk is written and another follows, with the same number.
 
     Returns:
         True, or False where Ctrl-C came first.
@@ -143,11 +272,12 @@ def render(
         OSError: The file has no room.
         NotFiniteError: A chunk is not finite; it is not written.
     """
-    made, waiting = 0, list(script)
+    made, waiting = min(writer.pictures, pictures), list(script[followed:])
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
     bar: tqdm[NoReturn] = tqdm(
-        total=pictures, desc="chunk 0", unit=" pictures", bar_format=BAR, mininterval=seconds, disable=not progress
-    )
+        total=pictures, initial=made, desc=f"chunk {session.chunks}", unit=" pictures", bar_format=BAR,
+        mininterval=seconds, disable=not progress,
+    )  # fmt: skip
     with bar:
         try:
             if start is not None:
@@ -166,12 +296,14 @@ def render(
                 made += new
                 bar.set_description_str(f"chunk {chunk.index + 1}", refresh=False)
                 bar.update(new)
+                if after is not None and made < pictures:
+                    after(len(script) - len(waiting))
         except KeyboardInterrupt:
             return False
     return True
 
 
-def _write(writer: VideoWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
+def _write(writer: VideoWriter | SegmentWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
     """Append at most so many pictures of the chunk. Returns how many."""
     before = writer.pictures
     if isinstance(writer, LatentsFile):

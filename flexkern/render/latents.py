@@ -6,6 +6,7 @@ place with the new F. So the file, named ``x.unfinished.safetensors`` until it i
 however the process ended; only a kill between the two writes leaves bytes past the end that the header declares.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -61,7 +62,7 @@ class LatentsFile:
             PermissionError: It cannot be written.
             BlockingIOError: Another writer has the file.
         """
-        validate_latents_target(path)
+        validate_file(path, "latents", ".safetensors", free=False)  # that shows in a moment
         self.path, self.fps, self.per_frame, self.about = Path(path), fps, per_frame, dict(about)
         self.frames = 0  # latent frames so far
         self._target = Target(path)
@@ -115,6 +116,8 @@ class LatentsFile:
             self._put(0, self._framed(empty))
             self._form = form
         file = self._target.file
+        if not self._target.unfinished.is_file():
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))  # moved or removed, with all that was written
         end = 8 + self._header + self.frames * (len(data) // frames)
         try:
             self._put(end, data)
@@ -199,6 +202,8 @@ class LatentsFile:
                 return
             self._closed = True
             self._target.leave()
+            if not self._target.unfinished.is_file():
+                self.frames = 0
 
     def __enter__(self) -> "LatentsFile":
         return self

@@ -19,8 +19,9 @@ from flexkern.render.target import JOB, LOCK, claim, parts_name, sync_folder
 
 SEGMENT = re.compile(r"\d{6,}(\.unfinished)?\.\w+")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors")
+GROWING = ".unfinished"  # at the end of a name
+LEFT = re.compile(rf"(checkpoint-\d+\.safetensors|{JOB}){GROWING}")  # by a process that was killed
 DIGITS = 6
-GROWING = ".unfinished"  # at the end of a name; what a killed process leaves of a checkpoint
 
 
 class Parts:
@@ -67,15 +68,14 @@ class Parts:
 
     def drop_checkpoints(self, *, keep: int = 0) -> None:
         """Remove all checkpoints but the newest ones, and what was left of any."""
-        unfinished = [path for path in self.folder.glob(f"checkpoint-*{GROWING}") if path.is_file()]
-        for path in (*checkpoints(self.folder)[keep:], *unfinished):
+        for path in (*checkpoints(self.folder)[keep:], *_named(self.folder, LEFT)):
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Remove everything that a render put here, and nothing else."""
-        self.job.unlink(missing_ok=True)  # first: without it, what is left is nothing to go on with
         self.drop_checkpoints()
         self.drop_segments()
+        self.job.unlink(missing_ok=True)  # last: it says whether the file is whole
 
     def release(self) -> None:
         """Let others have it. The folder goes with the lock where nothing else is in it."""
@@ -84,7 +84,12 @@ class Parts:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder of parts, the newest first."""
-    return sorted(_named(folder, CHECKPOINT), key=lambda path: int(path.stem.partition("-")[2]), reverse=True)
+    return sorted(_named(folder, CHECKPOINT), key=made_at, reverse=True)
+
+
+def made_at(checkpoint: Path) -> int:
+    """The pictures that were made when a checkpoint was written."""
+    return int(checkpoint.stem.partition("-")[2])
 
 
 def _named(folder: Path, form: re.Pattern[str]) -> list[Path]:

@@ -135,8 +135,7 @@ class SegmentWriter:
             OSError: The disk has no room.
         """
         digest, count = "", state["segments"]
-        for number in range(count):
-            path = self._parts.segment(number, self.path.suffix.lower())
+        for path in self._files(count):
             if not path.is_file():
                 raise ValueError(f"{path} is not there, one of {count} segments of the video")
             digest = _chained(digest, path)
@@ -170,24 +169,27 @@ class SegmentWriter:
             if last is not None:
                 with suppress(OSError):  # what fitted is there, or nothing
                     last.close()
-                self.pictures = self._closed * self.length + last.pictures
-                self._closed += last.pictures > 0
+            there = [path for path in self._files(self._closed) if path.is_file()]
+            self.pictures = len(there) * self.length
+            if last is not None and last.path.is_file() and len(there) == self._closed:
+                self.pictures += last.pictures
+                self._closed += 1
             if not self.pictures:
                 return
-            try:
+            with suppress(OSError):  # no room for both
                 target = self._joined()
                 target.leave()
                 self.kept = target.unfinished
-            except OSError:
-                self.kept = self._parts.folder
+
+    def _files(self, count: int) -> list[Path]:
+        return [self._parts.segment(number, self.path.suffix.lower()) for number in range(count)]
 
     def _joined(self) -> Target:
         """The file under its unfinished name, with what the segments hold."""
-        segments = [self._parts.segment(number, self.path.suffix.lower()) for number in range(self._closed)]
         target = Target(self.path)
         try:
             target.begin()
-            join(segments, target.file, rate=self.fps, about=self.about)
+            join(self._files(self._closed), target.file, rate=self.fps, about=self.about)
         except BaseException:
             target.discard()
             raise

@@ -24,13 +24,14 @@ LOCK, JOB = "lock", "job.json"  # of a folder of parts: what the render that fil
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network file systems answer
 
 
-def validate_file(path: str | Path, what: str, suffix: str) -> None:
+def validate_file(path: str | Path, what: str, suffix: str, *, free: bool = True) -> None:
     """Raise where no such file can be written, before anything is.
 
     Args:
         path: The file.
         what: What goes into it, as the subject of a sentence.
         suffix: How it must be named.
+        free: Whether nobody may be writing it.
 
     Raises:
         ValueError: It has another suffix, or is a folder or a device.
@@ -53,7 +54,7 @@ def validate_file(path: str | Path, what: str, suffix: str) -> None:
         if not os.access(needed, os.W_OK):
             raise PermissionError(f"no permission to write {needed}")
     for held in (unfinished_name(path), parts_name(path) / LOCK):
-        if held.is_file():
+        if free and held.is_file():
             with held.open("rb", buffering=0) as file:
                 _lock(file, path, shared=True)
 

@@ -34,7 +34,7 @@ def session_of(flexkern_, monkeypatch):
         caught = []
 
         def run(job, **_):
-            job.writer.close()
+            job.close()
             return caught.append(job.session) or True
 
         monkeypatch.setattr(flexkern.render.Job, "run", run)

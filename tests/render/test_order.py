@@ -128,6 +128,12 @@ class Enlarge:
         pictures = latents.float().repeat_interleave(8, dim=-2).repeat_interleave(8, dim=-1)
         return ((pictures.clamp(-1, 1) + 1) * 127.5).to(torch.uint8).movedim(2, -1)
 
+    def state(self):
+        return {}
+
+    def restore(self, state):
+        pass
+
 
 @pytest.fixture(scope="module")
 def engine(family):
@@ -166,7 +172,8 @@ def test_an_order_is_carried_out(engine, family, tmp_path, capsys):
     session = engine.session("a cat", preset="flex", seed=3, frames=9)
     assert torch.equal(latents, torch.cat([chunk.latents for chunk in session], dim=1))
     with safe_open(kept.target, framework="pt") as file:
-        assert file.metadata() == {"prompt": "a cat", "seed": "3", "preset": "flex", "model": "small"}
+        told = {"prompt": "a cat", "seed": "3", "preset": "flex", "model": "small", "pictures": "9"}
+        assert file.metadata() == told
 
 
 def test_a_script_is_followed(engine, family, tmp_path):

@@ -1,0 +1,90 @@
+"""The record of a render: what was ordered, with which options, by what; kept in its folder and in every checkpoint."""
+
+import hashlib
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flexkern.render.order import Order
+from flexkern.render.parts import GROWING
+from flexkern.render.target import JOB, parts_name, sync_folder
+
+FORMAT = 1
+Record = dict[str, Any]
+"""id: of this render alone. order, identity, options: what it was begun with. history: when it went on, a list."""
+
+
+def new_record(order: Order, identity: Mapping[str, Any], options: Mapping[str, Any]) -> Record:
+    """The record of a render that begins; its entry ``done`` becomes true when the file is whole.
+
+    Args:
+        order: What is rendered.
+        identity: What decides its bits, besides.
+        options: What the engine is made of again; for whoever makes it. Fits JSON.
+    """
+    return {
+        "format": FORMAT,
+        "id": uuid.uuid4().hex,
+        "order": order.to_dict(),
+        "identity": dict(identity),
+        "options": dict(options),
+        "history": [],
+        "done": False,
+    }
+
+
+def went_on(record: Record, *, picture: int, identity: Mapping[str, Any], differs: list[str]) -> Record:
+    """The record of a render that goes on.
+
+    Args:
+        record: As it was.
+        picture: The number of the first picture that is made now.
+        identity: What decides the bits from here on.
+        differs: What is not as it was, in words; empty where nothing is.
+    """
+    return record | {
+        "identity": dict(identity),
+        "history": [*record["history"], {"picture": picture, "anyway": differs}],
+    }
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """The folder holds the record. Raises OSError where there is no room."""
+    growing = folder / (JOB + GROWING)
+    try:
+        with growing.open("w", encoding="utf-8") as file:
+            json.dump({"record": record, "checksum": _checksum(record)}, file, indent=1, ensure_ascii=False)
+            file.flush()
+            os.fsync(file.fileno())
+        growing.replace(folder / JOB)
+        sync_folder(folder)
+    except BaseException:
+        growing.unlink(missing_ok=True)
+        raise
+
+
+def read_record(target: str | Path) -> Record:
+    """The record of the render that was begun to a file.
+
+    Raises:
+        FileNotFoundError: None was, or it is over.
+        ValueError: The record is damaged or was changed.
+    """
+    path = parts_name(target) / JOB
+    try:
+        content = json.loads(path.read_bytes())
+        record: Record = content["record"]
+        if content["checksum"] != _checksum(record) or record["format"] != FORMAT:
+            raise ValueError("its checksum is not that of what it says")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is nothing to go on with: no render to {target} was stopped") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged, or was changed: {error}") from None
+    return record
+
+
+def _checksum(record: Record) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
