@@ -1,12 +1,23 @@
 """One rule for the fields of every frozen dataclass: the annotation is the check."""
 
+import ast
+import inspect
 import math
+import textwrap
 from collections.abc import Iterable
 from dataclasses import fields
 from difflib import get_close_matches
+from itertools import pairwise
 from numbers import Integral, Real
+from operator import ge, gt, le
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+BOUNDS = {  # name of a bound: in words, and whether a value is within it
+    "minimum": ("at least", ge),
+    "exclusiveMinimum": ("more than", gt),
+    "maximum": ("at most", le),
+}
 
 
 def check_fields(instance: Any) -> None:
@@ -27,6 +38,34 @@ def check_fields(instance: Any) -> None:
             error = ValueError if words else TypeError
             name = f"{type(instance).__name__}.{field.name}"
             raise error(f"{name} must be {_describe(hint)}, got {value!r}{did_you_mean(value, words)}")
+
+
+def check_bounds(instance: Any) -> None:
+    """Check that every number of a dataclass instance is within what the field's metadata says, None left out.
+
+    Understood, as in JSON Schema: minimum, exclusiveMinimum, maximum; of a tuple, they hold for each item.
+
+    Raises:
+        ValueError: Names the field, its bound and what it got.
+    """
+    for field in fields(instance):
+        value = getattr(instance, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            for bound, (words, fits) in BOUNDS.items():
+                if one is not None and bound in field.metadata and not fits(one, field.metadata[bound]):
+                    name = f"{type(instance).__name__}.{field.name}"
+                    raise ValueError(f"{name} must be {words} {field.metadata[bound]}, got {one!r}")
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass that has one, as one line without a full stop."""
+    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    docs = {}
+    for field_and_below in pairwise(getattr(definition, "body", ())):
+        match field_and_below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                docs[name] = " ".join(text.replace("``", "").split()).removesuffix(".")
+    return docs
 
 
 def require(ok: bool, message: str) -> None:

@@ -20,7 +20,6 @@ SIZE = "give --size HEIGHTxWIDTH in place of --height and --width"
 FOREIGN = {  # options of other programs: what to do here
     "--height": SIZE,
     "--width": SIZE,
-    "--fps": "the rate is the checkpoint's, 16 pictures a second",
     "--video-path": TEXT_ONLY,
     "--noise-scale": TEXT_ONLY,
     "--num-frames": FRAMES,

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -15,9 +15,11 @@ from flexkern.cli.research import Research
 PROMPT = "a red disc and a blue square on dark green, fast"
 SEEDS = 2**64
 EXCLUSIVE = (
+    ("latents", "fps"), ("latents", "crf"),
     ("seconds", "frames"), ("seconds", "num_output_frames"), ("frames", "num_output_frames"), ("prompt", "prompts"),
     ("prompt", "data_path"), ("prompts", "data_path"), ("latents", "data_path"), ("ema", "no_ema"),
     ("latents", "out"), ("latents", "output_folder"), ("out", "data_path"),
+    ("job", "data_path"), ("job", "output_folder"),
 )  # fmt: skip
 NEEDS = (
     ("extended_prompt_path", "data_path"), ("save_with_index", "data_path"), ("i2v", "image"),
@@ -29,6 +31,7 @@ NOT_FOR_DEMO = (
 )  # fmt: skip
 LENGTHS = ("seconds", "frames", "num_output_frames")
 SHOWN = ("prompt", "prompts", "data_path")
+OUTPUTS = ("out", "latents")
 
 
 def option(metavar: str, *aliases: str) -> Any:
@@ -40,6 +43,11 @@ def option(metavar: str, *aliases: str) -> Any:
 class Flags:
     """What a user says of one or several videos."""
 
+    named: ClassVar[frozenset[str]] = frozenset()
+    """the fields that the command line names, those of policies with a dot"""
+
+    job: Annotated[Path | None, tyro.conf.Positional, option("[JOB]")] = None
+    """job file, YAML or JSON: one video or several, each with the options below as fields; see `flexkern schema`"""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = DEMO
     """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, wan-diffusers"""
     weights: Annotated[Path | None, option("PATH", "--checkpoint-path", "--checkpoint-folder")] = None
@@ -107,6 +115,10 @@ class Flags:
     """go on where something is damaged, or not as it was when the render began"""
     output_folder: Annotated[Path | None, option("FOLDER")] = None
     """folder to write to, created if needed; the videos of --data-path are called 0000.mp4 and so on"""
+    fps: Annotated[float | None, option("FLOAT")] = None
+    """pictures per second of the file; another rate than the model's shows the same pictures faster or slower"""
+    crf: Annotated[int | None, option("INT")] = None
+    """quality of H.264, 0 (lossless) to 51; default: 18, which looks like the original"""
     latents: Annotated[Path | None, option("FILE")] = None
     """write latents to this safetensors file instead of a video; needs no VAE"""
     backend: Annotated[str, tyro.conf.arg(metavar="NAME")] = "sdpa"
@@ -135,6 +147,10 @@ class Flags:
         for name in ("frames", "threads", "num_output_frames", "chunk", "first_chunk", "num_samples"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {value}")
+        if self.fps is not None and not 1 <= self.fps <= 1000:
+            raise ValueError(f"--fps must be 1 to 1000 pictures per second, got {self.fps:g}")
+        if self.crf is not None and not 0 <= self.crf <= 51:
+            raise ValueError(f"--crf must be 0 to 51, got {self.crf}")
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed must be a whole number >= 0 and below 2^64, got {self.seed}")
         for scale in self.lora_scale:

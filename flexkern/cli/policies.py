@@ -1,17 +1,15 @@
 """Options of ``flexkern render`` that show and override the policies of a preset."""
 
 import argparse
-import ast
-import inspect
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from flexkern.checks import field_docs
+from flexkern.cli.argv import spellings
 from flexkern.cli.research import Research, read_research
 from flexkern.policies import Preset, get_preset
 from flexkern.policies.presets import POLICIES
@@ -28,17 +26,6 @@ ABOUT = {  # what stands above the options of a policy
     "a: how much of it is shared. F: frames of a chunk.",
     "switch": "What a new prompt does to the frames that are remembered.",
 }
-
-
-def field_docs(cls: type) -> dict[str, str]:
-    """The docstring under each field of a dataclass that has one, as one line without a full stop."""
-    (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    docs = {}
-    for field_and_below in pairwise(getattr(definition, "body", ())):
-        match field_and_below:
-            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
-                docs[name] = " ".join(text.replace("``", "").split()).removesuffix(".")
-    return docs
 
 
 def policy_arguments(policy: Any, about: str) -> type:
@@ -74,15 +61,30 @@ def with_policies(command: type, argv: Sequence[str]) -> type:
     entries = [(name, arguments, field(default_factory=arguments)) for name, arguments in made.items()]
     extended = make_dataclass(command.__name__, entries, bases=(command,), kw_only=True)
     extended.__doc__ = command.__doc__
+    extended.named = named_fields(extended, argv)  # type: ignore[attr-defined]
     return extended
 
 
-def chosen_overrides(given: Any, base: Preset, research: Research | None) -> dict[str, object]:
-    """What the configuration and the options say of the preset, by dotted name.
+def named_fields(command: type, argv: Sequence[str]) -> frozenset[str]:
+    """The fields of a command that argv gives, those of policies with a dot."""
+    known = spellings(command) | {"--lora": "--lora", "--lora-scale": "--lora-scale"}
+    options = (known.get(word.partition("=")[0].replace("_", "-")) for word in argv)
+    return frozenset(option.removeprefix("--").replace("-", "_") for option in options if option)
 
-    given: the command with its policies. base: the preset with what the configuration says of it.
+
+def chosen_overrides(
+    given: Any, base: Preset, research: Research | None, job: Mapping[str, object] | None = None
+) -> dict[str, object]:
+    """What the configuration, the job and the options say of the preset, by dotted name.
+
+    given: the command with its policies. base: the preset with what the configuration says of it. job: the overrides
+    of a job, where there is one.
     """
     overrides = dict(research.policies if research else {})
+    if job is not None:
+        told = {name: getattr(getattr(given, name.partition(".")[0]), name.partition(".")[2])
+                for name in sorted(given.named) if "." in name}  # fmt: skip
+        return overrides | dict(job) | told
     for name in POLICIES:
         told, default = getattr(given, name), getattr(base, name)
         changed = [f.name for f in fields(default) if getattr(told, f.name) != getattr(default, f.name)]

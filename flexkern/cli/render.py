@@ -3,27 +3,26 @@
 Checks go from cheap to dear, and torch is loaded in between, so that most mistakes are told at once.
 """
 
-import signal
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean
 from flexkern.cli import status
-from flexkern.cli.errors import note, refuse, refusing, translated
+from flexkern.cli.batch import BAD, Batch, Plan, carry_out, render_batch, validate_demo
+from flexkern.cli.errors import note, refusing, translated
 from flexkern.cli.flags import Flags, size_words
+from flexkern.cli.jobs import Setting, read_settings
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
 from flexkern.cli.research import Research, read_research
-from flexkern.cli.resume import options_from, saved_options, validate_alone, way_on
+from flexkern.cli.resume import options_from, validate_alone
 from flexkern.cli.videos import chosen_videos, timed, validate_targets
 from flexkern.policies import get_preset
 
 if TYPE_CHECKING:
-    from flexkern.engine import Engine
     from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
-    from flexkern.render import Job, Order
+    from flexkern.render import Order
 
 
 @dataclass(kw_only=True)
@@ -31,30 +30,19 @@ class Render(Flags):
     """Render a video of any length; pictures reach the file as they are made, and Ctrl-C leaves a playable one."""
 
     def run(self) -> int:
-        return self.go_on(self.resume) if self.resume is not None else self.render_all()
-
-    def render_all(self) -> int:
-        """Every video that the flags name. Returns the exit status."""
-        bad = ValueError, OSError, NotImplementedError
-        with refusing(*bad):
-            orders, engine, family = self.begin()
-            from flexkern.render import prepare
-
-            for prompt in dict.fromkeys(prompt for order in orders for prompt in order.prompts):
-                engine.embed(prompt)  # one that the model cannot follow is told before the first video
-            if self.output_folder is not None:
-                self.output_folder.mkdir(parents=True, exist_ok=True)
-        for order in orders:
-            with refusing(*bad):
-                job = prepare(order, engine, family, overwrite=self.overwrite, options=saved_options(self), tell=note)
-            if (ended := carry_out(job, family, progress=self.progress)) != status.DONE:
-                return ended
-            del job  # one cache at a time
-        return status.DONE
+        if self.resume is not None:
+            return self.go_on(self.resume)
+        with refusing(*BAD):
+            batches = self.begin()
+        ended = status.DONE
+        for batch in batches:
+            if (ended := render_batch(batch)) != status.DONE:
+                break
+        return ended
 
     def go_on(self, target: Path) -> int:
         """The render to the file, from its last checkpoint. Returns the exit status."""
-        with refusing(ValueError, OSError, NotImplementedError):
+        with refusing(*BAD):
             validate_alone(self)
             from flexkern.render import clear_parts, find_stopped, resume
 
@@ -64,24 +52,39 @@ class Render(Flags):
                 print(f"{target}: is whole, there was nothing left to do")
                 return status.DONE
             begun = Render(**options_from(stopped.record["options"]))
+            begun.threads = (
+                self.threads or begun.threads or stopped.record["identity"].get("threads")
+            )  # sums depend on it
+            batch = begun.batch(
+                Setting(command=begun), begun.follow_research(), [replace(stopped.order, target=target)]
+            )
+            begun.check(batch)
+            job = resume(target, batch.open(), batch.family, anyway=self.resume_anyway, tell=note)
+        return carry_out(job, batch.family, progress=self.progress)
 
-            import torch
+    def begin(self) -> list[Batch]:
+        """What to make and what makes it, checked as a whole; nothing is loaded. Raises what ``run`` refuses."""
+        self.validate_flags()
+        plans = []
+        for setting in read_settings(self):
+            with setting.blaming():
+                plans.append(setting.command.read(setting))
+        validate_targets([video.target for plan in plans for video in plan.videos], {})
+        batches: list[Batch] = []
+        for plan in plans:
+            with plan.setting.blaming():
+                batch = plan.setting.command.measure(plan)
+            if batches and batches[-1].shares(batch):
+                batches[-1].orders += batch.orders
+            else:
+                batches.append(batch)
+        for batch in batches:
+            with batch.setting.blaming():
+                batch.setting.command.check(batch)
+        return batches
 
-            from flexkern.pipeline import validate_device
-
-            device = begun.device or ("cuda" if torch.cuda.is_available() else "cpu")
-            validate_device(device, "--device")
-            threads = self.threads or begun.threads or stopped.record["identity"].get("threads")
-            if threads:
-                torch.set_num_threads(threads)  # of which sums depend
-            research = begun.follow_research()
-            family = begun.chosen_family(research)
-            engine = begun.open_engine((replace(stopped.order, target=target),), family, device)
-            job = resume(target, engine, family, anyway=self.resume_anyway, tell=note)
-        return carry_out(job, family, progress=self.progress)
-
-    def begin(self) -> "tuple[tuple[Order, ...], Engine, Family]":
-        """What to make, and what makes it. Raises what ``run`` refuses."""
+    def read(self, setting: Setting["Render"]) -> Plan:
+        """What is asked for, from flags and small files alone."""
         self.validate_flags()
         if (size := self.read_size()) is not None:
             note(size_words(*size))
@@ -89,45 +92,92 @@ class Render(Flags):
         self.loras()
         self.model = chosen_model(self.model, self.config_path, self.weights)
         base = base_preset(self.preset, self.model, research)
-        overrides = chosen_overrides(self, base, research)
-        videos = chosen_videos(self, get_preset(base.name, overrides), research)
+        overrides = chosen_overrides(self, base, research, setting.overrides)
+        videos = chosen_videos(self, get_preset(base.name, overrides), research, setting.inline)
         self.chosen_weights()
+        return Plan(setting=setting, research=research, base=base, overrides=overrides, videos=videos)
 
-        import torch
-
+    def measure(self, plan: Plan) -> Batch:
+        """The orders, with the length of each video in pictures, once the family is known."""
         from flexkern.pipeline import validate_device
-        from flexkern.render import Order, validate_encoder
+        from flexkern.render import Encoding, Order, validate_encoder
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        validate_device(device, "--device")
-        if self.threads:
-            torch.set_num_threads(self.threads)
-        family = self.chosen_family(research)
-        lengths = {video.shown: timed(video.shown, self, family, research) for video in videos}
+        if self.device:
+            validate_device(self.device, "--device")
+        family = self.chosen_family(plan.research)
+        lengths = {video.shown: timed(video.shown, self, family, plan.research) for video in plan.videos}
         for told in dict.fromkeys(told for _, _, told in lengths.values() if told):
             note(told)
-        orders = tuple(
+        encoding = Encoding(fps=self.fps, crf=18 if self.crf is None else self.crf)
+        if self.latents is None and (speed := encoding.speed(family.fps)) != 1:
+            seconds = min(pictures for _, pictures, _ in lengths.values()) / family.fps
+            shown = f"{speed:.3g} times as fast, {seconds:g} seconds are shown in {seconds / speed:.3g}"
+            note(f"--fps {self.fps:g}: the model makes {family.fps} pictures a second: {shown}")
+        orders = [
             Order(
                 script=lengths[video.shown][0],
                 pictures=lengths[video.shown][1],
                 target=video.target,
-                preset=base.name,
-                overrides=overrides,
+                preset=plan.base.name,
+                overrides=plan.overrides,
                 seed=video.seed,
                 writes="video" if self.latents is None else "latents",
                 image=self.image,
+                encoding=encoding,
             )
-            for video in videos
-        )
+            for video in plan.videos
+        ]
         if self.latents is None:
-            validate_encoder(*reversed(family.picture_size), family.fps)
-        return orders, self.open_engine(orders, family, device), family
+            validate_encoder(*reversed(family.picture_size), encoding.rate(family.fps), crf=encoding.crf)
+        return self.batch(plan.setting, plan.research, orders)
 
-    def open_engine(self, orders: "Sequence[Order]", family: "Family", device: str) -> "Engine":
-        """What makes the orders."""
-        if is_family(self.model):
-            return self.open_checkpoint(orders, family, device)
-        return open_demo(self.chosen_weights(), self.backend, device)
+    def batch(self, setting: Setting[Any], research: Research | None, orders: "list[Order]") -> Batch:
+        """Orders, with what makes them."""
+        import torch
+
+        from flexkern.pipeline import validate_device
+
+        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        validate_device(device, "--device")
+        family = self.chosen_family(research)
+        checkpointed = is_family(self.model)
+        return Batch(
+            setting=setting,
+            family=family,
+            device=device,
+            threads=self.threads or torch.get_num_threads(),
+            orders=orders,
+            checkpoint=self.chosen_checkpoint(family) if checkpointed else None,
+            weights=None if checkpointed else self.chosen_weights(),
+        )
+
+    def check(self, batch: Batch) -> None:
+        """Find the parts of the batch's checkpoint, and check them for its orders before weights are read."""
+        from flexkern.pipeline import MissingPart, check, validate_preset
+
+        if batch.checkpoint is None:
+            validate_demo(batch.weights)
+            return
+        family, orders = batch.family, batch.orders
+        try:
+            parts = batch.parts = check(
+                batch.checkpoint,
+                prompts=batch.prompts,
+                preset=orders[0].method,
+                frames=family.frames(orders[0].pictures),
+                image=self.image,
+                pixels=self.latents is None,
+                backend=self.backend,
+                device=batch.device,
+            )
+        except MissingPart as error:
+            raise ValueError(translated(error.part, error.why)) from None
+        for order in orders[1:]:
+            validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
+        found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
+        validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
+        for line in (str(parts), *parts.notes, *self.not_needed(parts)):
+            note(line)
 
     def follow_research(self) -> Research | None:
         """The configuration, with what it says in place of options taken, and what is not used told."""
@@ -145,37 +195,6 @@ class Render(Flags):
         if research.note:
             note(research.note)
         return research
-
-    def open_checkpoint(self, orders: "Sequence[Order]", family: "Family", device: str) -> "Engine":
-        """The engine of the checkpoint that the flags name, checked for these orders before weights are read."""
-        from flexkern.engine import Engine
-        from flexkern.pipeline import MissingPart, check, validate_preset
-
-        checkpoint = self.chosen_checkpoint(family)
-        prompts = tuple(dict.fromkeys(prompt for order in orders for prompt in order.prompts))
-        try:
-            parts = check(
-                checkpoint,
-                prompts=prompts,
-                preset=orders[0].method,
-                frames=family.frames(orders[0].pictures),
-                image=self.image,
-                pixels=self.latents is None,
-                backend=self.backend,
-                device=device,
-            )
-        except MissingPart as error:
-            raise ValueError(translated(error.part, error.why)) from None
-        for order in orders[1:]:
-            validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
-        found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
-        validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), *parts.notes, *self.not_needed(parts)):
-            note(line)
-        engine = Engine.from_parts(parts)
-        if parts.saves_embeddings:
-            note(f"{parts.embeddings}: embeddings of {len(prompts)} prompts")
-        return engine
 
     def not_needed(self, parts: "Parts") -> list[str]:
         """What was named and is not used."""
@@ -236,40 +255,3 @@ class Render(Flags):
             ema=True if self.ema else False if self.no_ema else None,
             dtype=self.dtype or "bfloat16",
         )
-
-
-def carry_out(job: "Job", family: "Family", *, progress: bool) -> int:
-    """Make the video of a job, and say how that ended. Returns the exit status."""
-    from flexkern.finite import NotFiniteError
-    from flexkern.render import is_out_of_memory, render, stoppable
-
-    order = job.order
-    try:
-        with stoppable() as signals:
-            finished = job.run(progress=progress, loop=render)
-    except NotFiniteError as error:  # weights that overflow
-        refuse(f"{error}; {job.kept}", status.FAILED)
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_out_of_memory(error):
-            raise
-        why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
-        refuse(f"{why}; {job.kept}{way_on(job)}", status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT)
-    if not finished:
-        note(f"interrupted: {job.kept}{way_on(job)}")
-        return status.SIGNAL + (signals[0] if signals else signal.SIGINT)
-    made = job.writer.pictures
-    length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
-    print(f"{order.target}: {length if order.writes == 'video' else f'{family.frames(made)} latent frames'}")
-    return status.DONE
-
-
-def open_demo(weights: Path | None, backend: str, device: str) -> "Engine":
-    """The engine of the demo, or of weights of its form. Raises ValueError for another form."""
-    from flexkern import demo
-    from flexkern.model.families import FAMILIES
-
-    try:
-        demo.validate_weights(weights or demo.WEIGHTS)
-    except ValueError as error:
-        raise ValueError(f"{error}; for a checkpoint give --model {' | '.join(FAMILIES)}") from None
-    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device)

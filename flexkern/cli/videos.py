@@ -43,13 +43,16 @@ class Video:
     seed: int
 
 
-def chosen_videos(flags: Flags, preset: Preset, research: Research | None) -> list[Video]:
-    """The videos of these flags. Raises where a file cannot be read or written, or a cut cannot be followed."""
+def chosen_videos(flags: Flags, preset: Preset, research: Research | None, inline: Shown | None = None) -> list[Video]:
+    """The videos of these flags. Raises where a file cannot be read or written, or a cut cannot be followed.
+
+    inline: the prompts of a job, which then take the place of those that flags name.
+    """
     from flexkern.render import validate_latents_target, validate_new, validate_target
 
     if flags.output_folder is not None:
         validate_folder(flags.output_folder)
-    shown, named = chosen_shown(flags, preset, research), chosen_target(flags)
+    shown, named = chosen_shown(flags, preset, research, inline), chosen_target(flags)
     samples = flags.num_samples or 1
     first = flags.seed or 0
     last = first + len(shown) * samples - 1
@@ -71,10 +74,13 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None) -> li
     return videos
 
 
-def chosen_shown(flags: Flags, preset: Preset, research: Research | None) -> list[Shown]:
+def chosen_shown(flags: Flags, preset: Preset, research: Research | None, inline: Shown | None = None) -> list[Shown]:
     """What each video shows, but for the samples."""
     from flexkern.render import PromptSwitch, read_script, validate_cuts
 
+    if inline is not None:
+        validate_cuts(preset, inline.script)
+        return [inline]
     if flags.data_path is not None:
         return list_shown(flags, research)
     if research is not None and research.switches is not None:
@@ -169,10 +175,9 @@ def timed(
         else:
             script = shown.script
             if pictures is None:
-                pictures = frames_for(SECONDS, family.fps)
-                if pace.chunk_at(script[-1].at) >= pace.chunks(pictures):
-                    pictures = frames_for(seconds_needed(script), family.fps)
-                    told = LAST.format(script[-1].at)
+                needed = seconds_needed(script)
+                pictures = frames_for(max(SECONDS, needed), family.fps)
+                told = LAST.format(script[-1].at) if needed > SECONDS else None
         validate_shown(script, pictures, pace)
     except ValueError as error:
         raise ValueError(f"{shown.source}: {error}") from None

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from flexkern.render.checkpoint import is_out_of_memory
+    from flexkern.render.encoding import Encoding
     from flexkern.render.job import Job, prepare, render, run
+    from flexkern.render.jobfile import JobEntry, read_jobs
     from flexkern.render.latents import LatentsFile, validate_latents_target
     from flexkern.render.order import Order
     from flexkern.render.prompts import PromptList, read_prompts
+    from flexkern.render.schema import job_schema
     from flexkern.render.script import (
         Pace,
         PromptSwitch,
@@ -25,24 +28,31 @@ if TYPE_CHECKING:
         validate_switches,
     )
     from flexkern.render.signals import stoppable
+    from flexkern.render.spec import JobSpec, SpecError
     from flexkern.render.stopped import Stopped, clear_parts, find_stopped, resume
     from flexkern.render.target import validate_new
     from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
+    "Encoding",
     "Job",
+    "JobEntry",
+    "JobSpec",
     "LatentsFile",
     "Order",
     "Pace",
     "PromptList",
     "PromptSwitch",
+    "SpecError",
     "Stopped",
     "VideoWriter",
     "clear_parts",
     "find_stopped",
     "is_out_of_memory",
+    "job_schema",
     "parse_script",
     "prepare",
+    "read_jobs",
     "read_prompts",
     "read_script",
     "render",
@@ -63,10 +73,13 @@ __all__ = [
 
 _HOMES = {  # module: what it holds
     "checkpoint": ("is_out_of_memory",),
+    "encoding": ("Encoding",),
     "job": ("Job", "prepare", "render", "run"),
+    "jobfile": ("JobEntry", "read_jobs"),
     "latents": ("LatentsFile", "validate_latents_target"),
     "order": ("Order",),
     "prompts": ("PromptList", "read_prompts"),
+    "schema": ("job_schema",),
     "script": (
         "Pace",
         "PromptSwitch",
@@ -80,6 +93,7 @@ _HOMES = {  # module: what it holds
         "validate_switches",
     ),
     "signals": ("stoppable",),
+    "spec": ("JobSpec", "SpecError"),
     "stopped": ("Stopped", "clear_parts", "find_stopped", "resume"),
     "target": ("validate_new",),
     "writer": ("VideoWriter", "validate_encoder", "validate_target"),

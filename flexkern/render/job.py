@@ -59,6 +59,8 @@ class Job:
     order: Order
     session: "Session"
     writer: SegmentWriter | LatentsFile
+    fps: int
+    """pictures per second of the model, by which the script counts"""
     start: "Chunk | None"
     """what the session was begun with, where there is an image"""
     parts: Parts
@@ -109,6 +111,7 @@ class Job:
                 start=self.start,
                 followed=self.followed,
                 after=self._after,
+                fps=self.fps,
             )
             self.checkpoints.wait()
             if finished:
@@ -175,6 +178,7 @@ def prepare(
         order=order,
         session=session,
         writer=begin_file(order, family, parts),
+        fps=family.fps,
         start=start,
         parts=parts,
         checkpoints=Checkpoints(parts, every=every, tell=tell),
@@ -192,7 +196,8 @@ def begin_session(order: Order, engine: "Engine", family: "Family") -> "Session"
     decodes = order.writes == "latents" or engine.decoder is not None
     require(decodes, "this engine has no decoder: an order for it must write latents")
     if order.writes == "video":
-        validate_encoder(*reversed(family.picture_size), family.fps)
+        encoding = order.encoding
+        validate_encoder(*reversed(family.picture_size), encoding.rate(family.fps), crf=encoding.crf)
     first, *later = order.script
     frames = family.frames(order.pictures)
     session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
@@ -216,7 +221,8 @@ def begin_file(order: Order, family: "Family", parts: Parts) -> SegmentWriter | 
     """What an order's pictures or latents go to; nothing is written yet."""
     if order.writes == "video":
         height, width = family.picture_size
-        return SegmentWriter(parts, width=width, height=height, fps=family.fps)
+        encoding = order.encoding
+        return SegmentWriter(parts, width=width, height=height, fps=encoding.rate(family.fps), crf=encoding.crf)
     about = {
         "prompt": order.script[0].prompt, "seed": str(order.seed), "preset": order.preset, "model": family.name,
         "pictures": str(order.pictures),
@@ -250,6 +256,7 @@ def render(
     start: "Chunk | None" = None,
     followed: int = 0,
     after: Callable[[int], None] | None = None,
+    fps: float | None = None,
 ) -> bool:
     """Write the first pictures of the session's video, wherever its chunks end.
 
@@ -264,6 +271,7 @@ def render(
         start: What the session was prefilled with; written first.
         followed: How many prompts of the script the session has come to.
         after: Called when a chunk is written and another follows, with the same number.
+        fps: Pictures per second that the script counts by. Default: the writer's.
 
     Returns:
         True, or False where Ctrl-C came first.
@@ -272,7 +280,7 @@ def render(
         OSError: The file has no room.
         NotFiniteError: A chunk is not finite; it is not written.
     """
-    made, waiting = min(writer.pictures, pictures), list(script[followed:])
+    made, waiting, rate = min(writer.pictures, pictures), list(script[followed:]), fps or writer.fps
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
     bar: tqdm[NoReturn] = tqdm(
         total=pictures, initial=made, desc=f"chunk {session.chunks}", unit=" pictures", bar_format=BAR,
@@ -284,7 +292,7 @@ def render(
                 made += _write(writer, start, pictures)
                 bar.update(made)
             while made < pictures:
-                due = [switch for switch in waiting if switch.at * writer.fps <= made + 1e-6]
+                due = [switch for switch in waiting if switch.at * rate <= made + 1e-6]
                 if due:
                     session.switch(due[-1].prompt)
                     if any(switch.cut for switch in due):

@@ -1,16 +1,18 @@
 """An order: one video to make, as a job file, a queue or an HTTP body carries it.
 
 {"script": [{"at": 0, "prompt": "a cat walks on grass", "cut": false}], "pictures": 960, "target": "cat.mp4",
- "preset": "flex", "overrides": {"retention.sink": 6}, "seed": 0, "writes": "video", "image": null}
+ "preset": "flex", "overrides": {"retention.sink": 6}, "seed": 0, "writes": "video", "image": null,
+ "encoding": {"fps": null, "crf": 18, "format": null}}
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from flexkern.checks import check_fields, did_you_mean, require
 from flexkern.policies import Preset, get_preset
+from flexkern.render.encoding import Encoding, read_encoding
 from flexkern.render.latents import validate_latents_target
 from flexkern.render.script import PromptSwitch, parse_script, validate_cuts, validate_script
 from flexkern.render.writer import validate_target
@@ -46,6 +48,8 @@ class Order:
     """whether latents are decoded, or written as they are"""
     image: Path | None = None
     """the first picture; scaled and cut to the size of the video"""
+    encoding: Encoding = Encoding()
+    """rate and quality of the video"""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -86,6 +90,7 @@ class Order:
             "seed": self.seed,
             "writes": self.writes,
             "image": None if self.image is None else str(self.image),
+            "encoding": asdict(self.encoding),
         }
 
     @classmethod
@@ -105,6 +110,8 @@ class Order:
         for name in needed:
             require(name in content, f"an order needs {', '.join(needed)}, got no {name}")
         given = dict(content) | {"script": parse_script(content["script"])}
+        if "encoding" in given:
+            given["encoding"] = read_encoding(given["encoding"])
         for name in ("target", "image"):
             if isinstance(given.get(name), str):
                 given[name] = Path(given[name])

@@ -23,6 +23,14 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
 SHAPE = "a list of {at: seconds, prompt: text}, or a mapping of seconds to prompts"
 
 
+class EntryError(ValueError):
+    """An entry of a script that will not do; entries count from 1 in the message, from 0 in ``entry``."""
+
+    def __init__(self, number: int, message: str):
+        super().__init__(f"entry {number}: {message}")
+        self.entry = number - 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSwitch:
     """From the first chunk that begins ``at`` seconds or later, the video follows ``prompt``."""
@@ -95,11 +103,11 @@ def parse_script(content: Any) -> tuple[PromptSwitch, ...]:
     for number, entry in enumerate(content, start=1):
         fields = set(entry) if isinstance(entry, dict) else set()
         if not {"at", "prompt"} <= fields <= {"at", "prompt", "cut"}:
-            raise ValueError(f"entry {number}: expected {{at: seconds, prompt: text}}, optionally cut, got {entry!r}")
+            raise EntryError(number, f"expected {{at: seconds, prompt: text}}, optionally cut, got {entry!r}")
         try:
             script.append(PromptSwitch(**{**entry, "at": parse_time(entry["at"])}))
         except (TypeError, ValueError) as error:
-            raise ValueError(f"entry {number}: {error}") from None
+            raise EntryError(number, str(error)) from None
     validate_script(script)
     return tuple(script)
 

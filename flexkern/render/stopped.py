@@ -156,6 +156,7 @@ def resume(
         order=wanted,
         session=session,
         writer=writer,
+        fps=family.fps,
         start=None if made else begin_with(wanted, session, family),
         parts=parts,
         checkpoints=Checkpoints(parts, every=every, tell=tell, pictures=made),

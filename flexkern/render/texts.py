@@ -99,8 +99,12 @@ def filled(text: str) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(split_lines(text), start=1) if line.strip()]
 
 
-def parse_time(value: Any) -> float:
+def parse_time(value: Any, name: str = "at") -> float:
     """Seconds, from a number or from text such as 7.5, 60s, 1m30s, 1:30 and 1:02:30.
+
+    Args:
+        value: What was written.
+        name: What it is, for messages.
 
     Raises:
         ValueError: It is neither.
@@ -111,7 +115,7 @@ def parse_time(value: Any) -> float:
         if (found := form.fullmatch(value.strip().lower())) is not None:
             seconds = math.fsum(UNITS[unit] * float(count) for unit, count in found.groupdict(default="0").items())
             return int(seconds) if seconds.is_integer() else seconds
-    raise ValueError(f"at must be {EXAMPLES}, got {value!r}")
+    raise ValueError(f"{name} must be {EXAMPLES}, got {value!r}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

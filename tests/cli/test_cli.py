@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import flexkern.render
 from flexkern import demo
-from flexkern.cli.policies import field_docs
+from flexkern.checks import field_docs
 from flexkern.cli.requirements import need_of
 from flexkern.policies import PRESETS, SinkWindow, get_preset
 from flexkern.policies.presets import POLICIES

@@ -52,7 +52,7 @@ def test_every_option_of_help_is_known_to_the_words(flexkern_, command, monkeypa
     monkeypatch.setenv("COLUMNS", "300")
     known = spellings(with_policies(command, []) if command is Render else command)
     text = flexkern_(command.__name__.lower(), "--help")[1]
-    rows = re.findall(r"^[^\w-]*(--[a-z][\w.-]*(?:, --[a-z][\w.-]*)*)", text, re.MULTILINE)
+    rows = re.findall(r"(?:^|  )[^\w-]*(--[a-z][\w.-]*(?:, --[a-z][\w.-]*)*)", text, re.MULTILINE)
     listed = {word for row in rows for word in row.split(", ")}
     assert listed - {"--lora", "--lora-scale"} <= known.keys()
     assert "--no-progress" in listed or command is not Render

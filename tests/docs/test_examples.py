@@ -26,7 +26,14 @@ def count_pictures(path: Path) -> int:
 
 
 def test_no_example_is_untried():
-    tried = {"interactive.jsonl", "own_preset.py", "prompts.txt", "prompts_over_time.yaml", "render_loop.py"}
+    tried = {
+        "interactive.jsonl",
+        "jobs.yaml",
+        "own_preset.py",
+        "prompts.txt",
+        "prompts_over_time.yaml",
+        "render_loop.py",
+    }
     assert {path.name for path in EXAMPLES.iterdir() if path.is_file()} == tried
 
 

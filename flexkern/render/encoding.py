@@ -1,0 +1,106 @@
+"""How pictures become files: rate, quality and form, apart from what they show."""
+
+from dataclasses import dataclass, field, fields
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal
+
+from flexkern.checks import check_bounds, check_fields, did_you_mean, require
+
+Form = Literal["mp4", "mov", "png", "y4m", "rgb24"]
+FORMS: tuple[Form, ...] = ("mp4", "mov", "png", "y4m", "rgb24")
+SUFFIXES: dict[str, Form] = {".mp4": "mp4", ".mov": "mov"}
+STDOUT = Path("-")
+PIPED: tuple[Form, ...] = ("mp4", "y4m", "rgb24")  # what can be written without going back
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoding:
+    """How pictures are encoded; what is not said follows the name of the output and the model.
+
+    Raises:
+        TypeError: A field is of another type.
+        ValueError: A value is out of range.
+    """
+
+    fps: float | None = field(default=None, metadata={"minimum": 1, "maximum": 1000})
+    """pictures per second of the file; None: the model's. Another rate shows the same pictures faster or slower"""
+    crf: int = field(default=18, metadata={"minimum": 0, "maximum": 51})
+    """quality of H.264, 0 (lossless) to 51; 18 looks like the original"""
+    format: Form | None = None
+    """mp4 (H.264), mov (ProRes 422 HQ), png (a folder of pictures), y4m or rgb24 (raw, to stdout alone); None: as the
+    output is named, mp4 for stdout"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_bounds(self)
+
+    def rate(self, fps: int) -> int | Fraction:
+        """Pictures per second of the file, for a model that makes so many."""
+        from flexkern.render.writer import exact_rate
+
+        return exact_rate(fps if self.fps is None else self.fps)
+
+    def speed(self, fps: int) -> float:
+        """How many times faster than the model made it the video is shown."""
+        return 1.0 if self.fps is None else self.fps / fps
+
+    def form(self, target: Path) -> Form:
+        """The form of what is written to a target.
+
+        Raises:
+            ValueError: Name and format contradict each other, or the name says none.
+        """
+        named = form_of(target)
+        if target == STDOUT:
+            chosen = self.format or "mp4"
+            require(chosen in PIPED, f"format {chosen} cannot be written to stdout: expected {' or '.join(PIPED)}")
+            return chosen
+        if self.format in ("y4m", "rgb24"):
+            raise ValueError(f"format {self.format} is written to stdout alone, as '-', got {str(target)!r}")
+        if named is None:
+            near = did_you_mean(target.suffix, SUFFIXES) if target.suffix else ""
+            kinds = "the video must be named .mp4, .mov, or FOLDER/%06d.png for a picture each"
+            raise ValueError(f"{kinds}, got {target.name!r}{near}")
+        if self.format not in (None, named):
+            raise ValueError(
+                f"format {self.format} contradicts the name of the output, {target.name!r}, which is {named}"
+            )
+        return named
+
+
+def read_encoding(content: Any) -> Any:
+    """The encoding that YAML or JSON was read to; what is no mapping is returned as it is.
+
+    Raises:
+        ValueError: Names the field and what is wrong in it.
+    """
+    if not isinstance(content, dict):
+        return content
+    names = [f.name for f in fields(Encoding)]
+    for name in content:
+        require(name in names, f"encoding has no field {name!r}{did_you_mean(name, names)}")
+    try:
+        return Encoding(**content)
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).replace("Encoding.", "encoding.")) from None
+
+
+def form_of(target: Path) -> Form | None:
+    """The form that a name tells, None where it tells none."""
+    return SUFFIXES.get(target.suffix.lower()) or ("png" if is_sequence(target) else None)
+
+
+def is_sequence(target: Path) -> bool:
+    """Whether a target names a picture each, FOLDER/%06d.png."""
+    return target.suffix.lower() == ".png" and numbered(target.name) is not None
+
+
+def numbered(name: str) -> tuple[str, int, str] | None:
+    """What stands before the number in a name such as shot_%06d.png, its digits, and what stands after; else None."""
+    before, mark, after = name.partition("%")
+    digits, d, rest = after.partition("d")
+    fits = bool(mark and d) and (not digits or (digits.isdecimal() and digits.isascii())) and "%" not in rest
+    if not fits or not 0 <= int(digits or "0") <= 12 or (digits and not digits.startswith("0")):
+        return None
+    return before, int(digits or "0"), rest
