@@ -1,4 +1,4 @@
-"""The command line: ``flexkern render | schema | inspect | metrics | sheet | presets | doctor``.
+"""The command line: ``flexkern render | decode | schema | inspect | metrics | sheet | presets | doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; Ctrl-C gives 130. Faults of our own keep their
 traceback. What is heavy is imported by the command that needs it, so that errors and help come at once.
@@ -17,15 +17,7 @@ from typing import Any
 from flexkern import __version__
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
 
-COMMANDS = (
-    "render",
-    "schema",
-    "inspect",
-    "metrics",
-    "sheet",
-    "presets",
-    "doctor",
-)  # modules; the one that is named is loaded
+COMMANDS = "render", "decode", "schema", "inspect", "metrics", "sheet", "presets", "doctor"  # modules, loaded if named
 
 
 @leaving_quietly()

@@ -101,7 +101,7 @@ class Job:
         try:
             if not self.writer.pictures:
                 self.parts.clear()  # of a render that was stopped, and is not wanted
-            write_record(self.parts.folder, self.record)
+            self._keep_record(self.record)
             finished = (loop or render)(
                 self.session,
                 self.writer,
@@ -116,7 +116,7 @@ class Job:
             self.checkpoints.wait()
             if finished:
                 self.writer.finish()
-                write_record(self.parts.folder, self.record | {"done": True})  # a kill leaves nothing to do but clear
+                self._keep_record(self.record | {"done": True})  # a kill leaves nothing to do but clear
                 self.parts.clear()
             return finished
         finally:
@@ -131,6 +131,12 @@ class Job:
         """Let others write to the file. Of a job that was not run nothing is left, and nothing is lost."""
         self.writer.stop()
         self.parts.release()
+
+    def _keep_record(self, record: Record) -> None:
+        try:
+            write_record(self.parts.folder, record)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.order.target)) from None
 
     def _after(self, followed: int) -> None:
         state = lambda: {

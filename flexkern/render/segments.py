@@ -170,7 +170,7 @@ class SegmentWriter:
                 with suppress(OSError):  # what fitted is there, or nothing
                     last.close()
             there = [path for path in self._files(self._closed) if path.is_file()]
-            self.pictures = len(there) * self.length
+            self.pictures = min(self.pictures, len(there) * self.length)
             if last is not None and last.path.is_file() and len(there) == self._closed:
                 self.pictures += last.pictures
                 self._closed += 1

@@ -13,6 +13,7 @@ import importlib
 import io
 import re
 import sys
+from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
 from numbers import Rational, Real
@@ -256,6 +257,17 @@ class VideoWriter:
                 self._target.commit() if self.pictures else self._target.discard()
                 raise self._target.named(error) if isinstance(error, OSError) else error from None
             self._target.commit()
+
+    def discard(self) -> None:
+        """Remove what was written; what bears the file's name stays."""
+        with uninterrupted():
+            if self._closed:
+                return
+            stream, self._stream, self._closed = self._stream, None, True
+            if stream is not None:
+                with suppress(OSError):
+                    stream.close()
+            self._target.discard()
 
     def __enter__(self) -> "VideoWriter":
         return self

@@ -80,12 +80,13 @@ def test_pictures_reach_the_file_while_it_is_rendered(flexkern_, monkeypatch):
 
     def watched(session):
         if session.chunks == 16:
-            seen["early"] = pictures_in("video.unfinished.mp4")
+            seen["closed"] = pictures_in("video.mp4.parts/000000.mp4")
+            seen["growing"] = Path("video.mp4.parts/000001.unfinished.mp4").is_file()
         return step(session)
 
     monkeypatch.setattr(Session, "step", watched)
     assert flexkern_("render", "--frames", 51)[0] == 0
-    assert 8 <= seen["early"] < 48 and pictures_in("video.mp4") == 51
+    assert seen == {"closed": 32, "growing": True} and pictures_in("video.mp4") == 51
 
 
 def test_overrides_replace_only_what_is_given(session_of):
@@ -234,19 +235,41 @@ def test_a_missing_package_is_named(flexkern_, monkeypatch, module, package):
     assert flexkern_("render") == (2, "", said)
 
 
-def test_a_full_disk_is_one_line_and_leaves_what_fits(flexkern_, monkeypatch):
+KEPT = "{} holds the first {} of 90 pictures; flexkern render --resume video.mp4 goes on from the start, .*"
+FULL = {  # bytes that a file may have: the status, what is told
+    "at the start": (100, 73, "nothing was written of 90 pictures"),
+    "in the middle": (50_000, 75, KEPT.format("video.unfinished.mp4", r"(\d+)")),
+    "at the end": (100_000, 75, KEPT.format("video.mp4.parts", "90")),
+}
+
+
+@pytest.mark.parametrize("case", FULL)
+def test_a_full_disk_is_one_line_and_leaves_what_fits(flexkern_, tmp_path, case):
+    """Then, with room, the render goes on and gives the bytes of one that always had it."""
+    room, expected, words = FULL[case]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         status, out, err = flexkern_("render", "--frames", 90, "--no-progress")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    told = r"flexkern: error: .*File too large: 'video.mp4'; video.mp4 holds the first (\d+) of 90 pictures\n"
-    assert status == 1 and not out and (kept := re.fullmatch(told, err)), err
-    assert 16 <= pictures_in("video.mp4") == int(kept[1]) < 90
+    assert status == expected and not out
+    told = re.fullmatch(rf"flexkern: error: .*File too large: 'video.mp4'; {words}\n", err)
+    assert told, err
+    if status == 73:
+        assert not list(tmp_path.iterdir())
+        return
+    if case == "in the middle":
+        assert 0 < pictures_in("video.unfinished.mp4") == int(told[1]) < 90
+    assert flexkern_("render", "--resume", "video.mp4", "--no-progress")[0] == 0
+    assert flexkern_("render", "--frames", 90, "--no-progress", "--out", "whole.mp4")[0] == 0
+    assert Path("video.mp4").read_bytes() == Path("whole.mp4").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["video.mp4", "whole.mp4"]
 
 
-@pytest.mark.parametrize(("chunks", "told"), [(3, "video.mp4 holds the first 9"), (0, "nothing was written")])
+@pytest.mark.parametrize(
+    ("chunks", "told"), [(3, "video.unfinished.mp4 holds the first 9"), (0, "nothing was written")]
+)
 def test_what_is_not_finite_is_status_1(flexkern_, monkeypatch, tmp_path, chunks, told):
     predict = Session._predict
     spoilt = lambda session, z, timestep, memory: predict(session, z, timestep, memory) / (session.chunks < chunks)
@@ -254,7 +277,7 @@ def test_what_is_not_finite_is_status_1(flexkern_, monkeypatch, tmp_path, chunks
     status, out, err = flexkern_("render", "--frames", 30, "--no-progress")
     assert status == 1 and not out
     assert re.fullmatch(rf"flexkern: error: the latents of chunk {chunks} .*; {told} of 30 pictures\n", err), err
-    assert [pictures_in(path) for path in tmp_path.iterdir()] == [9] * bool(chunks)
+    assert [pictures_in(path) for path in tmp_path.glob("*.mp4")] == [9] * bool(chunks)
 
 
 def test_the_encoder_is_tried_before_the_model_loads(flexkern_, monkeypatch, tmp_path):
@@ -277,10 +300,12 @@ def test_a_fault_of_ours_keeps_its_traceback_and_the_file(flexkern_, monkeypatch
     monkeypatch.setattr(Session, "step", broken)
     with pytest.raises(ValueError, match="not the user's fault"):
         flexkern_("render", "--frames", 30)
-    assert pictures_in("video.mp4") == 6
+    assert pictures_in("video.unfinished.mp4") == 6
 
 
-@pytest.mark.parametrize(("chunks", "told"), [(3, "video.mp4 holds the first 9"), (0, "nothing was written")])
+@pytest.mark.parametrize(
+    ("chunks", "told"), [(3, "video.unfinished.mp4 holds the first 9"), (0, "nothing was written")]
+)
 def test_ctrl_c_is_status_130(flexkern_, monkeypatch, tmp_path, chunks, told):
     step = Session.step
 
@@ -291,25 +316,31 @@ def test_ctrl_c_is_status_130(flexkern_, monkeypatch, tmp_path, chunks, told):
 
     monkeypatch.setattr(Session, "step", interrupted)
     status, out, err = flexkern_("render", "--frames", 30, "--no-progress")
-    assert (status, out, err) == (130, "", f"flexkern: interrupted: {told} of 30 pictures\n")
-    assert [pictures_in(path) for path in tmp_path.iterdir()] == [9] * bool(chunks)
+    way = "; flexkern render --resume video.mp4 goes on from the start, there is no checkpoint yet" * bool(chunks)
+    assert (status, out, err) == (130, "", f"flexkern: interrupted: {told} of 30 pictures{way}\n")
+    assert [pictures_in(path) for path in tmp_path.glob("*.mp4")] == [9] * bool(chunks)
+    assert len(list(tmp_path.iterdir())) == 2 * bool(chunks)
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_from_outside_leaves_a_playable_file(tmp_path, tiny, number, status):
     command = [sys.executable, "-m", "flexkern.cli", "render", "--weights", tiny, "--frames", "1000000"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-    with subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True) as process:
+    heard = lambda: signal.signal(number, signal.SIG_DFL)  # what runs the tests may have it ignored
+    pipes = {"stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=environment, preexec_fn=heard, **pipes) as process:
         give_up = time.time() + 120
         while time.time() < give_up and process.poll() is None:
-            if (growing := tmp_path / "video.unfinished.mp4").exists() and growing.stat().st_size > 20_000:
+            if (tmp_path / "video.mp4.parts" / "000000.mp4").exists():
                 break
             time.sleep(0.05)
         process.send_signal(number)
         err = process.communicate(timeout=60)[1]
     assert process.returncode == status, err
-    kept = int(re.search(r"interrupted: video.mp4 holds the first (\d+) of 1000000 pictures", err)[1])
-    assert kept > 0 and pictures_in(tmp_path / "video.mp4") == kept
+    kept = int(
+        re.search(r"interrupted: video.unfinished.mp4 holds the first (\d+) of 1000000 pictures; .*--resume", err)[1]
+    )
+    assert kept > 0 and pictures_in(tmp_path / "video.unfinished.mp4") == kept
 
 
 def test_presets_are_listed(flexkern_):

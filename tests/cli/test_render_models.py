@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,6 +20,7 @@ import layouts
 import flexkern.render
 from flexkern.cli.policies import with_policies
 from flexkern.cli.render import Render
+from flexkern.metrics.video import read_pictures
 from flexkern.model.families import FAMILIES
 from flexkern.model.vae import load_vae
 from flexkern.model.wan import CONFIGS
@@ -182,8 +184,25 @@ def test_interrupted_latents_are_kept(command, monkeypatch):
 
     monkeypatch.setattr(Session, "step", interrupted)
     status, out, err = tiny_render(command, *FIRST, "--frames", 40, "--latents", "l.safetensors")
-    assert status == 130 and not out and "l.safetensors holds the first 21 of 40 pictures" in err
-    assert load_file("l.safetensors")["latents"].shape[1] == 6
+    assert status == 130 and not out and "l.unfinished.safetensors holds the first 21 of 40 pictures" in err
+    assert load_file("l.unfinished.safetensors")["latents"].shape[1] == 6
+
+
+def test_latents_are_decoded_to_the_video_that_a_render_makes(command, disk):
+    for more in ((), ("--latents", "l.safetensors")):
+        assert tiny_render(command, *FIRST, "--frames", 10, *more)[0] == 0
+    status, out, err = command("decode", "l.safetensors", "--vae", "@vae.pth", "--out", "d.mp4", "--no-progress")
+    assert (status, out, err) == (0, "d.mp4: 10 pictures, 0.6 s\n", "")
+    rendered, decoded = (list(read_pictures(name)) for name in ("video.mp4", "d.mp4"))
+    assert len(decoded) == 10 and all(np.array_equal(a, b) for a, b in zip(rendered, decoded, strict=True))
+    for more, words in (
+        ((), "d.mp4 exists already: --overwrite replaces it"),
+        (("--overwrite",), "l.safetensors needs a VAE: give --vae PATH"),
+        (("--overwrite", "--vae", "@bare.safetensors"), "bare.safetensors is a transformer; expected"),
+        (("--overwrite", "--threads", 0), "--threads must be at least 1, got 0"),
+    ):
+        status, out, err = command("decode", "l.safetensors", "--out", "d.mp4", *more)
+        assert status == 2 and not out and re.search(words, err), err
 
 
 REFUSED = {

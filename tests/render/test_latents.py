@@ -1,16 +1,18 @@
-"""Latents on disk: readable after every chunk, however the process ends; the same as what was written."""
+"""Latents on disk: readable after every chunk, however the process ends; the same as what was written; decoded."""
 
 import errno
 import signal
 import subprocess
 import sys
 
+import av
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from flexkern.render import LatentsFile
+from flexkern.render import LatentsFile, VideoWriter
+from flexkern.render.decoding import decode_latents, inspect_latents
 
 ABOUT = {"prompt": 'a "cat", über\nall', "seed": "3"}
 KILLED = """
@@ -137,3 +139,81 @@ def test_what_does_not_belong_is_refused(tmp_path):
     for name, error in (("l.pt", ValueError), ("none/l.safetensors", FileNotFoundError)):
         with pytest.raises(error):
             begin(tmp_path / name)
+
+
+class Brighten:
+    """A decoder that looks back: four pictures a frame but the first, each with what was before."""
+
+    def __init__(self):
+        self.last = None
+
+    def __call__(self, latents):
+        made = []
+        for latent in latents[0]:
+            before = torch.zeros_like(latent) if self.last is None else self.last
+            count = 1 if self.last is None else 4
+            made += [((latent + before)[:3] * 20 + 100).clamp(0, 255)] * count
+            self.last = latent
+        return torch.stack(made)[None].repeat_interleave(8, -1).repeat_interleave(8, -2).to(torch.uint8).movedim(2, -1)
+
+
+def pictures_of(path):
+    with av.open(str(path)) as video:
+        return [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+
+
+def test_latents_become_the_video_that_was_ordered(tmp_path):
+    latents = torch.randn(8, 16, 4, 6)
+    with begin(tmp_path / "l.safetensors", about={"pictures": "27", "model": "wan"}) as file:
+        file.write(latents, 1000)
+    held = inspect_latents(tmp_path / "l.safetensors")
+    assert (held.frames, held.channels, held.size, held.model, held.pictures) == (8, 16, (4, 6), "wan", 27)
+    heard = []
+    assert decode_latents(held, Brighten(), tmp_path / "v.mp4", told=heard.append) == 27 and heard == [3, 6, 8]
+    with VideoWriter(tmp_path / "at once.mp4", 48, 32) as writer:
+        writer.write(Brighten()(latents[None])[0, :27])
+    assert (tmp_path / "v.mp4").read_bytes() == (tmp_path / "at once.mp4").read_bytes()
+    assert len(pictures_of(tmp_path / "v.mp4")) == 27
+
+
+def test_latents_of_a_stopped_render_are_decoded_as_far_as_they_go(tmp_path):
+    file = begin(tmp_path / "l.safetensors", about={"pictures": "99"})
+    file.write(torch.randn(5, 16, 4, 6), 1000)
+    file.stop()
+    held = inspect_latents(tmp_path / "l.unfinished.safetensors")
+    assert decode_latents(held, Brighten(), tmp_path / "v.mp4") == 17
+
+
+def test_a_video_that_cannot_be_decoded_leaves_nothing(tmp_path):
+    with begin(tmp_path / "l.safetensors") as file:
+        file.write(torch.randn(5, 16, 4, 6), 1000)
+    (tmp_path / "v.mp4").write_bytes(b"old")
+    decoder, calls = Brighten(), []
+
+    def stopped(latents):
+        calls.append(len(latents))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return decoder(latents)
+
+    with pytest.raises(KeyboardInterrupt):
+        decode_latents(inspect_latents(tmp_path / "l.safetensors"), stopped, tmp_path / "v.mp4")
+    assert (tmp_path / "v.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"x": torch.zeros(1)}, "holds no tensor named latents"),
+        ({"latents": torch.zeros(3, 16, 4, 6)}, r"\[1, F, C, h, w\], .* holds F32 \[3, 16, 4, 6\]"),
+        ({"latents": torch.zeros(1, 3, 16, 4, 6, dtype=torch.int32)}, "holds I32"),
+        (b"no safetensors", "is no readable safetensors file"),
+    ],
+)
+def test_what_holds_no_latents_is_refused(tmp_path, content, words):
+    path = tmp_path / "l.safetensors"
+    path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
+    with pytest.raises(ValueError, match=words):
+        inspect_latents(path)
+    with pytest.raises(FileNotFoundError, match="there are no latents"):
+        inspect_latents(tmp_path / "none.safetensors")

@@ -171,6 +171,19 @@ def test_a_disk_that_is_full_keeps_what_fitted(tmp_path, monkeypatch):
         writer.write(moving(1))
 
 
+def test_a_disk_that_is_full_while_joining_keeps_every_segment(tmp_path, monkeypatch):
+    parts, writer = begin(tmp_path / "v.mp4")
+    writer.write(moving(70))
+    full = OSError(28, "No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr("flexkern.render.segments.join", lambda *_, **__: (_ for _ in ()).throw(full))
+        with pytest.raises(OSError, match=r"No space left on device: '.*/v.mp4'"):
+            writer.finish()
+        writer.stop()
+    assert writer.kept == parts.folder and writer.pictures == 70 and names(tmp_path) == ["v.mp4.parts"]
+    assert [len(decoded(parts.folder / f"00000{number}.mp4")) for number in range(3)] == [LENGTH, LENGTH, 6]
+
+
 def test_one_render_a_file(tmp_path):
     parts, writer = begin(tmp_path / "v.mp4")
     for refused in (lambda: Parts(tmp_path / "v.mp4"), lambda: validate_target(tmp_path / "v.mp4")):

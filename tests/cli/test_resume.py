@@ -1,0 +1,174 @@
+"""Renders that are stopped and resumed from the command line, and outputs that cannot be lost."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from flexkern import demo
+from flexkern.cli import status
+from flexkern.render.checkpoint import Checkpoints
+from flexkern.session import Session
+
+SCRIPT = """\
+- {at: 0, prompt: "a red disc and a blue square on dark green, fast"}
+- {at: 0.6, prompt: "a yellow disc and a cyan triangle on black, slow"}
+- {at: 1.2, prompt: "a red disc and a blue square on dark green, fast", cut: true}
+"""
+ORDERED = ("--prompts", "s.yaml", "--frames", 30, "--preset", "longlive-infinite", "--seed", 3, "--no-progress")
+
+
+@pytest.fixture
+def flexkern_(flexkern_, monkeypatch):
+    """The command, with a checkpoint after every chunk."""
+    begin = Checkpoints.__init__
+    monkeypatch.setattr(Checkpoints, "__init__", lambda own, parts, **given: begin(own, parts, **given | {"every": 0}))
+    Path("s.yaml").write_text(SCRIPT)
+    return flexkern_
+
+
+@pytest.fixture
+def stopped_at(flexkern_, monkeypatch):
+    """Runs the command until a chunk, where an error is raised: (status, stdout, stderr)."""
+
+    def run(chunk, *arguments, error=KeyboardInterrupt):
+        step = Session.step
+
+        def stopping(session):
+            if session.chunks == chunk:
+                raise error
+            return step(session)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Session, "step", stopping)
+            return flexkern_("render", *arguments)
+
+    return run
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name != "s.yaml")
+
+
+def test_resume_needs_nothing_but_the_file(flexkern_, stopped_at, tmp_path, monkeypatch):
+    """From another folder, and without the file of prompts."""
+    assert flexkern_("render", *ORDERED, "--out", "whole.mp4")[0] == 0
+    code, _, err = stopped_at(6, *ORDERED)
+    assert code == 130 and err.endswith("; flexkern render --resume video.mp4 goes on from picture 18\n")
+    Path("s.yaml").unlink()
+    monkeypatch.chdir("/")
+    code, out, err = flexkern_("render", "--resume", tmp_path / "video.mp4", "--no-progress")
+    assert (code, out, err) == (0, f"{tmp_path}/video.mp4: 30 pictures, 1.9 s\n", "")
+    assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert names(tmp_path) == ["video.mp4", "whole.mp4"]
+
+
+def test_nothing_to_resume_is_said(flexkern_, tmp_path):
+    code, out, err = flexkern_("render", "--resume", "video.mp4")
+    told = "flexkern: error: there is nothing to go on with: no render to video.mp4 was stopped\n"
+    assert (code, out, err) == (status.REFUSED, "", told) and not names(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [
+        ("--prompt x", "--prompt"),
+        ("--seconds 3", "--seconds"),
+        ("--out v.mp4", "--out"),
+        ("--overwrite", "--overwrite"),
+        ("--retention.sink 6", "--retention"),
+    ],
+)
+def test_resume_takes_nothing_else(flexkern_, more, word):
+    code, _, err = flexkern_("render", "--resume", "video.mp4", *more.split())
+    assert code == 2 and f"--resume goes on with what was ordered: {word} cannot be given with it" in err
+
+
+def test_anyway_needs_resume(flexkern_):
+    code, _, err = flexkern_("render", "--resume-anyway")
+    assert code == 2 and "--resume-anyway needs --resume as well" in err
+
+
+def test_other_weights_are_refused_and_taken_anyway(flexkern_, stopped_at, monkeypatch, tiny, tmp_path):
+    assert stopped_at(4, *ORDERED)[0] == 130
+    other = load_file(tiny)
+    other["head.modulation"] += 0.01
+    with safe_open(tiny, framework="pt") as file:
+        save_file(other, "other.safetensors", file.metadata())
+    monkeypatch.setattr(demo, "WEIGHTS", Path("other.safetensors"))
+    code, out, err = flexkern_("render", "--resume", "video.mp4")
+    assert code == 2 and not out
+    assert "video.mp4: weights was '" in err and "; --resume-anyway goes on from picture 12\n" in err
+    code, out, _ = flexkern_("render", "--resume", "video.mp4", "--resume-anyway", "--no-progress")
+    assert code == 0 and out.startswith("video.mp4: 30 pictures")
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("no more"), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")]
+)
+def test_out_of_memory_keeps_what_was_made(flexkern_, stopped_at, tmp_path, error):
+    code, out, err = stopped_at(5, *ORDERED, error=error)
+    assert code == status.CAN_RESUME and not out
+    assert err.startswith(f"flexkern: error: out of memory: {error}; video.unfinished.mp4 holds the first 15 of 30")
+    assert "flexkern render --resume video.mp4 goes on from picture 15" in err
+    assert flexkern_("render", "--resume", "video.mp4", "--no-progress")[0] == 0
+
+
+def test_a_finished_video_is_not_replaced_unless_asked(flexkern_, tmp_path, monkeypatch):
+    given = ("render", "--frames", 6, "--no-progress")
+    assert flexkern_(*given)[0] == 0
+    before = Path("video.mp4").read_bytes()
+    monkeypatch.setattr(demo, "load_engine", lambda *_, **__: pytest.fail("the model was loaded"))
+    told = "flexkern: error: video.mp4 exists already: --overwrite replaces it\n"
+    assert flexkern_(*given, "--seed", 2) == (2, "", told) and Path("video.mp4").read_bytes() == before
+    monkeypatch.undo()
+
+
+def test_overwrite_replaces_a_video_and_drops_what_was_stopped(flexkern_, stopped_at, tmp_path):
+    Path("video.mp4").write_bytes(b"old")
+    assert stopped_at(4, *ORDERED, "--overwrite")[0] == 130
+    assert Path("video.mp4").read_bytes() == b"old"
+    code, _, err = flexkern_("render", *ORDERED, "--out", "video.mp4")
+    assert code == 2 and "exists already" in err
+    assert flexkern_("render", *ORDERED, "--overwrite")[0] == 0
+    assert names(tmp_path) == ["video.mp4"] and pictures_in("video.mp4") == 30
+
+
+def pictures_in(path):
+    with av.open(str(path)) as video:
+        return sum(1 for _ in video.decode(video=0))
+
+
+def test_two_processes_on_one_output(flexkern_, tmp_path, tiny):
+    """One renders, the other is told at once; the first is not disturbed."""
+    code = "import sys; from flexkern.render.parts import Parts; p = Parts('video.mp4'); print(1, flush=True); input()"
+    command = [sys.executable, "-c", code]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | {"PYTHONSAFEPATH": "1"}, **pipes) as process:
+        assert process.stdout.readline() == "1\n"
+        told = "flexkern: error: another render is writing video.mp4\n"
+        assert flexkern_("render", "--frames", 3) == (2, "", told)
+        assert flexkern_("render", "--frames", 3, "--overwrite") == (2, "", told)
+        process.send_signal(signal.SIGKILL)
+    assert flexkern_("render", "--frames", 3, "--no-progress")[0] == 0  # who is dead blocks nobody
+
+
+def test_a_whole_video_has_nothing_left_to_do(flexkern_, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("flexkern.render.parts.Parts.clear", lambda parts: None)  # killed before
+        assert flexkern_("render", "--frames", 6, "--no-progress")[0] == 0
+    told = "video.mp4: is whole, there was nothing left to do\n"
+    assert flexkern_("render", "--resume", "video.mp4") == (0, told, "") and names(tmp_path) == ["video.mp4"]
+
+
+def test_the_documentation_has_every_status():
+    page = (Path(demo.__file__).parents[1] / "docs/studio.md").read_text()
+    for number, (meaning, action) in status.MEANINGS.items():
+        assert f"| {number} | {meaning} | {action} |" in page
