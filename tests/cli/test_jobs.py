@@ -37,7 +37,7 @@ def orders_of(flexkern_, monkeypatch):
         caught = []
 
         def run(job, **_):
-            job.writer.close()
+            job.close()
             return caught.append(job.order) or True
 
         monkeypatch.setattr(flexkern.render.Job, "run", run)
