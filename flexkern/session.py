@@ -27,6 +27,7 @@ from flexkern.noise import Noise, PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
 from flexkern.state import State, nest, plain, require_same, stateful, within
+from flexkern.stopwatch import Spent, mark
 from flexkern.window import CacheWindow
 
 Prompt = str | Sequence[str] | Tensor
@@ -45,6 +46,8 @@ class Chunk:
     """[B, F, C, h, w]"""
     pixels: Tensor | None
     """uint8 [B, pictures, height, width, 3]; None where the engine has no decoder"""
+    spent: Spent | None = None
+    """what its steps took; None for what was given"""
 
 
 class Loop(Protocol):
@@ -130,7 +133,7 @@ class Session:
         """
         self._watch.validate(wait=False)
         self._watch.moved_on()
-        first = self.next_frame == 0
+        first, began = self.next_frame == 0, mark(self.engine.model.device)
         count = self.first_chunk if first else self.engine.chunk
         frames = list(range(self.next_frame, self.next_frame + count))
         memory = self._prepare(frames, cut=self._cut)
@@ -146,8 +149,10 @@ class Session:
                 z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
         clean = ordinary(clean)
         self._finish(clean, frames, memory)
+        denoised = mark(self.engine.model.device)
         pixels = ordinary(self.decode(clean)) if self.decode else None
-        chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels)
+        spent = Spent(began=began, denoised=denoised, decoded=mark(self.engine.model.device))
+        chunk = Chunk(index=self.chunks, frames=tuple(frames), latents=clean, pixels=pixels, spent=spent)
         predict = partial(self._predict, memory=memory)
         self._watch.add(f"chunk {chunk.index}", clean, self.decode, index=chunk.index, passes=passes, predict=predict)
         self.chunks += 1

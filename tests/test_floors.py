@@ -14,7 +14,15 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [  # lowest first; a file may import from its own floor or below
     ["flexkern.kernels", "flexkern.testing", "flexkern.checks", "flexkern.__version__"],
     ["flexkern.policies"],
-    ["flexkern.cache", "flexkern.plan", "flexkern.modes", "flexkern.noise", "flexkern.state", "flexkern.finite"],
+    [
+        "flexkern.cache",
+        "flexkern.plan",
+        "flexkern.modes",
+        "flexkern.noise",
+        "flexkern.state",
+        "flexkern.finite",
+        "flexkern.stopwatch",
+    ],
     ["flexkern.memory", "flexkern.backends", "flexkern.functional", "flexkern.window"],
     ["flexkern.model"],
     ["flexkern.session"],

@@ -1,17 +1,15 @@
-"""Videos of one engine: what makes them, and how they are made one after the other."""
+"""Videos of one engine: what makes them, and what their sidecars say of that."""
 
-import signal
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.cli import status
-from flexkern.cli.errors import note, refuse, refusing
+from flexkern.cli.errors import note
 from flexkern.cli.flags import Flags
 from flexkern.cli.jobs import Setting
+from flexkern.cli.policies import DEMO
 from flexkern.cli.research import Research
-from flexkern.cli.resume import saved_options, way_on
 from flexkern.cli.videos import Video
 from flexkern.policies import Preset
 
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
-    from flexkern.render import Job, Order
+    from flexkern.render import JobSpec, Order
 
 BAD = ValueError, OSError, NotImplementedError  # what a user can mend
 
@@ -50,6 +48,8 @@ class Batch:
     weights: Path | None
     """of the demo"""
     parts: "Parts | None" = None
+    prints: dict[Path, dict[str, Any]] | None = None
+    """fingerprints of files, once they are asked for"""
 
     def open(self) -> "Engine":
         """The engine, with weights loaded and prompts encoded. Raises ValueError for a prompt it cannot follow."""
@@ -57,6 +57,8 @@ class Batch:
 
         from flexkern.engine import Engine
 
+        if self.command.progress:
+            note(f"loading {', '.join(f'{path} ({size(path)})' for path in self.files().values())}")
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         if self.parts is None:
@@ -79,6 +81,66 @@ class Batch:
         """Every prompt once."""
         return tuple(dict.fromkeys(prompt for order in self.orders for prompt in order.prompts))
 
+    def files(self) -> dict[str, Path]:
+        """What is read besides prompts, by what it is."""
+        from flexkern import demo
+
+        if self.parts is None:
+            return {"weights": self.weights or demo.WEIGHTS}
+        found = {"weights": self.parts.transformer} | ({"vae": self.parts.vae} if self.parts.vae else {})
+        return found | {f"lora {i}": Path(lora.path) for i, lora in enumerate(self.parts.checkpoint.loras)}
+
+    def about(self, order: "Order") -> dict[str, Any]:
+        """What the sidecar of an order says of the model; ``job`` renders it again."""
+        from flexkern.render.sidecar import fingerprint
+
+        checkpoint, inputs = self.checkpoint, self.files() | ({"image": order.image} if order.image else {})
+        self.prints = self.prints or {}
+        for path in inputs.values():
+            if path not in self.prints:
+                self.prints[path] = fingerprint(path)
+        family = {name: one for name, one in asdict(self.family).items() if name not in ("doc", "source", "files")}
+        loading = {} if checkpoint is None else {
+            "dtype": checkpoint.dtype, "ema": checkpoint.ema, "lora_scale": [lora.scale for lora in checkpoint.loras],
+        }  # fmt: skip
+        return {
+            "job": self.spec(order).to_dict(),
+            "model": {**family, **loading, "backend": self.command.backend},
+            "files": {name: self.prints[path] for name, path in inputs.items()},
+        }
+
+    def spec(self, order: "Order") -> "JobSpec":
+        """The job of an order, with everything said: its paths start at the root, and so it holds in any folder."""
+        from flexkern.render import JobSpec
+
+        command: Any = self.command
+        whole = lambda path: None if path is None else path.absolute()
+        paths = ("vae", "text_encoder", "tokenizer", "embeddings", "config_path")
+        target = whole(order.target)
+        return JobSpec(
+            model=DEMO if self.checkpoint is None else command.model,
+            weights=whole(self.weights if self.checkpoint is None else command.weights),
+            **{name: whole(getattr(command, name)) for name in paths},
+            lora=tuple(path.absolute() for path in command.lora),
+            lora_scale=command.lora_scale,
+            ema=True if command.ema else False if command.no_ema else None,
+            dtype=command.dtype,
+            size=command.size,
+            chunk=command.chunk,
+            first_chunk=command.first_chunk,
+            preset=order.preset,
+            overrides=order.overrides,
+            prompts=order.script,
+            image=whole(order.image),
+            frames=order.pictures,
+            seed=order.seed,
+            out=target if order.writes == "video" else None,
+            latents=None if order.writes == "video" else target,
+            encoding=order.encoding,
+            backend=command.backend,
+            threads=command.threads,
+        )
+
     def shares(self, other: "Batch") -> bool:
         """Whether one engine does for both."""
         alike = lambda one: (
@@ -88,48 +150,11 @@ class Batch:
         return bool(alike(self) == alike(other))
 
 
-def render_batch(batch: Batch) -> int:
-    """Make the videos of one engine. Returns the exit status."""
-    from flexkern.render import prepare
-
-    command, family = batch.command, batch.family
-    with refusing(*BAD):
-        engine = batch.open()
-        if command.output_folder is not None:
-            command.output_folder.mkdir(parents=True, exist_ok=True)
-    for order in batch.orders:
-        with refusing(*BAD):
-            options = saved_options(command)
-            job = prepare(order, engine, family, overwrite=command.overwrite, options=options, tell=note)
-        if (ended := carry_out(job, family, progress=command.progress)) != status.DONE:
-            return ended
-        del job  # one cache at a time
-    return status.DONE
-
-
-def carry_out(job: "Job", family: "Family", *, progress: bool) -> int:
-    """Make the video of a job, and say how that ended. Returns the exit status."""
-    from flexkern.finite import NotFiniteError
-    from flexkern.render import is_out_of_memory, render, stoppable
-
-    order = job.order
-    try:
-        with stoppable() as signals:
-            finished = job.run(progress=progress, loop=render)
-    except NotFiniteError as error:  # weights that overflow
-        refuse(f"{error}; {job.kept}", status.FAILED)
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_out_of_memory(error):
-            raise
-        why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
-        refuse(f"{why}; {job.kept}{way_on(job)}", status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT)
-    if not finished:
-        note(f"interrupted: {job.kept}{way_on(job)}")
-        return status.SIGNAL + (signals[0] if signals else signal.SIGINT)
-    made = job.writer.pictures
-    length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
-    print(f"{order.target}: {length if order.writes == 'video' else f'{family.frames(made)} latent frames'}")
-    return status.DONE
+def size(path: Path) -> str:
+    """What a file or a folder takes, in words."""
+    files = [path] if path.is_file() else path.rglob("*")
+    megabytes = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
+    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.1f} MB"
 
 
 def validate_demo(weights: Path | None) -> None:

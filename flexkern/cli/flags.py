@@ -128,7 +128,14 @@ class Flags:
     threads: Annotated[int | None, option("INT")] = None
     """number of CPU threads that torch uses; default: torch's own choice"""
     progress: bool = True
-    """show the chunk, pictures per second and the time left"""
+    """say what is rendered, the chunk, pictures per second and the time left"""
+    preview: Annotated[Path | None, option("FILE")] = None
+    """picture (.png or .jpg) that is replaced by the newest one of the video, at most once a second"""
+    log: Annotated[Path | None, option("FILE")] = None
+    """file to append events to, as JSON lines: started, chunk, switch, warning, finished, failed"""
+    manifest: Annotated[Path | None, option("FILE")] = None
+    """file to append a line of JSON to for each video; default, for several: manifest.jsonl in --output-folder, or
+    JOB.manifest.jsonl beside the job file"""
 
     def given(self, name: str) -> bool:
         """Whether the option was given, with another value than that of leaving it out."""

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean
 from flexkern.cli import status
-from flexkern.cli.batch import BAD, Batch, Plan, carry_out, render_batch, validate_demo
-from flexkern.cli.errors import note, refusing, translated
+from flexkern.cli.batch import BAD, Batch, Plan, validate_demo
+from flexkern.cli.carry import carry_out, make_watch, open_log, render_all
+from flexkern.cli.errors import note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
@@ -34,11 +35,7 @@ class Render(Flags):
             return self.go_on(self.resume)
         with refusing(*BAD):
             batches = self.begin()
-        ended = status.DONE
-        for batch in batches:
-            if (ended := render_batch(batch)) != status.DONE:
-                break
-        return ended
+        return render_all(batches, self)
 
     def go_on(self, target: Path) -> int:
         """The render to the file, from its last checkpoint. Returns the exit status."""
@@ -60,16 +57,31 @@ class Render(Flags):
             )
             begun.check(batch)
             job = resume(target, batch.open(), batch.family, anyway=self.resume_anyway, tell=note)
-        return carry_out(job, batch.family, progress=self.progress)
+            watch = make_watch(self, open_log(self), job.order)
+        ending = carry_out(job, batch.family, watch)
+        if ending.status >= status.SIGNAL:
+            note(ending.message)
+        elif ending.status != status.DONE:
+            refuse(ending.message, ending.status)
+        return ending.status
 
     def begin(self) -> list[Batch]:
         """What to make and what makes it, checked as a whole; nothing is loaded. Raises what ``run`` refuses."""
+        from flexkern.render import sidecar_path, validate_new, validate_preview
+
         self.validate_flags()
+        if self.preview is not None:
+            validate_preview(self.preview)
         plans = []
         for setting in read_settings(self):
             with setting.blaming():
                 plans.append(setting.command.read(setting))
-        validate_targets([video.target for plan in plans for video in plan.videos], {})
+        targets = [video.target for plan in plans for video in plan.videos]
+        read = {name: path for plan in plans for name, path in plan.setting.command.inputs().items()}
+        sidecars = [sidecar_path(target) for target in targets]
+        validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}))
+        if len(targets) == 1 and self.job is None:
+            validate_new(targets[0], overwrite=self.overwrite)
         batches: list[Batch] = []
         for plan in plans:
             with plan.setting.blaming():

@@ -48,7 +48,7 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None, inlin
 
     inline: the prompts of a job, which then take the place of those that flags name.
     """
-    from flexkern.render import validate_latents_target, validate_new, validate_target
+    from flexkern.render import validate_latents_target, validate_target
 
     if flags.output_folder is not None:
         validate_folder(flags.output_folder)
@@ -69,7 +69,6 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None, inlin
         validate = validate_target if flags.latents is None else validate_latents_target
         for video in videos:
             validate(video.target)
-            validate_new(video.target, overwrite=flags.overwrite)
     validate_targets([video.target for video in videos], flags.inputs())
     return videos
 

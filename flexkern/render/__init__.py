@@ -27,14 +27,17 @@ if TYPE_CHECKING:
         validate_shown,
         validate_switches,
     )
+    from flexkern.render.sidecar import is_done, read_sidecar, sidecar_path
     from flexkern.render.signals import stoppable
     from flexkern.render.spec import JobSpec, SpecError
     from flexkern.render.stopped import Stopped, clear_parts, find_stopped, resume
     from flexkern.render.target import validate_new
+    from flexkern.render.watch import EventLog, Watch, validate_preview
     from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
     "Encoding",
+    "EventLog",
     "Job",
     "JobEntry",
     "JobSpec",
@@ -46,8 +49,10 @@ __all__ = [
     "SpecError",
     "Stopped",
     "VideoWriter",
+    "Watch",
     "clear_parts",
     "find_stopped",
+    "is_done",
     "is_out_of_memory",
     "job_schema",
     "parse_script",
@@ -55,16 +60,19 @@ __all__ = [
     "read_jobs",
     "read_prompts",
     "read_script",
+    "read_sidecar",
     "render",
     "resume",
     "run",
     "seconds_needed",
+    "sidecar_path",
     "spread",
     "stoppable",
     "validate_cuts",
     "validate_encoder",
     "validate_latents_target",
     "validate_new",
+    "validate_preview",
     "validate_script",
     "validate_shown",
     "validate_switches",
@@ -92,10 +100,12 @@ _HOMES = {  # module: what it holds
         "validate_shown",
         "validate_switches",
     ),
+    "sidecar": ("is_done", "read_sidecar", "sidecar_path"),
     "signals": ("stoppable",),
     "spec": ("JobSpec", "SpecError"),
     "stopped": ("Stopped", "clear_parts", "find_stopped", "resume"),
     "target": ("validate_new",),
+    "watch": ("EventLog", "Watch", "validate_preview"),
     "writer": ("VideoWriter", "validate_encoder", "validate_target"),
 }
 

@@ -1,13 +1,10 @@
 """A job: an order that an engine has begun, and the loop that carries it to its file."""
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, Protocol
 
 from flexkern.checks import require
 from flexkern.render.checkpoint import EVERY, Checkpoints
@@ -18,8 +15,10 @@ from flexkern.render.parts import Parts
 from flexkern.render.record import Record, new_record, write_record
 from flexkern.render.script import Pace, PromptSwitch, validate_shown, validate_switches
 from flexkern.render.segments import SegmentWriter
+from flexkern.render.sidecar import describe, tags, write_sidecar
 from flexkern.render.signals import uninterrupted
 from flexkern.render.target import validate_new
+from flexkern.render.watch import Watch
 from flexkern.render.writer import VideoWriter, validate_encoder
 from flexkern.state import State, nest, stateful
 
@@ -27,8 +26,6 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
     from flexkern.engine import Engine
     from flexkern.model.families import Family
     from flexkern.session import Chunk, Session
-
-BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 
 
 class Writer(Protocol):
@@ -83,21 +80,25 @@ class Job:
         """Whether ``resume`` would go on with it: there was a first picture, and its folder is there."""
         return self.parts.job.is_file()
 
-    def run(self, *, progress: bool = True, loop: "Callable[..., bool] | None" = None) -> bool:
+    def run(
+        self, *, progress: bool = True, loop: "Callable[..., bool] | None" = None, watch: Watch | None = None
+    ) -> bool:
         """Write the video and finish its file; where that fails, keep what was made, and what is needed to go on.
 
         Args:
             progress: Show a bar on stderr.
             loop: Takes the place of ``render``, for a caller that wraps it.
+            watch: Follows it, in place of the bar.
 
         Returns:
             True, or False where Ctrl-C came first.
 
         Raises:
-            OSError: The file cannot be written to its end.
+            OSError: The file, or its sidecar, cannot be written to its end.
             NotFiniteError: A chunk is not finite.
             MemoryError, torch.OutOfMemoryError: There is not enough memory.
         """
+        watch = watch or Watch(progress=progress)
         try:
             if not self.writer.pictures:
                 self.parts.clear()  # of a render that was stopped, and is not wanted
@@ -112,10 +113,12 @@ class Job:
                 followed=self.followed,
                 after=self._after,
                 fps=self.fps,
+                watch=watch,
             )
             self.checkpoints.wait()
             if finished:
                 self.writer.finish()
+                write_sidecar(self.order.target, describe(self.record, self.order, self.writer.fps, watch.timings()))
                 self._keep_record(self.record | {"done": True})  # a kill leaves nothing to do but clear
                 self.parts.clear()
             return finished
@@ -154,6 +157,7 @@ def prepare(
     *,
     overwrite: bool = False,
     options: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None,
     every: float = EVERY,
     tell: Callable[[str], None] = warnings.warn,
 ) -> Job:
@@ -165,6 +169,7 @@ def prepare(
         family: How the engine's latents become pictures: their size, number and rate.
         overwrite: Whether an existing file is replaced, and what is left of a render that was stopped is dropped.
         options: What whoever resumes the render makes the engine of; fits JSON.
+        about: What the sidecar says besides, such as the job and the files that were read; fits JSON.
         every: Seconds between two checkpoints; 0 for one after every chunk.
         tell: Hears what the user should know.
 
@@ -178,7 +183,7 @@ def prepare(
     validate_new(order.target, overwrite=overwrite)
     session = begin_session(order, engine, family)
     start = begin_with(order, session, family)
-    record = new_record(order, identity(engine, order.prompts, writes=order.writes), options or {})
+    record = new_record(order, identity(engine, order.prompts, writes=order.writes), options or {}, about or {})
     parts = Parts(order.target)
     return Job(
         order=order,
@@ -227,8 +232,8 @@ def begin_file(order: Order, family: "Family", parts: Parts) -> SegmentWriter | 
     """What an order's pictures or latents go to; nothing is written yet."""
     if order.writes == "video":
         height, width = family.picture_size
-        encoding = order.encoding
-        return SegmentWriter(parts, width=width, height=height, fps=encoding.rate(family.fps), crf=encoding.crf)
+        rate, crf, about = order.encoding.rate(family.fps), order.encoding.crf, tags(order, family.name)
+        return SegmentWriter(parts, width=width, height=height, fps=rate, crf=crf, about=about)
     about = {
         "prompt": order.script[0].prompt, "seed": str(order.seed), "preset": order.preset, "model": family.name,
         "pictures": str(order.pictures),
@@ -263,6 +268,7 @@ def render(
     followed: int = 0,
     after: Callable[[int], None] | None = None,
     fps: float | None = None,
+    watch: Watch | None = None,
 ) -> bool:
     """Write the first pictures of the session's video, wherever its chunks end.
 
@@ -278,6 +284,7 @@ def render(
         followed: How many prompts of the script the session has come to.
         after: Called when a chunk is written and another follows, with the same number.
         fps: Pictures per second that the script counts by. Default: the writer's.
+        watch: Follows it, in place of the bar.
 
     Returns:
         True, or False where Ctrl-C came first.
@@ -287,33 +294,31 @@ def render(
         NotFiniteError: A chunk is not finite; it is not written.
     """
     made, waiting, rate = min(writer.pictures, pictures), list(script[followed:]), fps or writer.fps
-    seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
-    bar: tqdm[NoReturn] = tqdm(
-        total=pictures, initial=made, desc=f"chunk {session.chunks}", unit=" pictures", bar_format=BAR,
-        mininterval=seconds, disable=not progress,
-    )  # fmt: skip
-    with bar:
-        try:
-            if start is not None:
-                made += _write(writer, start, pictures)
-                bar.update(made)
-            while made < pictures:
-                due = [switch for switch in waiting if switch.at * rate <= made + 1e-6]
-                if due:
-                    session.switch(due[-1].prompt)
-                    if any(switch.cut for switch in due):
-                        session.cut()
-                    waiting = waiting[len(due) :]
-                chunk = session.step()
-                session.validate_chunks()  # the pictures are about to be waited for
-                new = _write(writer, chunk, pictures - made)
-                made += new
-                bar.set_description_str(f"chunk {chunk.index + 1}", refresh=False)
-                bar.update(new)
-                if after is not None and made < pictures:
-                    after(len(script) - len(waiting))
-        except KeyboardInterrupt:
-            return False
+    watch = watch or Watch(progress=progress)
+    watch.begin(pictures=pictures, made=made, chunk=session.chunks)
+    try:
+        if start is not None:
+            made += _write(writer, start, pictures)
+            watch.wrote(start, made)
+        while made < pictures:
+            due = [switch for switch in waiting if switch.at * rate <= made + 1e-6]
+            if due:
+                session.switch(due[-1].prompt)
+                if any(switch.cut for switch in due):
+                    session.cut()
+                waiting = waiting[len(due) :]
+                watch.switched(due[-1])
+            chunk = session.step()
+            session.validate_chunks()  # the pictures are about to be waited for
+            new = _write(writer, chunk, pictures - made)
+            made += new
+            watch.wrote(chunk, new)
+            if after is not None and made < pictures:
+                after(len(script) - len(waiting))
+    except KeyboardInterrupt:
+        return False
+    finally:
+        watch.end()
     return True
 
 

@@ -17,13 +17,16 @@ Record = dict[str, Any]
 """id: of this render alone. order, identity, options: what it was begun with. history: when it went on, a list."""
 
 
-def new_record(order: Order, identity: Mapping[str, Any], options: Mapping[str, Any]) -> Record:
+def new_record(
+    order: Order, identity: Mapping[str, Any], options: Mapping[str, Any], about: Mapping[str, Any] | None = None
+) -> Record:
     """The record of a render that begins; its entry ``done`` becomes true when the file is whole.
 
     Args:
         order: What is rendered.
         identity: What decides its bits, besides.
         options: What the engine is made of again; for whoever makes it. Fits JSON.
+        about: What the sidecar says besides. Fits JSON.
     """
     return {
         "format": FORMAT,
@@ -31,6 +34,7 @@ def new_record(order: Order, identity: Mapping[str, Any], options: Mapping[str, 
         "order": order.to_dict(),
         "identity": dict(identity),
         "options": dict(options),
+        "about": dict(about or {}),
         "history": [],
         "done": False,
     }

@@ -54,7 +54,7 @@ def pictures_in(path):
 def test_render_gives_the_asked_pictures(flexkern_, tiny, length, pictures):
     status, out, err = flexkern_("render", "--model", tiny, *length, "--out", "my.mp4")
     assert status == 0 and out == f"my.mp4: {pictures} pictures, {pictures / 16:.1f} s\n"
-    assert re.search(rf"chunk {-(-pictures // 3)} \|.*{pictures}/{pictures} pictures \[.*pictures/s\]", err)
+    assert re.search(rf"chunk {-(-pictures // 3)}, {pictures} of {pictures} pictures .*pictures/s, done", err)
     with av.open("my.mp4") as video:
         stream = video.streams.video[0]
         assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")

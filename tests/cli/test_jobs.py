@@ -84,7 +84,8 @@ def test_paths_start_at_the_file(orders_of):
 def test_options_beside_a_file_take_the_place_of_its_words(orders_of):
     second = f"{{prompts: [{RED!r}, {YELLOW!r}], seconds: 1, out: b.mp4}}"
     write(f"- {{prompt: {RED!r}, frames: 3, seed: 1, out: a.mp4}}\n- {second}")
-    (first, second), err = orders_of("night.yaml", "--prompt", YELLOW, "--frames", 6, "--retention.sink", 2)
+    options = ("--prompt", YELLOW, "--frames", 6, "--retention.sink", 2, "--no-progress")
+    (first, second), err = orders_of("night.yaml", *options)
     assert err == "flexkern: night.yaml: options take the place of what it says: --frames, --prompt, --retention.sink\n"
     assert first.prompts == second.prompts == (YELLOW,) and first.pictures == second.pictures == 6
     assert first.overrides == second.overrides == {"retention.sink": 2}

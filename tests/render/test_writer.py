@@ -212,7 +212,7 @@ class FakeSession:
         self.alive.add(pixels)
         self.most = max(self.most, len(self.alive))
         self.chunks += 1
-        return SimpleNamespace(index=self.chunks - 1, pixels=pixels)
+        return SimpleNamespace(index=self.chunks - 1, pixels=pixels, spent=None)
 
 
 def test_render_writes_exactly_what_was_asked_and_keeps_nothing(tmp_path, capsys):
@@ -222,8 +222,7 @@ def test_render_writes_exactly_what_was_asked_and_keeps_nothing(tmp_path, capsys
     left = decoded(tmp_path / "v.mp4")
     assert len(left) == 50 and close_enough(left, moving(60)[:50])
     assert session.chunks == 17 and session.most <= 2
-    bar = capsys.readouterr().err
-    assert "chunk 17 |" in bar and "50/50 pictures" in bar and "pictures/s]" in bar
+    assert "flexkern: chunk 17, 50 of 50 pictures (100 %), " in capsys.readouterr().err
 
 
 def test_ctrl_c_keeps_what_was_finished(tmp_path, capsys):

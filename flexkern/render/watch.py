@@ -1,0 +1,251 @@
+"""What a person, or a program, sees of a render: progress, a preview, and a log of JSON lines.
+
+    watch = Watch(progress=True, preview="now.png", log="night.jsonl")
+    job.run(watch=watch)
+
+A terminal gets a bar that moves; a file or a pipe a line, at most every ten seconds.
+
+The log has a line for each event, written at once: ``time`` (UTC), ``event``, and
+
+    started    target, pictures, made (so far), seed, preset, prompt, and what the caller adds
+    chunk      chunk, made, pictures, denoise_seconds, decode_seconds, left_seconds
+    switch     at (seconds), prompt, cut
+    warning    message
+    finished   target, made, seconds, pictures_per_second, denoise_pictures_per_second
+    failed     target, made, message (also of a render that was interrupted)
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+
+from tqdm import tqdm
+
+from flexkern.checks import require
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from flexkern.render.script import PromptSwitch
+    from flexkern.session import Chunk
+
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
+EVERY = 10.0  # seconds between two lines of progress
+PREVIEW_EVERY = 1.0  # seconds between two previews, at least
+PREVIEWS = (".png", ".jpg", ".jpeg")
+
+
+class EventLog:
+    """JSON lines in a file, each written whole, so that several renders may share one."""
+
+    def __init__(self, path: str | Path):
+        """The file can be written; what it holds stays.
+
+        Raises:
+            OSError: It cannot.
+        """
+        self.path = Path(path)
+        with self.path.open("ab"):
+            pass
+
+    def write(self, event: str, **about: Any) -> None:
+        """Append a line. Raises OSError where there is no room."""
+        append_line(self.path, as_line({"event": event} | about))
+
+
+def as_line(content: Mapping[str, Any]) -> str:
+    """JSON in one line, with the time before it."""
+    return json.dumps({"time": now()} | dict(content), ensure_ascii=False, default=str)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line in one write, which other processes that append do not tear. Raises OSError."""
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
+    try:
+        os.write(handle, f"{line}\n".encode())
+    finally:
+        os.close(handle)
+
+
+def now() -> str:
+    """The time in UTC, to milliseconds."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def validate_preview(path: Path) -> None:
+    """Raises ValueError or FileNotFoundError where no preview can be written."""
+    named = path.suffix.lower() in PREVIEWS
+    require(named, f"a preview must be named {' or '.join(PREVIEWS)}, got {path.name!r}")
+    require(not path.is_dir(), f"{path} is a folder")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+
+
+class Watch:
+    """Follows a render and tells of it; one for each video.
+
+    Attributes:
+        made: Pictures so far, those of an earlier part of the render included.
+        chunks: Chunks that this process made.
+    """
+
+    def __init__(
+        self,
+        *,
+        progress: bool = True,
+        preview: str | Path | None = None,
+        log: EventLog | None = None,
+        about: Mapping[str, Any] | None = None,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Nothing is shown yet.
+
+        Args:
+            progress: Show it on stderr.
+            preview: Picture that is replaced by the newest one, at most once a second.
+            log: Where events go.
+            about: What the event ``started`` says besides.
+            stream: In place of stderr.
+            clock: Seconds, for tests.
+
+        Raises:
+            ValueError: The preview is named otherwise.
+            FileNotFoundError: There is no folder for it.
+        """
+        if preview is not None:
+            validate_preview(Path(preview))
+        self.preview = None if preview is None else Path(preview)
+        self.progress, self.log, self.about = progress, log, dict(about or {})
+        self.made = self.chunks = self._pictures = 0
+        self._began_with = 0
+        self._denoise = self._decode = 0.0
+        self._stream, self._clock = stream or sys.stderr, clock
+        self._began = self._ended = self._told = self._previewed = 0.0
+        self._bar: tqdm[NoReturn] | None = None
+
+    def begin(self, *, pictures: int, made: int, chunk: int) -> None:
+        """A render begins, or goes on from so many pictures."""
+        self._pictures, self.made, self._began_with = pictures, made, made
+        self._began = self._told = self._ended = self._clock()
+        self._previewed = self._began - PREVIEW_EVERY
+        self._event("started", pictures=pictures, made=made, **self.about)
+        if self.progress and self._stream.isatty():
+            self._bar = tqdm(
+                total=pictures, initial=made, desc=f"chunk {chunk}", unit=" pictures", bar_format=BAR,
+                mininterval=0.1, file=self._stream,
+            )  # fmt: skip
+
+    def wrote(self, chunk: "Chunk", count: int) -> None:
+        """So many pictures of a chunk are in the file."""
+        self.made += count
+        self._ended = self._clock()
+        number = chunk.index + 1
+        if chunk.index >= 0:  # else it is what the video was given to begin with
+            self.chunks += 1
+            spent = (chunk.spent.denoise, chunk.spent.decode) if chunk.spent else (0.0, 0.0)
+            self._denoise, self._decode = self._denoise + spent[0], self._decode + spent[1]
+            said = {"denoise_seconds": round(spent[0], 4), "decode_seconds": round(spent[1], 4)}
+            left = round(self._left(), 1)
+            self._event("chunk", chunk=number, made=self.made, pictures=self._pictures, **said, left_seconds=left)
+        if self._bar is not None:
+            self._bar.set_description_str(f"chunk {number}", refresh=False)
+            self._bar.update(count)
+        elif self.progress and (self._ended - self._told >= EVERY or self.made >= self._pictures):
+            self._told = self._ended
+            self._say(self._line(number))
+        due = self._ended - self._previewed >= PREVIEW_EVERY or self.made >= self._pictures
+        if self.preview is not None and chunk.pixels is not None and count and due:
+            self._previewed = self._ended
+            write_preview(self.preview, chunk.pixels[0, count - 1].cpu().numpy())
+
+    def switched(self, switch: "PromptSwitch") -> None:
+        """The video follows another prompt from now on."""
+        self._event("switch", at=switch.at, prompt=switch.prompt, cut=switch.cut)
+
+    def end(self) -> None:
+        """The loop is over, however it ended."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def finished(self, target: Path) -> None:
+        """The file is whole."""
+        self.end()
+        speeds = {key: value for key, value in self.timings().items() if key != "decode_seconds"}
+        self._event("finished", target=str(target), made=self.made, **speeds)
+        if self.progress and self.chunks:
+            self._say(self.summary())
+
+    def failed(self, target: Path, message: str) -> None:
+        """The render has stopped before its end."""
+        self.end()
+        self._event("failed", target=str(target), made=self.made, message=message)
+
+    def warn(self, message: str) -> None:
+        """Something worth knowing."""
+        self._event("warning", message=message)
+
+    def timings(self) -> dict[str, float]:
+        """What this process took, in seconds, and the pictures per second that it made itself."""
+        made, seconds = self.made - self._began_with, self._ended - self._began
+        return {
+            "seconds": round(seconds, 3),
+            "denoise_seconds": round(self._denoise, 3),
+            "decode_seconds": round(self._decode, 3),
+            "pictures_per_second": _rate(made, seconds),
+            "denoise_pictures_per_second": _rate(made, self._denoise),
+        }
+
+    def summary(self) -> str:
+        """One line: how fast it was."""
+        made, found = self.made - self._began_with, self.timings()
+        denoise = f"denoising {found['denoise_pictures_per_second']:.3g} pictures/s"
+        whole = f"end to end {found['pictures_per_second']:.3g} pictures/s"
+        return f"{made} pictures in {_clock(found['seconds'])}: {denoise}, {whole}"
+
+    def _left(self) -> float:
+        """Seconds until the end, if it goes on like this."""
+        made = self.made - self._began_with
+        return (self._pictures - self.made) * (self._ended - self._began) / made if made else 0.0
+
+    def _line(self, number: int) -> str:
+        rate = _rate(self.made - self._began_with, self._ended - self._began)
+        share = f"{100 * self.made / self._pictures:.0f} %"
+        left = f"{_clock(self._left())} left" if self.made < self._pictures else "done"
+        return f"chunk {number}, {self.made} of {self._pictures} pictures ({share}), {rate:.3g} pictures/s, {left}"
+
+    def _say(self, text: str) -> None:
+        print(f"flexkern: {text}", file=self._stream, flush=True)
+
+    def _event(self, event: str, **about: Any) -> None:
+        if self.log is not None:
+            self.log.write(event, **about)
+
+
+def write_preview(path: Path, picture: "NDArray[Any]") -> None:
+    """Replace a picture at once. A failure is no reason to stop a render, and is not raised."""
+    from PIL import Image
+
+    growing = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    try:
+        Image.fromarray(picture).save(growing)
+        growing.replace(path)
+    except OSError:
+        growing.unlink(missing_ok=True)
+
+
+def _rate(count: int, seconds: float) -> float:
+    return round(count / seconds, 4) if seconds > 0 else 0.0
+
+
+def _clock(seconds: float) -> str:
+    """Seconds as 0:07, 12:30 or 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

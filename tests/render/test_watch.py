@@ -1,0 +1,145 @@
+"""What is seen of a render: lines where nothing can move, a bar on a terminal, previews now and then, a log."""
+
+import io
+import json
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flexkern import demo
+from flexkern.render import EventLog, PromptSwitch, Watch
+from flexkern.render.watch import append_line
+from flexkern.stopwatch import Spent
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def chunk(index, colour=0):
+    pixels = torch.full((1, 3, 4, 6, 3), colour, dtype=torch.uint8)
+    return SimpleNamespace(index=index, pixels=pixels, spent=Spent(began=0.0, denoised=2.0, decoded=3.0))
+
+
+@pytest.fixture
+def clock():
+    """A clock that stands until it is set."""
+    told = lambda: told.now
+    told.now = 100.0
+    return told
+
+
+def watched(clock, steps, pictures=120, made=0, **options):
+    """What a render of chunks of 3 pictures shows, each of which takes 4 seconds."""
+    stream = options.pop("stream", io.StringIO())
+    watch = Watch(stream=stream, clock=clock, **options)
+    watch.begin(pictures=pictures, made=made, chunk=0)
+    for index in range(steps):
+        clock.now += 4
+        watch.wrote(chunk(index, colour=index), 3)
+    return watch, stream
+
+
+def test_a_file_gets_a_line_every_ten_seconds_and_the_time_left(clock):
+    watch, stream = watched(clock, 40)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 14 and "\r" not in stream.getvalue()
+    assert lines[0] == "flexkern: chunk 3, 9 of 120 pictures (8 %), 0.75 pictures/s, 2:28 left"
+    assert lines[-1] == "flexkern: chunk 40, 120 of 120 pictures (100 %), 0.75 pictures/s, done"
+    watch.finished(Path("a.mp4"))
+    fast = "denoising 1.5 pictures/s, end to end 0.75 pictures/s"
+    assert stream.getvalue().splitlines()[-1] == f"flexkern: 120 pictures in 2:40: {fast}"
+
+
+def test_a_render_that_goes_on_counts_its_own_pictures_alone(clock):
+    watch, stream = watched(clock, 3, pictures=3609, made=3000)
+    assert stream.getvalue() == "flexkern: chunk 3, 3009 of 3609 pictures (83 %), 0.75 pictures/s, 13:20 left\n"
+    assert watch.timings() == {
+        "seconds": 12.0, "denoise_seconds": 6.0, "decode_seconds": 3.0, "pictures_per_second": 0.75,
+        "denoise_pictures_per_second": 1.5,
+    }  # fmt: skip
+
+
+def test_a_terminal_gets_a_bar(clock):
+    watch, stream = watched(clock, 4, pictures=12, stream=Terminal())
+    watch.end()
+    assert "12/12 pictures" in stream.getvalue() and "flexkern:" not in stream.getvalue()
+
+
+def test_nothing_is_shown_where_nothing_is_wanted(clock):
+    watch, stream = watched(clock, 40, progress=False)
+    watch.finished(Path("a.mp4"))
+    assert stream.getvalue() == ""
+
+
+def test_the_preview_is_the_newest_picture_once_a_second_at_most(clock, tmp_path, monkeypatch):
+    saved, path = [], tmp_path / "now.png"
+    save = Image.Image.save
+    monkeypatch.setattr(Image.Image, "save", lambda self, where: saved.append(Path(where).name) or save(self, where))
+    watch = Watch(preview=path, clock=clock, progress=False)
+    watch.begin(pictures=300, made=0, chunk=0)
+    for index in range(10):
+        clock.now += 0.3
+        watch.wrote(chunk(index, colour=index), 3)
+    assert len(saved) == 3 and set(saved) == {"now.unfinished.png"} and list(tmp_path.iterdir()) == [path]
+    assert np.array_equal(np.asarray(Image.open(path)), np.full((4, 6, 3), 8, dtype=np.uint8))
+
+
+def test_a_preview_that_cannot_be_written_stops_nothing(clock, tmp_path):
+    (tmp_path / "gone").mkdir()
+    watch = Watch(preview=tmp_path / "gone" / "now.jpg", clock=clock, progress=False)
+    (tmp_path / "gone").rmdir()
+    watch.begin(pictures=3, made=0, chunk=0)
+    watch.wrote(chunk(0), 3)
+
+
+@pytest.mark.parametrize(("name", "error"), [("now.gif", ValueError), ("none/now.png", FileNotFoundError)])
+def test_a_preview_is_refused_before_any_work(tmp_path, name, error):
+    with pytest.raises(error):
+        Watch(preview=tmp_path / name)
+
+
+def test_the_log_has_a_line_for_each_event_with_its_fields(clock, tmp_path):
+    log = EventLog(tmp_path / "l.jsonl")
+    watch, _ = watched(clock, 1, pictures=6, log=log, about={"seed": 3})
+    watch.switched(PromptSwitch(at=1.5, prompt="b", cut=True))
+    watch.warn("warm")
+    watch.finished(Path("a.mp4"))
+    watch.failed(Path("a.mp4"), "full")
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert all(line.pop("time").endswith("Z") for line in lines)
+    assert lines[:4] == [
+        {"event": "started", "pictures": 6, "made": 0, "seed": 3},
+        {"event": "chunk", "chunk": 1, "made": 3, "pictures": 6, "denoise_seconds": 2.0, "decode_seconds": 1.0,
+         "left_seconds": 4.0},
+        {"event": "switch", "at": 1.5, "prompt": "b", "cut": True},
+        {"event": "warning", "message": "warm"},
+    ]  # fmt: skip
+    assert lines[4].keys() == {
+        "event", "target", "made", "seconds", "denoise_seconds", "pictures_per_second", "denoise_pictures_per_second",
+    }  # fmt: skip
+    assert lines[5] == {"event": "failed", "target": "a.mp4", "made": 3, "message": "full"}
+
+
+def test_lines_of_several_writers_are_not_torn(tmp_path):
+    path = tmp_path / "m.jsonl"
+    write = lambda letter: [append_line(path, letter * 5000) for _ in range(20)]
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = path.read_text().splitlines()
+    assert len(lines) == 80 and all(line == line[0] * 5000 for line in lines)
+
+
+def test_a_chunk_tells_what_its_steps_took():
+    session = demo.load_engine().session("a red disc and a blue square on dark green, fast", frames=3)
+    made = session.step()
+    assert made.spent.denoise > made.spent.decode > 0
