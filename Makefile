@@ -17,12 +17,12 @@ endef
 
 unexport PYTHONPATH
 
-.PHONY: help test slow lint docs demo train-demo mutate compile matrix matrix-floor matrix-kernels matrix-newest
+.PHONY: help test slow lint docs demo train-demo mutate soak compile matrix matrix-floor matrix-kernels matrix-newest
 help:
 	@echo "make test | lint | docs | demo | train-demo    (ARGS='...' is passed on, e.g. make test ARGS='-k floors')"
 	@echo "make matrix-floor | matrix-kernels | matrix-newest    the suite at other versions; make matrix runs all three"
-	@echo "make slow | mutate | compile                   for a nightly run: tests of every combination; break the kernels;"
-	@echo "                                               compile them with Triton 3.6.0"
+	@echo "make slow | mutate | soak | compile            for a nightly run: tests of every combination; break the kernels;"
+	@echo "                                               an hour of video, killed on the way; compile with Triton 3.6.0"
 
 # torch first and alone, at its pin, so that no other requirement chooses its build
 $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
@@ -57,6 +57,10 @@ train-demo: $(STAMP)
 
 mutate: $(STAMP)
 	$(BIN)/python tests/support/mutate.py $(ARGS)
+
+# an hour of the demo's video, killed and resumed on the way; hours on a CPU
+soak: $(STAMP)
+	$(BIN)/python bench/soak.py $(ARGS)
 
 # the Triton of torch 2.11, in an environment of its own; --no-deps, because torch pins another
 TRITON ?= 3.6.0

@@ -143,6 +143,7 @@ class Checkpoints:
     Attributes:
         pictures: Of the newest that is complete; 0 before the first.
         copying: Seconds that the render waited, in all.
+        writing: Seconds of a processor that writing took beside it, in all.
 
     Args:
         parts: Where they go.
@@ -156,7 +157,7 @@ class Checkpoints:
         self._next = time.monotonic() + every
         self._thread: threading.Thread | None = None
         self._told = False
-        self.pictures, self.copying = pictures, 0.0
+        self.pictures, self.copying, self.writing = pictures, 0.0, 0.0
 
     def take(self, pictures: int, state: Callable[[], State]) -> None:
         """Write a checkpoint, if it is time for one and the last is complete.
@@ -195,6 +196,8 @@ class Checkpoints:
             self.pictures = pictures
         except OSError as error:
             self._warn(str(error))
+        finally:
+            self.writing += time.thread_time()  # of this thread, which does nothing else
 
     def _warn(self, why: str) -> None:
         if not self._told:

@@ -66,16 +66,14 @@ def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
         path: The file.
         overwrite: Whether it may.
     """
-    path = Path(path)
+    path, parts = Path(path), parts_name(path)
     if overwrite:
         return
-    if os.path.lexists(path) and not (path.is_symlink() and not path.exists()):
+    if path.exists():
         raise FileExistsError(f"{path} exists already: --overwrite replaces it")
-    if (parts_name(path) / JOB).is_file():
-        raise FileExistsError(
-            f"{path} was begun already, and {parts_name(path).name} holds what was made: --resume {path} goes on with "
-            "it, --overwrite begins anew"
-        )
+    if (parts / JOB).is_file() or any(parts.glob("checkpoint-*.safetensors")):
+        ways = f"--resume {path} goes on with it, --overwrite begins anew"
+        raise FileExistsError(f"{path} was begun already, and {parts.name} holds what was made: {ways}")
 
 
 def unfinished_name(path: str | Path) -> Path:

@@ -198,7 +198,7 @@ def test_latents_are_decoded_to_the_video_that_a_render_makes(command, disk):
     for more, words in (
         ((), "d.mp4 exists already: --overwrite replaces it"),
         (("--overwrite",), "l.safetensors needs a VAE: give --vae PATH"),
-        (("--overwrite", "--vae", "@bare.safetensors"), "bare.safetensors is a transformer; expected"),
+        (("--overwrite", "--vae", "@bare.safetensors"), "bare.safetensors is not a VAE or tiny VAE"),
         (("--overwrite", "--threads", 0), "--threads must be at least 1, got 0"),
     ):
         status, out, err = command("decode", "l.safetensors", "--out", "d.mp4", *more)
@@ -305,7 +305,7 @@ def test_every_command_of_the_page_on_weights(command, described):
         short = re.sub("--seconds 60", "--seconds 0.1", line).replace("frames 240", "frames 3")
         given = re.findall(r'"[^"]+"|\S+', short)
         limit = () if re.search("--seconds|--num_output", line) else ("--frames", 13 if "--prompts" in line else 1)
-        extra = (*SMALL, *limit) if line.startswith("render") else ()
+        extra = (*SMALL, "--overwrite", *limit) if line.startswith("render") else ()
         status, _, err = command(*(word.strip('"') for word in given), *extra)
         assert status == 0, f"{line}: {err}"
 

@@ -31,7 +31,9 @@ def run_blocks(page: Path) -> int:
     return len(blocks)
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 1), ("flexkern/docs/attention.md", 7)])
+@pytest.mark.parametrize(
+    ("page", "least"), [("README.md", 1), ("flexkern/docs/attention.md", 7), ("flexkern/docs/studio.md", 2)]
+)
 def test_the_code_of_a_page_prints_what_it_says(page, least):
     assert run_blocks(ROOT / page) >= least
 

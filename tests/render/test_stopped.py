@@ -267,6 +267,12 @@ def test_what_exists_or_was_begun_is_replaced_only_if_asked(engine, stopped, who
     assert [path.name for path in stopped.parent.iterdir()] == ["v.mp4"] and stopped.read_bytes() == whole
 
 
+def test_checkpoints_without_their_record_are_not_dropped(engine, stopped):
+    (stopped.with_name("v.mp4.parts") / "job.json").unlink()
+    with pytest.raises(FileExistsError, match="v.mp4 was begun already"):
+        begin(stopped, engine)
+
+
 def test_a_job_that_is_not_run_loses_nothing(engine, stopped, whole):
     prepare(small_order(stopped), engine, FAMILY, overwrite=True).close()
     go_on(stopped, engine).close()
