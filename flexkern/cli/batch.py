@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from flexkern.model.families import Family
     from flexkern.render import JobSpec, Order
 
+AT_ONCE = 50_000_000  # bytes that load before one could read a line about it
 BAD = ValueError, OSError, NotImplementedError  # what a user can mend
 
 
@@ -57,8 +58,9 @@ class Batch:
 
         from flexkern.engine import Engine
 
-        if self.command.progress:
-            note(f"loading {', '.join(f'{path} ({size(path)})' for path in self.files().values())}")
+        sizes = {path: size(path) for path in self.files().values()}
+        if self.command.progress and sum(sizes.values()) > AT_ONCE:
+            note(f"loading {', '.join(f'{path} ({in_words(count)})' for path, count in sizes.items())}")
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         if self.parts is None:
@@ -150,11 +152,14 @@ class Batch:
         return bool(alike(self) == alike(other))
 
 
-def size(path: Path) -> str:
-    """What a file or a folder takes, in words."""
-    files = [path] if path.is_file() else path.rglob("*")
-    megabytes = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
-    return f"{megabytes / 1000:.1f} GB" if megabytes >= 1000 else f"{megabytes:.1f} MB"
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+def in_words(count: int) -> str:
+    """A number of bytes."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def validate_demo(weights: Path | None) -> None:

@@ -10,6 +10,7 @@ goes on; one that fails does not end the others. The manifest has a line of JSON
 """
 
 import signal
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +21,12 @@ from flexkern.cli.batch import BAD, Batch
 from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import Flags
 from flexkern.cli.resume import saved_options, way_on
+from flexkern.render.encoding import STDOUT, is_sequence
 
 if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.families import Family
-    from flexkern.render import EventLog, Job, Order, Watch
+    from flexkern.render import EventLog, Job, Order, PipeJob, Watch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +46,6 @@ def render_all(batches: Sequence[Batch], command: Flags) -> int:
     several, manifest = is_several(batches, command), manifest_path(batches, command)
     with refusing(*BAD):
         log = open_log(command)
-        if command.output_folder is not None:
-            command.output_folder.mkdir(parents=True, exist_ok=True)
         done = {id(order) for batch in batches for order in batch.orders if several and skips(order, batch)}
     failed: list[int] = []
     for batch in batches:
@@ -69,6 +69,9 @@ def render_all(batches: Sequence[Batch], command: Flags) -> int:
                 enter(manifest, order, "failed", str(error), status.REFUSED)
                 failed.append(status.REFUSED)
             continue
+        if command.output_folder is not None:
+            with refusing(*BAD):
+                command.output_folder.mkdir(parents=True, exist_ok=True)
         for order in waiting:
             ending = render_one(order, batch, engine, log, goes_on=several and not command.overwrite)
             if ending.status == status.DONE:
@@ -97,13 +100,14 @@ def is_several(batches: Sequence[Batch], command: Flags) -> bool:
 def skips(order: "Order", batch: Batch) -> bool:
     """Whether an order is done already. Raises FileExistsError where its target is something else."""
     from flexkern.render import is_done, validate_new
-    from flexkern.render.target import JOB, parts_name
+    from flexkern.render.target import JOB, parts_name, taken
 
-    if batch.command.overwrite:
+    if batch.command.overwrite or order.target == STDOUT:
         return False
     if is_done(order, batch.about(order)):
         return True
-    if order.target.exists() or not (parts_name(order.target) / JOB).is_file():  # what was stopped goes on
+    begun = (parts_name(order.target) / JOB).is_file()  # and stopped: it goes on
+    if not begun or (taken(order.target) and not is_sequence(order.target)):
         validate_new(order.target)
     return False
 
@@ -113,7 +117,7 @@ def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | 
 
     goes_on: whether a render of it that was stopped is continued.
     """
-    from flexkern.render import prepare, resume
+    from flexkern.render import prepare, prepare_pipe, resume
     from flexkern.render.target import JOB, parts_name
 
     command, family = batch.command, batch.family
@@ -124,7 +128,10 @@ def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | 
         watch.warn(text)
 
     try:
-        if goes_on and (parts_name(order.target) / JOB).is_file():
+        job: Job | PipeJob
+        if order.target == STDOUT:
+            job = prepare_pipe(order, engine, family, sys.stdout.buffer)
+        elif goes_on and (parts_name(order.target) / JOB).is_file():
             job = resume(order.target, engine, family, order=order, tell=tell)
         else:
             job = prepare(
@@ -144,7 +151,7 @@ def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | 
     return carry_out(job, family, watch)
 
 
-def carry_out(job: "Job", family: "Family", watch: "Watch") -> Ending:
+def carry_out(job: "Job | PipeJob", family: "Family", watch: "Watch") -> Ending:
     """Make the video of a job, and tell what was made."""
     ending = run(job, watch)
     if ending.status != status.DONE:
@@ -152,14 +159,13 @@ def carry_out(job: "Job", family: "Family", watch: "Watch") -> Ending:
         return ending
     order, made = job.order, job.writer.pictures
     watch.finished(order.target)
-    length = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
-    print(
-        f"{order.target}: {length if order.writes == 'video' else f'{family.frames(made)} latent frames'}", flush=True
-    )
+    pictures = f"{order.pictures} pictures, {order.pictures / family.fps:.1f} s"
+    length = pictures if order.writes == "video" else f"{family.frames(made)} latent frames"
+    print(f"{order.target}: {length}", file=sys.stderr if order.target == STDOUT else sys.stdout, flush=True)
     return ending
 
 
-def run(job: "Job", watch: "Watch") -> Ending:
+def run(job: "Job | PipeJob", watch: "Watch") -> Ending:
     """Make the video of a job, and say how that ended."""
     from flexkern.finite import NotFiniteError
     from flexkern.render import is_out_of_memory, render, stoppable
@@ -169,6 +175,8 @@ def run(job: "Job", watch: "Watch") -> Ending:
             finished = job.run(progress=watch.progress, loop=render, watch=watch)
     except NotFiniteError as error:  # weights that overflow
         return Ending(status=status.FAILED, message=f"{error}; {job.kept}")
+    except BrokenPipeError:  # who reads stdout has seen enough
+        raise
     except Exception as error:
         if not isinstance(error, OSError) and not is_out_of_memory(error):
             raise

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -12,10 +12,13 @@ from flexkern.checks import require
 from flexkern.cli.policies import DEMO
 from flexkern.cli.research import Research
 
+if TYPE_CHECKING:
+    from flexkern.render.encoding import Encoding
+
 PROMPT = "a red disc and a blue square on dark green, fast"
 SEEDS = 2**64
 EXCLUSIVE = (
-    ("latents", "fps"), ("latents", "crf"),
+    ("latents", "fps"), ("latents", "crf"), ("latents", "format"),
     ("seconds", "frames"), ("seconds", "num_output_frames"), ("frames", "num_output_frames"), ("prompt", "prompts"),
     ("prompt", "data_path"), ("prompts", "data_path"), ("latents", "data_path"), ("ema", "no_ema"),
     ("latents", "out"), ("latents", "output_folder"), ("out", "data_path"),
@@ -106,7 +109,8 @@ class Flags:
     seed: Annotated[int | None, option("INT")] = None
     """seed of the noise, default: 0; equal seeds give equal videos. Video i of several, from 0, gets seed + i"""
     out: Annotated[Path | None, option("FILE")] = None
-    """file to write, H.264 in MP4; default: video.mp4"""
+    """file to write: .mp4 (H.264), .mov (ProRes 422 HQ), FOLDER/%06d.png for a picture each, or - for stdout; default:
+    video.mp4"""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """replace files that exist, and drop what is left of renders to them that were stopped"""
     resume: Annotated[Path | None, option("FILE")] = None
@@ -119,6 +123,8 @@ class Flags:
     """pictures per second of the file; another rate than the model's shows the same pictures faster or slower"""
     crf: Annotated[int | None, option("INT")] = None
     """quality of H.264, 0 (lossless) to 51; default: 18, which looks like the original"""
+    format: Annotated[Literal["mp4", "mov", "png", "y4m", "rgb24"] | None, option("NAME")] = None
+    """mp4, mov or png, as --out is named; for stdout mp4 (fragmented), y4m or rgb24; default: by --out, stdout: mp4"""
     latents: Annotated[Path | None, option("FILE")] = None
     """write latents to this safetensors file instead of a video; needs no VAE"""
     backend: Annotated[str, tyro.conf.arg(metavar="NAME")] = "sdpa"
@@ -162,6 +168,8 @@ class Flags:
             raise ValueError(f"seed must be a whole number >= 0 and below 2^64, got {self.seed}")
         for scale in self.lora_scale:
             require(math.isfinite(scale), f"--lora-scale must be a finite number, got {scale}")
+        if self.out == Path("-") and (self.num_samples or 1) > 1:
+            raise ValueError("--out - takes one video, --num-samples makes several")
         if self.output_folder is not None and self.out is not None and self.out != Path(self.out.name):
             raise ValueError(f"--out must be a name where --output-folder is given, got {self.out}")
 
@@ -201,6 +209,12 @@ class Flags:
             told = f"got {len(self.lora)} of --lora and {len(scales)} of --lora-scale"
             raise ValueError(f"--lora-scale is given once for each --lora, or not at all: {told}")
         return tuple(zip(self.lora, scales, strict=True))
+
+    def encoding(self) -> "Encoding":
+        """What is said of the form of the video. Raises ValueError for a number out of range."""
+        from flexkern.render.encoding import Encoding
+
+        return Encoding(fps=self.fps, crf=18 if self.crf is None else self.crf, format=self.format)
 
     def read_size(self) -> tuple[int, int] | None:
         """Height and width in pixels, None where none is given. Raises ValueError for another form."""

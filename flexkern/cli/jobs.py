@@ -11,6 +11,7 @@ from flexkern.checks import require
 from flexkern.cli.errors import note
 from flexkern.cli.flags import LENGTHS, OUTPUTS, SHOWN, Flags, flag
 from flexkern.cli.videos import Shown
+from flexkern.render.encoding import Encoding
 from flexkern.render.jobfile import JobEntry, read_jobs
 from flexkern.render.spec import JobSpec
 
@@ -62,7 +63,7 @@ def read_settings(command: C) -> list[Setting[C]]:
     return [_setting(command, entry) for entry in entries]
 
 
-JOBS = {f.name for f in fields(JobSpec)} | {"ema", "no_ema", "fps", "crf"}
+JOBS = {f.name for f in fields(JobSpec)} | {"no_ema"} | {f.name for f in fields(Encoding)}
 
 
 def _setting(command: C, entry: JobEntry) -> Setting[C]:
@@ -71,7 +72,7 @@ def _setting(command: C, entry: JobEntry) -> Setting[C]:
     taken = {name for group in GROUPS if set(group) & command.named for name in group} | command.named
     said = {f.name: getattr(spec, f.name) for f in fields(spec)}
     said |= {"ema": spec.ema is True, "no_ema": spec.ema is False}
-    said |= {"fps": spec.encoding.fps, "crf": spec.encoding.crf}
+    said |= {f.name: getattr(spec.encoding, f.name) for f in fields(spec.encoding)}
     for name in ("prompts", "overrides", "encoding"):
         del said[name]
     for name, value in said.items():

@@ -19,6 +19,7 @@ from flexkern.cli.research import Research, read_research
 from flexkern.cli.resume import options_from, validate_alone
 from flexkern.cli.videos import chosen_videos, timed, validate_targets
 from flexkern.policies import get_preset
+from flexkern.render.encoding import STDOUT
 
 if TYPE_CHECKING:
     from flexkern.model.checkpoint import Checkpoint, Parts
@@ -80,7 +81,9 @@ class Render(Flags):
         read = {name: path for plan in plans for name, path in plan.setting.command.inputs().items()}
         sidecars = [sidecar_path(target) for target in targets]
         validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}))
-        if len(targets) == 1 and self.job is None:
+        if STDOUT in targets and len(targets) > 1:
+            raise ValueError(f"stdout takes one video, got {len(targets)}")
+        if len(targets) == 1 and self.job is None and targets[0] != STDOUT:
             validate_new(targets[0], overwrite=self.overwrite)
         batches: list[Batch] = []
         for plan in plans:
@@ -112,7 +115,7 @@ class Render(Flags):
     def measure(self, plan: Plan) -> Batch:
         """The orders, with the length of each video in pictures, once the family is known."""
         from flexkern.pipeline import validate_device
-        from flexkern.render import Encoding, Order, validate_encoder
+        from flexkern.render import Order, validate_form
 
         if self.device:
             validate_device(self.device, "--device")
@@ -120,7 +123,7 @@ class Render(Flags):
         lengths = {video.shown: timed(video.shown, self, family, plan.research) for video in plan.videos}
         for told in dict.fromkeys(told for _, _, told in lengths.values() if told):
             note(told)
-        encoding = Encoding(fps=self.fps, crf=18 if self.crf is None else self.crf)
+        encoding = self.encoding()
         if self.latents is None and (speed := encoding.speed(family.fps)) != 1:
             seconds = min(pictures for _, pictures, _ in lengths.values()) / family.fps
             shown = f"{speed:.3g} times as fast, {seconds:g} seconds are shown in {seconds / speed:.3g}"
@@ -140,7 +143,9 @@ class Render(Flags):
             for video in plan.videos
         ]
         if self.latents is None:
-            validate_encoder(*reversed(family.picture_size), encoding.rate(family.fps), crf=encoding.crf)
+            height, width = family.picture_size
+            for video in plan.videos:
+                validate_form(width, height, family.fps, encoding, video.target)
         return self.batch(plan.setting, plan.research, orders)
 
     def batch(self, setting: Setting[Any], research: Research | None, orders: "list[Order]") -> Batch:
@@ -165,10 +170,13 @@ class Render(Flags):
 
     def check(self, batch: Batch) -> None:
         """Find the parts of the batch's checkpoint, and check them for its orders before weights are read."""
+        from flexkern.demo import encode_prompts
         from flexkern.pipeline import MissingPart, check, validate_preset
 
         if batch.checkpoint is None:
             validate_demo(batch.weights)
+            for prompt in batch.prompts:
+                encode_prompts([prompt])
             return
         family, orders = batch.family, batch.orders
         try:

@@ -10,7 +10,7 @@ from flexkern.cli.flags import Flags, flag
 from flexkern.policies.presets import POLICIES
 
 if TYPE_CHECKING:
-    from flexkern.render import Job
+    from flexkern.render import Job, PipeJob
 
 BESIDE = ("resume", "resume_anyway", "threads", "progress")  # options that may be given with --resume
 PATH = "path"
@@ -39,9 +39,11 @@ def validate_alone(given: Flags) -> None:
         raise ValueError(f"--resume goes on with what was ordered: {flag(others[0])} cannot be given with it")
 
 
-def way_on(job: "Job") -> str:
+def way_on(job: "Job | PipeJob") -> str:
     """How to go on with a job that was stopped, as the end of a sentence; empty where nothing is left of it."""
-    if not job.can_resume:
+    from flexkern.render import PipeJob
+
+    if isinstance(job, PipeJob) or not job.can_resume:
         return ""
     made = job.checkpoints.pictures
     where = f"from picture {made}" if made else "from the start, there is no checkpoint yet"

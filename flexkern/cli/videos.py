@@ -48,7 +48,7 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None, inlin
 
     inline: the prompts of a job, which then take the place of those that flags name.
     """
-    from flexkern.render import validate_latents_target, validate_target
+    from flexkern.render import validate_latents_target, validate_output
 
     if flags.output_folder is not None:
         validate_folder(flags.output_folder)
@@ -66,9 +66,11 @@ def chosen_videos(flags: Flags, preset: Preset, research: Research | None, inlin
             videos.append(Video(shown=one, target=path, seed=first + i * samples + j))
     folder = flags.output_folder
     if folder is None or folder.exists():
-        validate = validate_target if flags.latents is None else validate_latents_target
         for video in videos:
-            validate(video.target)
+            if flags.latents is None:
+                validate_output(video.target, flags.encoding())
+            else:
+                validate_latents_target(video.target)
     validate_targets([video.target for video in videos], flags.inputs())
     return videos
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from flexkern.render.jobfile import JobEntry, read_jobs
     from flexkern.render.latents import LatentsFile, validate_latents_target
     from flexkern.render.order import Order
+    from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form, validate_output
+    from flexkern.render.pipe import PipeJob, prepare_pipe
     from flexkern.render.prompts import PromptList, read_prompts
     from flexkern.render.schema import job_schema
     from flexkern.render.script import (
@@ -44,8 +46,11 @@ __all__ = [
     "LatentsFile",
     "Order",
     "Pace",
+    "PipeJob",
+    "PipeWriter",
     "PromptList",
     "PromptSwitch",
+    "SequenceWriter",
     "SpecError",
     "Stopped",
     "VideoWriter",
@@ -57,6 +62,7 @@ __all__ = [
     "job_schema",
     "parse_script",
     "prepare",
+    "prepare_pipe",
     "read_jobs",
     "read_prompts",
     "read_script",
@@ -70,8 +76,10 @@ __all__ = [
     "stoppable",
     "validate_cuts",
     "validate_encoder",
+    "validate_form",
     "validate_latents_target",
     "validate_new",
+    "validate_output",
     "validate_preview",
     "validate_script",
     "validate_shown",
@@ -86,6 +94,8 @@ _HOMES = {  # module: what it holds
     "jobfile": ("JobEntry", "read_jobs"),
     "latents": ("LatentsFile", "validate_latents_target"),
     "order": ("Order",),
+    "outputs": ("PipeWriter", "SequenceWriter", "validate_form", "validate_output"),
+    "pipe": ("PipeJob", "prepare_pipe"),
     "prompts": ("PromptList", "read_prompts"),
     "schema": ("job_schema",),
     "script": (

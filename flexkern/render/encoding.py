@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from numbers import Rational, Real
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ FORMS: tuple[Form, ...] = ("mp4", "mov", "png", "y4m", "rgb24")
 SUFFIXES: dict[str, Form] = {".mp4": "mp4", ".mov": "mov"}
 STDOUT = Path("-")
 PIPED: tuple[Form, ...] = ("mp4", "y4m", "rgb24")  # what can be written without going back
+
+FASTEST = 1000  # pictures per second
+NTSC = Fraction(1000, 1001)  # 23.976, 29.97 and 59.94 are this times a whole number
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +41,6 @@ class Encoding:
 
     def rate(self, fps: int) -> int | Fraction:
         """Pictures per second of the file, for a model that makes so many."""
-        from flexkern.render.writer import exact_rate
-
         return exact_rate(fps if self.fps is None else self.fps)
 
     def speed(self, fps: int) -> float:
@@ -84,6 +86,31 @@ def read_encoding(content: Any) -> Any:
         return Encoding(**content)
     except (TypeError, ValueError) as error:
         raise ValueError(str(error).replace("Encoding.", "encoding.")) from None
+
+
+def exact_rate(fps: float | Fraction) -> int | Fraction:
+    """Pictures per second as MP4 stores them: whole, or a fraction; 23.976 is 24000/1001, as everybody means it.
+
+    Args:
+        fps: A whole number, a float or a fraction, NumPy's too; 1 to 1000.
+
+    Raises:
+        ValueError: It is out of range, or not a number.
+    """
+    if not isinstance(fps, Real) or isinstance(fps, bool) or fps != fps:
+        raise ValueError(f"fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001, got {fps!r}")
+    if fps < 1 or fps > FASTEST:
+        raise ValueError(f"fps must be at {'least 1' if fps < 1 else f'most {FASTEST}'}, got {fps}")
+    if isinstance(fps, Rational):
+        rate = Fraction(int(fps.numerator), int(fps.denominator))
+    else:
+        rate = Fraction(float(fps)).limit_denominator(1001)
+        broadcast = round(rate / NTSC) * NTSC
+        if rate.denominator > 1 and abs(rate - broadcast) < Fraction(1, 1000):
+            rate = broadcast
+    if rate.denominator > 100_000:
+        raise ValueError(f"fps must be a fraction with a denominator of at most 100000, got {fps}")
+    return int(rate) if rate.denominator == 1 else rate
 
 
 def form_of(target: Path) -> Form | None:

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from flexkern.checks import require
 from flexkern.render.checkpoint import EVERY, Checkpoints
+from flexkern.render.encoding import is_sequence
 from flexkern.render.identity import identity
 from flexkern.render.latents import LatentsFile
 from flexkern.render.order import Order
+from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
 from flexkern.render.parts import Parts
 from flexkern.render.record import Record, new_record, write_record
 from flexkern.render.script import Pace, PromptSwitch, validate_shown, validate_switches
@@ -19,13 +21,17 @@ from flexkern.render.sidecar import describe, tags, write_sidecar
 from flexkern.render.signals import uninterrupted
 from flexkern.render.target import validate_new
 from flexkern.render.watch import Watch
-from flexkern.render.writer import VideoWriter, validate_encoder
+from flexkern.render.writer import VideoWriter
 from flexkern.state import State, nest, stateful
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
     from flexkern.engine import Engine
     from flexkern.model.families import Family
     from flexkern.session import Chunk, Session
+
+
+Filled = SegmentWriter | SequenceWriter | LatentsFile
+"""what a job can fill, each a ``Writer``"""
 
 
 class Writer(Protocol):
@@ -55,7 +61,7 @@ class Job:
 
     order: Order
     session: "Session"
-    writer: SegmentWriter | LatentsFile
+    writer: Filled
     fps: int
     """pictures per second of the model, by which the script counts"""
     start: "Chunk | None"
@@ -184,6 +190,8 @@ def prepare(
     session = begin_session(order, engine, family)
     start = begin_with(order, session, family)
     record = new_record(order, identity(engine, order.prompts, writes=order.writes), options or {}, about or {})
+    if is_sequence(order.target):
+        order.target.parent.mkdir(exist_ok=True)
     parts = Parts(order.target)
     return Job(
         order=order,
@@ -207,8 +215,8 @@ def begin_session(order: Order, engine: "Engine", family: "Family") -> "Session"
     decodes = order.writes == "latents" or engine.decoder is not None
     require(decodes, "this engine has no decoder: an order for it must write latents")
     if order.writes == "video":
-        encoding = order.encoding
-        validate_encoder(*reversed(family.picture_size), encoding.rate(family.fps), crf=encoding.crf)
+        height, width = family.picture_size
+        validate_form(width, height, family.fps, order.encoding, order.target)
     first, *later = order.script
     frames = family.frames(order.pictures)
     session = engine.session(first.prompt, preset=order.method, seed=order.seed, frames=frames)
@@ -228,10 +236,12 @@ def begin_with(order: Order, session: "Session", family: "Family") -> "Chunk | N
     return None if order.image is None else session.prefill(read_image(order.image, *family.picture_size))
 
 
-def begin_file(order: Order, family: "Family", parts: Parts) -> SegmentWriter | LatentsFile:
+def begin_file(order: Order, family: "Family", parts: Parts) -> Filled:
     """What an order's pictures or latents go to; nothing is written yet."""
     if order.writes == "video":
         height, width = family.picture_size
+        if is_sequence(order.target):
+            return SequenceWriter(order.target, width=width, height=height, fps=order.encoding.rate(family.fps))
         rate, crf, about = order.encoding.rate(family.fps), order.encoding.crf, tags(order, family.name)
         return SegmentWriter(parts, width=width, height=height, fps=rate, crf=crf, about=about)
     about = {
@@ -259,7 +269,7 @@ def run(order: Order, engine: "Engine", family: "Family", *, progress: bool = Tr
 
 def render(
     session: "Session",
-    writer: VideoWriter | SegmentWriter | LatentsFile,
+    writer: VideoWriter | PipeWriter | Filled,
     *,
     pictures: int,
     script: Sequence[PromptSwitch] = (),
@@ -322,7 +332,7 @@ def render(
     return True
 
 
-def _write(writer: VideoWriter | SegmentWriter | LatentsFile, chunk: "Chunk", most: int) -> int:
+def _write(writer: VideoWriter | PipeWriter | Filled, chunk: "Chunk", most: int) -> int:
     """Append at most so many pictures of the chunk. Returns how many."""
     before = writer.pictures
     if isinstance(writer, LatentsFile):

@@ -14,10 +14,8 @@ from flexkern.checks import check_fields, did_you_mean, require
 from flexkern.policies import Preset, get_preset
 from flexkern.render.encoding import Encoding, read_encoding
 from flexkern.render.latents import validate_latents_target
+from flexkern.render.outputs import validate_output
 from flexkern.render.script import PromptSwitch, parse_script, validate_cuts, validate_script
-from flexkern.render.writer import validate_target
-
-NAMED = {"video": ("the video", ".mp4"), "latents": ("latents", ".safetensors")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +35,7 @@ class Order:
     pictures: int
     """length of the video"""
     target: Path
-    """the file, .mp4 for a video, .safetensors for latents; an existing one is replaced"""
+    """the file: .mp4, .mov or FOLDER/%06d.png for a video, - for stdout, .safetensors for latents"""
     preset: str
     """name of the method"""
     overrides: Mapping[str, object] = field(default_factory=dict, hash=False)
@@ -57,9 +55,11 @@ class Order:
         require(self.pictures >= 1, f"pictures must be at least 1, got {self.pictures}")
         require(self.seed >= 0, f"seed must be a whole number >= 0, got {self.seed}")
         require(self.seed < 2**64, f"seed must be below 2^64, got {self.seed}")
-        what, suffix = NAMED[self.writes]
-        named = self.target.suffix.lower() == suffix
-        require(named, f"{what} must be named {suffix}, got {self.target.name!r}")
+        if self.writes == "video":
+            self.encoding.form(self.target)
+        else:
+            named = self.target.suffix.lower() == ".safetensors"
+            require(named, f"latents must be named .safetensors, got {self.target.name!r}")
         tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in self.overrides.items()}
         object.__setattr__(self, "overrides", tuples)
         validate_cuts(self.method, self.script)
@@ -76,7 +76,10 @@ class Order:
 
     def validate_files(self) -> None:
         """Raises ValueError, FileNotFoundError or PermissionError where the target cannot be written."""
-        (validate_target if self.writes == "video" else validate_latents_target)(self.target)
+        if self.writes == "latents":
+            validate_latents_target(self.target)
+        else:
+            validate_output(self.target, self.encoding)
 
     def to_dict(self) -> dict[str, Any]:
         """The order in types that JSON knows; ``from_dict`` reads it back."""

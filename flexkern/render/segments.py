@@ -19,10 +19,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkern.render.encoding import exact_rate
 from flexkern.render.parts import Parts
 from flexkern.render.signals import uninterrupted
 from flexkern.render.target import Target
-from flexkern.render.writer import MOVFLAGS, Sink, VideoWriter, as_pictures, exact_rate, load_av, validate_encoder
+from flexkern.render.writer import (
+    MOVFLAGS,
+    Coded,
+    Sink,
+    VideoWriter,
+    as_pictures,
+    load_av,
+    named_form,
+    validate_encoder,
+)
 from flexkern.state import State
 
 if TYPE_CHECKING:
@@ -66,7 +76,7 @@ class SegmentWriter:
             ValueError: A number will not do.
             ImportError: PyAV is not installed, is too old, or has no x264.
         """
-        validate_encoder(width, height, fps, crf=crf)
+        validate_encoder(width, height, fps, crf=crf, form=named_form(parts.path))
         self.path, self.fps, self.about = parts.path, exact_rate(fps), dict(about or {})
         self.width, self.height, self.crf = width, height, crf
         self.length = max(LEAST, SECONDS * round(self.fps))
@@ -189,7 +199,7 @@ class SegmentWriter:
         target = Target(self.path)
         try:
             target.begin()
-            join(self._files(self._closed), target.file, rate=self.fps, about=self.about)
+            join(self._files(self._closed), target.file, rate=self.fps, about=self.about, form=named_form(self.path))
         except BaseException:
             target.discard()
             raise
@@ -206,14 +216,17 @@ class SegmentWriter:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
 
-def join(segments: Sequence[Path], file: Any, *, rate: int | Fraction, about: Mapping[str, str]) -> None:
-    """Copy the packets of videos that follow each other into one file, an MP4 with one index.
+def join(
+    segments: Sequence[Path], file: Any, *, rate: int | Fraction, about: Mapping[str, str], form: Coded = "mp4"
+) -> None:
+    """Copy the packets of videos that follow each other into one file, with one index.
 
     Args:
         segments: At least one, all by the same encoder; the first reorders pictures as far as any.
         file: Open for writing, empty.
         rate: Pictures per second, of all.
         about: Metadata of the file.
+        form: mp4 or mov.
 
     Raises:
         OSError: The file has no room.
@@ -221,7 +234,7 @@ def join(segments: Sequence[Path], file: Any, *, rate: int | Fraction, about: Ma
     """
     av, sink = load_av(), Sink(file)
     options = {"movflags": MOVFLAGS, "flush_packets": "1"}
-    with av.open(sink, "w", format="mp4", options=options) as film:
+    with av.open(sink, "w", format=form, options=options) as film:
         film.metadata.update(about)
         stream, sent, delay = None, 0, 0
         for path in segments:

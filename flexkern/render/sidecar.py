@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from flexkern import __version__
+from flexkern.render.encoding import is_sequence
 from flexkern.render.order import Order
+from flexkern.render.target import sequence
 from flexkern.render.watch import now
 
 FORMAT = 1
@@ -27,7 +29,7 @@ TITLE = 200  # characters
 
 
 def sidecar_path(target: Path) -> Path:
-    """Where the sidecar of a video is: film.mp4.json beside film.mp4, shots.json beside the folder shots."""
+    """Where the sidecar of a video is: film.mp4.json beside film.mp4, shots/%06d.png.json beside shots/000000.png."""
     return target.with_name(f"{target.name}.json")
 
 
@@ -57,8 +59,8 @@ def describe(
         "order": record["order"],
         "video": {
             "name": target.name,
-            "bytes": target.stat().st_size,
-            "sha256": file_hash(target),
+            "bytes": sum(path.stat().st_size for path in files_of(target)),
+            "sha256": file_hash(*files_of(target)),
             "pictures": order.pictures,
             "fps": str(fps),
         },
@@ -108,16 +110,16 @@ def is_done(order: Order, about: Mapping[str, Any]) -> bool:
     Bytes: reads the video once.
     """
     said = read_sidecar(order.target)
-    if said is None or not order.target.is_file():
+    files = files_of(order.target)
+    if said is None or not files or not all(path.is_file() for path in files):
         return False
     try:
         wanted, had, video = order.to_dict(), said["order"], said["video"]
         same = {**had, "target": None, "image": None} == {**_as_json(wanted), "target": None, "image": None}
         same = same and said.get("model") == _as_json(about.get("model"))
         same = same and _contents(said.get("files")) == _contents(about.get("files"))
-        return bool(
-            same and order.target.stat().st_size == video["bytes"] and file_hash(order.target) == video["sha256"]
-        )
+        size = sum(path.stat().st_size for path in files)
+        return bool(same and size == video["bytes"] and file_hash(*files) == video["sha256"])
     except (KeyError, TypeError, AttributeError):
         return False
 
@@ -149,12 +151,18 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"path": str(path.absolute()), "bytes": size, "samples_sha256": found.hexdigest()}
 
 
-def file_hash(path: Path) -> str:
-    """The SHA-256 of a file."""
+def files_of(target: Path) -> list[Path]:
+    """The files of a video: itself, or every picture of a sequence."""
+    return sequence(target) if is_sequence(target) else [target]
+
+
+def file_hash(*paths: Path) -> str:
+    """The SHA-256 of a file, or of several as if they were one."""
     found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            found.update(block)
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 20):
+                found.update(block)
     return found.hexdigest()
 
 

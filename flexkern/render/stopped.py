@@ -12,12 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from flexkern.render.checkpoint import EVERY, Checkpoints, Damaged, read_checkpoint
 from flexkern.render.identity import differences, identity
-from flexkern.render.job import Job, begin_file, begin_session, begin_with
-from flexkern.render.latents import LatentsFile
+from flexkern.render.job import Filled, Job, begin_file, begin_session, begin_with
 from flexkern.render.order import Order
 from flexkern.render.parts import Parts, checkpoints, made_at
 from flexkern.render.record import Record, read_record, went_on
-from flexkern.render.segments import SegmentWriter
 from flexkern.render.target import JOB, parts_name
 from flexkern.state import State, within
 
@@ -183,7 +181,7 @@ def _validate(differs: list[str], message: str, anyway: bool) -> None:
         raise ValueError(message.format("; ".join(differs)))
 
 
-def _restore(session: "Session", writer: SegmentWriter | LatentsFile, state: State, target: str | Path) -> None:
+def _restore(session: "Session", writer: Filled, state: State, target: str | Path) -> None:
     """Raises Damaged where the file's parts are not those of the state, ValueError where the session is of another."""
     try:
         session.restore(within("session", state))

@@ -9,10 +9,13 @@ read as far as it goes; the next render to the same name replaces it. What a ren
 import errno
 import hashlib
 import os
+import re
 import time
 import weakref
 from io import FileIO
 from pathlib import Path
+
+from flexkern.render.encoding import is_sequence, numbered
 
 try:
     import fcntl
@@ -69,11 +72,30 @@ def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
     path, parts = Path(path), parts_name(path)
     if overwrite:
         return
-    if path.exists():
+    begun = (parts / JOB).is_file() or any(parts.glob("checkpoint-*.safetensors"))
+    if taken(path) and not (begun and is_sequence(path)):  # whose pictures are there before it is whole
         raise FileExistsError(f"{path} exists already: --overwrite replaces it")
-    if (parts / JOB).is_file() or any(parts.glob("checkpoint-*.safetensors")):
+    if begun:
         ways = f"--resume {path} goes on with it, --overwrite begins anew"
         raise FileExistsError(f"{path} was begun already, and {parts.name} holds what was made: {ways}")
+
+
+def taken(path: Path) -> bool:
+    """Whether something bears the name; of a sequence of pictures, whether there is one of them."""
+    if is_sequence(path):
+        return bool(sequence(path))
+    return path.exists()
+
+
+def sequence(path: Path) -> list[Path]:
+    """The pictures that bear a name such as shots/%06d.png, in their order."""
+    found = numbered(path.name)
+    if found is None or not path.parent.is_dir():
+        return []
+    before, digits, after = (re.escape(one) if isinstance(one, str) else one for one in found)
+    form = re.compile(rf"{before}(\d{{{max(1, int(digits))},}}){after}")
+    named = ((form.fullmatch(one.name), one) for one in path.parent.iterdir())
+    return [one for _, one in sorted((int(match[1]), one) for match, one in named if match)]
 
 
 def unfinished_name(path: str | Path) -> Path:

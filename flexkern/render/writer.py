@@ -1,11 +1,12 @@
-"""Pictures into an H.264 MP4 as they are made.
+"""Pictures into an MP4 of H.264, or a MOV of ProRes, as they are made.
 
 While it grows, the file is a fragmented MP4 of closed groups of one second, each complete on disk before the next
 begins: a process killed without warning leaves all but the last two seconds or so (one group and the encoder's
 look-ahead), in ``video.unfinished.mp4`` beside ``video.mp4``. Closing turns it, in place, into a plain MP4 with one
 index, which every player can seek, and gives it its name.
 
-Numerics: RGB to limited-range BT.709 4:2:0, tagged as such; equal pictures give equal bytes, on any CPU.
+Numerics: RGB to limited-range BT.709, 4:2:0 of 8 bits or, in a MOV, 4:2:2 of 10, tagged as such; equal pictures give
+equal bytes, on any CPU.
 Bytes: the index of the file, some 100 per picture, is all that grows in memory.
 """
 
@@ -13,69 +14,54 @@ import importlib
 import io
 import re
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache
-from numbers import Rational, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkern.render.encoding import exact_rate
 from flexkern.render.signals import uninterrupted
 from flexkern.render.target import Target, validate_file
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Coded = Literal["mp4", "mov"]
 OLDEST = 17, 1  # av; before it the suite fails
 BT709 = 1  # of primaries, transfer and matrix alike, in ITU-T H.273
 SAME_EVERYWHERE = "cpu-independent=1"  # else bits vary with the vector code x264 finds, in AVX-512 from run to run
+CODECS = {"mp4": "libx264", "mov": "prores_ks"}
+PIXELS = {"mp4": "yuv420p", "mov": "yuv422p10le"}
+PIPED = "+frag_keyframe+delay_moov+default_base_moof"  # nothing is rewritten
 MOVFLAGS = "+hybrid_fragmented+delay_moov"  # delay_moov: the edit list that lets B-frames start at time 0
-FASTEST = 1000  # pictures per second
-NTSC = Fraction(1000, 1001)  # 23.976, 29.97 and 59.94 are this times a whole number
 
 
 def validate_target(path: str | Path) -> None:
     """Raise where no video can be written to the path.
 
     Raises:
-        ValueError: It is not named .mp4, or is a folder.
+        ValueError: It is not named .mp4 or .mov, or is a folder.
         FileNotFoundError: There is no folder for it.
         PermissionError: It may not be written.
         BlockingIOError: Another render is writing it.
     """
-    validate_file(path, "the video", ".mp4")
+    validate_file(path, "the video", f".{named_form(path)}")
 
 
-def exact_rate(fps: float | Fraction) -> int | Fraction:
-    """Pictures per second as MP4 stores them: whole, or a fraction; 23.976 is 24000/1001, as everybody means it.
-
-    Args:
-        fps: A whole number, a float or a fraction, NumPy's too; 1 to 1000.
-
-    Raises:
-        ValueError: It is out of range, or not a number.
-    """
-    if not isinstance(fps, Real) or isinstance(fps, bool) or fps != fps:
-        raise ValueError(f"fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001, got {fps!r}")
-    if fps < 1 or fps > FASTEST:
-        raise ValueError(f"fps must be at {'least 1' if fps < 1 else f'most {FASTEST}'}, got {fps}")
-    if isinstance(fps, Rational):
-        rate = Fraction(int(fps.numerator), int(fps.denominator))
-    else:
-        rate = Fraction(float(fps)).limit_denominator(1001)
-        broadcast = round(rate / NTSC) * NTSC
-        if rate.denominator > 1 and abs(rate - broadcast) < Fraction(1, 1000):
-            rate = broadcast
-    if rate.denominator > 100_000:
-        raise ValueError(f"fps must be a fraction with a denominator of at most 100000, got {fps}")
-    return int(rate) if rate.denominator == 1 else rate
+def named_form(path: str | Path) -> Coded:
+    """What a file holds by its name: mov (ProRes) where it is named so, else mp4 (H.264)."""
+    return "mov" if Path(path).suffix.lower() == ".mov" else "mp4"
 
 
 @lru_cache(maxsize=16)
-def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf: int = 18) -> None:
+def validate_encoder(
+    width: int, height: int, fps: float | Fraction = 16, *, crf: int = 18, form: Coded = "mp4"
+) -> None:
     """Encode one black picture in memory, so that what would fail after hours of work fails now.
 
     Args:
@@ -83,6 +69,7 @@ def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf
         height: Of a picture, in pixels, even.
         fps: Pictures per second.
         crf: Quality of x264.
+        form: mp4 (H.264) or mov (ProRes).
 
     Raises:
         ValueError: x264 does not encode such pictures, or a number is out of range.
@@ -94,16 +81,18 @@ def validate_encoder(width: int, height: int, fps: float | Fraction = 16, *, crf
         raise ValueError(f"crf must be in 0..51, got {crf}")
     rate, av, memory = exact_rate(fps), load_av(), io.BytesIO()
     try:
-        stream = _Stream(memory, width, height, rate, crf)
+        stream = Stream(memory, width, height, rate, crf, form)
         stream.write(np.zeros((height, width, 3), dtype=np.uint8), 0)
         stream.close()
         with av.open(io.BytesIO(memory.getvalue())) as video:
             assert sum(1 for _ in video.decode(video=0)) == 1, "one picture was encoded"
     except av.codec.codec.UnknownCodecError:
         advice = "pip install --force-reinstall av brings one that has"
-        raise ImportError(f"the av that is installed ({av.__version__}) was built without libx264: {advice}") from None
+        built = f"was built without {CODECS[form]}"
+        raise ImportError(f"the av that is installed ({av.__version__}) {built}: {advice}") from None
     except av.FFmpegError as error:
-        raise ValueError(f"x264 does not encode pictures of {width}x{height} at {rate} per second: {error}") from None
+        size, codec = f"{width}x{height} at {rate} per second", CODECS[form].removeprefix("lib")
+        raise ValueError(f"{codec} does not encode pictures of {size}: {error}") from None
 
 
 def load_av() -> Any:
@@ -141,28 +130,59 @@ class Sink:
         return self._file.tell()
 
 
-class _Stream:
-    """An MP4 that has been begun, in a file that is open."""
+class PipeSink(Sink):
+    """A sink that cannot go back, and whose error is raised as it came."""
 
-    def __init__(self, file: io.RawIOBase | io.BytesIO, width: int, height: int, rate: int | Fraction, crf: int):
-        self._av, self._sink = load_av(), Sink(file)
-        reformatter = importlib.import_module("av.video.reformatter")
-        self._colours = {"dst_colorspace": reformatter.Colorspace.ITU709}
-        self._colours["dst_color_range"] = reformatter.ColorRange.MPEG
-        options = {"movflags": MOVFLAGS, "flush_packets": "1"}
-        self._container = self._av.open(self._sink, "w", format="mp4", options=options)
+    seek = tell = None  # type: ignore[assignment]
+
+
+class Stream:
+    """An MP4 or MOV that has been begun, in a file that is open, or in a pipe."""
+
+    def __init__(
+        self,
+        file: Any,
+        width: int,
+        height: int,
+        rate: int | Fraction,
+        crf: int,
+        form: Coded = "mp4",
+        *,
+        about: Mapping[str, str] | None = None,
+        piped: bool = False,
+    ):
+        """Nothing is written yet.
+
+        Args:
+            file: Has ``write``, and ``seek`` and ``tell`` unless it is a pipe.
+            width: Of a picture, in pixels.
+            height: Of a picture, in pixels.
+            rate: Pictures per second.
+            crf: Quality of x264.
+            form: mp4 (H.264) or mov (ProRes 422 HQ).
+            about: Metadata of the file.
+            piped: Whether it cannot go back.
+        """
+        self._av, self._sink = load_av(), (PipeSink if piped else Sink)(file)
+        self._pixels = PIXELS[form]
+        self._colours = colours()
+        options = {"movflags": PIPED if piped else MOVFLAGS, "flush_packets": "1"}
+        self._container = self._av.open(self._sink, "w", format=form, options=options)
+        if about:
+            self._container.metadata.update(about)
         # g bounds x264's look-ahead as well, which dies with the process
         x264 = {"crf": str(crf), "g": str(round(rate)), "threads": "1", "x264-params": SAME_EVERYWHERE}
-        self._stream = self._container.add_stream("libx264", rate=rate, options=x264)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, "yuv420p"
+        prores = {"profile": "hq", "vendor": "apl0", "threads": "1"}
+        self._stream = self._container.add_stream(CODECS[form], rate=rate, options=x264 if form == "mp4" else prores)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width, height, self._pixels
         tags = self._stream.codec_context
         tags.color_primaries = tags.color_trc = tags.colorspace = BT709
-        tags.color_range = reformatter.ColorRange.MPEG
+        tags.color_range = self._colours["dst_color_range"]
 
     def write(self, picture: NDArray[np.uint8], number: int) -> None:
         """Append a picture, [height, width, 3] in RGB, as the one of this number."""
         frame = self._av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-        frame = frame.reformat(format="yuv420p", **self._colours)
+        frame = frame.reformat(format=self._pixels, **self._colours)
         frame.pts = number
         self._container.mux(self._stream.encode(frame))
         self._raise()
@@ -175,6 +195,12 @@ class _Stream:
     def _raise(self) -> None:
         if self._sink.error is not None:
             raise self._sink.error
+
+
+def colours() -> dict[str, Any]:
+    """How RGB becomes YUV: BT.709 of limited range, as arguments of PyAV's reformat."""
+    reformatter = importlib.import_module("av.video.reformatter")
+    return {"dst_colorspace": reformatter.Colorspace.ITU709, "dst_color_range": reformatter.ColorRange.MPEG}
 
 
 class VideoWriter:
@@ -192,7 +218,7 @@ class VideoWriter:
         """The encoder has been tried, and the file is this writer's alone; nothing is written yet.
 
         Args:
-            path: The file, named .mp4.
+            path: The file, named .mp4 (H.264) or .mov (ProRes 422 HQ).
             width: Of a picture, in pixels, even.
             height: Of a picture, in pixels, even.
             fps: Pictures per second, 1 to 1000: a whole number, a float such as 23.976, or a fraction.
@@ -206,11 +232,12 @@ class VideoWriter:
             ImportError: PyAV is not installed, is too old, or has no x264.
         """
         validate_target(path)
-        validate_encoder(width, height, fps, crf=crf)
+        self._form = named_form(path)
+        validate_encoder(width, height, fps, crf=crf, form=self._form)
         self.path, self.width, self.height, self.fps, self.crf = Path(path), width, height, exact_rate(fps), crf
         self.pictures = 0
         self._target = Target(path)
-        self._stream: _Stream | None = None
+        self._stream: Stream | None = None
         self._closed = False
 
     def write(self, pixels: "NDArray[np.uint8] | Tensor") -> None:
@@ -230,7 +257,7 @@ class VideoWriter:
             with uninterrupted():
                 if self._stream is None:
                     self._target.begin()
-                    self._stream = _Stream(self._target.file, self.width, self.height, self.fps, self.crf)
+                    self._stream = Stream(self._target.file, self.width, self.height, self.fps, self.crf, self._form)
                 try:
                     self._stream.write(picture, self.pictures)
                 except OSError as error:

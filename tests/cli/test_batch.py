@@ -117,6 +117,22 @@ def test_a_video_that_was_stopped_goes_on(flexkern_, steps):
     assert Path("a.mp4").read_bytes() == whole
 
 
+@pytest.mark.parametrize("name", ["a.mov", "shots/%03d.png"])
+def test_other_outputs_go_on_too(flexkern_, steps, name):
+    write({"seed": 0, "out": name, "frames": 12})
+    steps.do[0, 2] = KeyboardInterrupt()
+    assert flexkern_("render", "night.json", *QUIET)[0] == 130
+    steps.do.clear()
+    steps.made.clear()
+    assert (
+        flexkern_("render", "night.json", *QUIET)[0] == 0 and "skipped" in flexkern_("render", "night.json", *QUIET)[2]
+    )
+    files = sorted(Path(name).parent.glob(f"*{Path(name).suffix}"))
+    first = [path.read_bytes() for path in files]
+    assert flexkern_("render", "night.json", "--overwrite", *QUIET)[0] == 0
+    assert [path.read_bytes() for path in files] == first and len(files) == (1 if name == "a.mov" else 12)
+
+
 def test_a_manifest_that_cannot_be_written_ends_nothing(flexkern_):
     write({"out": "a.mp4"}, {"out": "b.mp4"})
     status, out, err = flexkern_("render", "night.json", "--manifest", "none/m.jsonl", *QUIET)
@@ -150,7 +166,8 @@ def test_a_sidecar_replaces_no_job_file(flexkern_):
     assert status == 2 and "a.mp4.json would be overwritten: it is also" in err
 
 
-def test_a_person_sees_what_is_rendered_how_far_it_is_and_how_fast_it_was(flexkern_):
+def test_a_person_sees_what_is_rendered_how_far_it_is_and_how_fast_it_was(flexkern_, monkeypatch):
+    monkeypatch.setattr("flexkern.cli.batch.AT_ONCE", 0)
     status, out, err = flexkern_("render", "--frames", 6, "--retention.sink", 2, "--prompt", RED)
     lines = err.splitlines()
     assert status == 0 and out == "video.mp4: 6 pictures, 0.4 s\n"

@@ -13,7 +13,8 @@ import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from flexkern.render import VideoWriter, validate_encoder
-from flexkern.render.writer import MOVFLAGS, SAME_EVERYWHERE, Sink, exact_rate
+from flexkern.render.encoding import exact_rate
+from flexkern.render.writer import MOVFLAGS, SAME_EVERYWHERE, Sink
 
 SIDE = 64
 NTSC = Fraction(24000, 1001)

@@ -68,7 +68,11 @@ def test_overrides_are_the_orders_own():
         ({"script": [CAT]}, TypeError, "Order.script must be a tuple"),
         ({"pictures": 0}, ValueError, "pictures must be at least 1, got 0"),
         ({"pictures": 2.5}, TypeError, "Order.pictures must be an int, got 2.5"),
-        ({"target": Path("v.gif")}, ValueError, "the video must be named .mp4, got 'v.gif'"),
+        (
+            {"target": Path("v.gif")},
+            ValueError,
+            "the video must be named .mp4, .mov, or FOLDER/%06d.png .*, got 'v.gif'",
+        ),
         ({"writes": "latents"}, ValueError, "latents must be named .safetensors, got 'v.mp4'"),
         ({"writes": "video!"}, ValueError, "Order.writes must be 'video' | 'latents', got 'video!'; did you mean 'vid"),
         ({"preset": "flax"}, ValueError, "no preset 'flax': .* did you mean 'flex'"),
