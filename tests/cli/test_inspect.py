@@ -254,6 +254,7 @@ def test_inspect_and_render_say_the_same_of_every_form_of_weights(inspect_, tiny
         told = places[str(file)]
         command = (
             "render --model self-forcing --dtype float32 --size 32x48 --frames 1 --no-progress --latents l.safetensors"
+            " --overwrite"
         )
         given = ["--weights", str(file), "--embeddings", "e.safetensors", "--prompt", "a cat walks on grass"]
         try:

@@ -25,6 +25,7 @@ from flexkern.model.families import FAMILIES
 from flexkern.model.vae import load_vae
 from flexkern.model.wan import CONFIGS
 from flexkern.policies import PRESETS, get_preset
+from flexkern.render.segments import SegmentWriter
 from flexkern.session import Session
 
 FIRST = ("self-forcing", "@self-forcing")
@@ -66,15 +67,16 @@ def test_pictures_are_those_of_the_engine(command, disk):
     two, ten = (load_file(f"{name}.safetensors")["latents"] for name in ("two", "ten"))
     assert ten.shape[1] == 4 and torch.equal(two, ten[:, :2])  # the second picture needs the second latent frame
     with safe_open("l.safetensors", framework="pt") as file:
-        assert file.metadata() == {"prompt": "a cat", "seed": "0", "preset": "flex", "model": "self-forcing"}
-    seen = []
+        told = {"prompt": "a cat", "seed": "0", "preset": "flex", "model": "self-forcing", "pictures": "13"}
+        assert file.metadata() == told
+    seen, write = [], SegmentWriter.write
 
     def watched(writer, pixels):
         seen.append(torch.from_numpy(pixels))
-        writer.pictures += len(pixels)
+        write(writer, pixels)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(flexkern.render.VideoWriter, "write", watched)
+        patch.setattr(SegmentWriter, "write", watched)
         assert tiny_render(command, *FIRST, "--frames", 13)[0] == 0
     decoded = load_vae(disk / "vae.pth").decoder()(latents)[0]
     assert (decoded.int() - torch.cat(seen).int()).abs().max() <= 1

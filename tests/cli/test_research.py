@@ -26,7 +26,7 @@ LATENTS = ("--latents", "l.safetensors")
 def begun(command, monkeypatch):
     """Runs ``render`` without making a picture: (the jobs, status, stderr)."""
     jobs = []
-    monkeypatch.setattr(flexkern.render.Job, "run", lambda job, **_: job.writer.close() or jobs.append(job) or True)
+    monkeypatch.setattr(flexkern.render.Job, "run", lambda job, **_: job.close() or jobs.append(job) or True)
 
     def run(text, *arguments, name="c.yaml"):
         Path(name).parent.mkdir(exist_ok=True)

@@ -19,5 +19,5 @@ def test_kills_at_random_moments_change_no_byte(tmp_path):
     whole = (tmp_path / "whole.mp4").read_bytes()
     for film in range(films):
         assert (tmp_path / f"film{film}.mp4").read_bytes() == whole
-    names = {f"film{film}.mp4" for film in range(films)} | {"whole.mp4"}
-    assert {path.name for path in tmp_path.iterdir()} == names
+    videos = {f"film{film}.mp4" for film in range(films)} | {"whole.mp4"}
+    assert {path.name for path in tmp_path.iterdir()} == videos | {f"{name}.json" for name in videos}
