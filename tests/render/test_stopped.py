@@ -101,7 +101,7 @@ def test_latents_go_on_bit_for_bit(engine, tmp_path, stop, monkeypatch):
     left = load_file(tmp_path / "l.unfinished.safetensors")["latents"]
     assert left.shape[1] == 33
     unfinished = tmp_path / "l.unfinished.safetensors"
-    unfinished.write_bytes(unfinished.read_bytes() + b"of a chunk that was being written")
+    unfinished.write_bytes(unfinished.read_bytes() + b"of chunks that were being written" * 1000)
     assert go_on(tmp_path / "l.safetensors", engine).run(progress=False)
     assert (tmp_path / "l.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
     assert names(tmp_path) == ["l.safetensors", "whole.safetensors"]
