@@ -58,7 +58,11 @@ def without(tool: str) -> Callable[[], str]:
 
 
 def without_hopper() -> str:
-    return "" if (machine.ROOT / "kernels/attention/hopper.py").is_file() else "no such kernel in this version"
+    return "" if find_spec("flexkern.kernels.attention.hopper") else "no such kernel in this version"
+
+
+def without_tests() -> str:
+    return "" if (machine.ROOT / "tests").is_dir() and machine.CHECKOUT else "the tests are not installed"
 
 
 def without_numpy() -> str:
@@ -87,7 +91,7 @@ def make_queue(out: Path) -> list[Item]:
              command=correctness("hopper"), estimate=25, limit=75, absent=without_hopper),
         # alone they take over 120 s, nearly all of it compiling; with pytest-xdist eight processes share it
         Item(name="tests", doc="the kernels' tests on the GPU", command=python("correctness.py", "--pytest"),
-             estimate=40, limit=150),
+             estimate=40, limit=150, absent=without_tests),
     ]  # fmt: skip
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),

@@ -242,8 +242,9 @@ def describe(row: Row) -> str:
 def arguments(doc: str) -> argparse.ArgumentParser:
     """The options that every bench has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write bench/results/<gpu>/<kernel>.csv")
-    parser.add_argument("--out", type=Path, help="write there instead of bench/results/<gpu>")
+    shown = "bench/results" if machine.CHECKOUT else machine.RESULTS.name
+    parser.add_argument("--save", action="store_true", help=f"write {shown}/<gpu>/<kernel>.csv")
+    parser.add_argument("--out", type=Path, help=f"write there instead of {shown}/<gpu>")
     parser.add_argument("--all", action="store_true", help="every shape instead of the short list")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, which a CPU manages in the interpreter")
     parser.add_argument("--json", action="store_true", help="print every row as a JSON object on a line")

@@ -230,6 +230,8 @@ def main() -> int:
     if args.results is not None and not args.check:
         print("\n\n".join(f"{name}\n\n{table(name, args.results)}" for name in TABLES))
         return 0
+    if not machine.CHECKOUT:
+        parser.error("the pages are in a checkout: give --results DIR to print the tables of your own CSVs")
     stale = []
     for name in FILES:
         path = machine.ROOT / name

@@ -1,4 +1,4 @@
-"""The command line: ``flexkern render | inspect | metrics | sheet | presets | doctor``.
+"""The command line: ``flexkern render | inspect | metrics | sheet | presets | bench | doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; Ctrl-C gives 130. Faults of our own keep their
 traceback. What is heavy is imported by the command that needs it, so that errors and help come at once.
@@ -17,7 +17,15 @@ from typing import Any
 from flexkern import __version__
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
 
-COMMANDS = ("render", "inspect", "metrics", "sheet", "presets", "doctor")  # modules; the one that is named is loaded
+COMMANDS = (
+    "render",
+    "inspect",
+    "metrics",
+    "sheet",
+    "presets",
+    "bench",
+    "doctor",
+)  # modules; the one that is named is loaded
 
 
 @leaving_quietly()
@@ -39,6 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(argv: Sequence[str]) -> int:
     """The exit status of the command that argv names."""
+    if argv and argv[0] == "bench":  # what follows the name of a bench is its own
+        from flexkern.cli.bench import Bench
+
+        return Bench(words=tuple(argv[1:])).run()
     with refusing(ValueError, OSError):
         import tyro
 
