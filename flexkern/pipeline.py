@@ -66,7 +66,7 @@ def check(
 
 
 def validate_preset(parts: Parts, preset: str | Preset, frames: int | None, *, begins: bool = False) -> None:
-    """Raises ValueError for a preset that fits not the model or the length.
+    """Raises ValueError for a preset that does not fit the model or the length.
 
     Args:
         parts: What ``check`` returned.

@@ -172,13 +172,13 @@ def test_a_preset_is_shown_in_words(flexkern_):
     status, out, _ = flexkern_("presets", "flex")
     assert status == 0
     for words in (
-        "Bands of fewer than 0.25 turns in training are slowed by s, those of 1 or more stay as trained.",
+        "Bands of fewer than 0.25 cycles in training are slowed by s, those of 1 or more stay as trained.",
         "A frame sees 21 latent frames in all, its own chunk included; the first 3 frames of the video stay",
         "The noise of a frame is correlated by -0.7 with that of the frame before (antiphase noise).",
         "A new prompt leaves what is remembered as it is.",
     ):
         assert words in out
-    assert re.search(r"^\* --position.alpha 0.25 +turns in training", out, re.MULTILINE)
+    assert re.search(r"^\* --position.alpha 0.25 +cycles in training", out, re.MULTILINE)
     assert re.search(r"^\* --switch.recent 12 ", flexkern_("presets", "longlive")[1], re.MULTILINE)  # as the window
     assert "--position.jitter-sigma" in out[out.index("Without effect in flex") :]
 
