@@ -1,6 +1,6 @@
 """What Triton compiles while something runs, and how long that takes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -23,16 +23,21 @@ class Compiled:
 
 
 @contextmanager
-def watch_compiles() -> Iterator[list[Compiled]]:
+def watch_compiles(tell: Callable[[Compiled], None] | None = None) -> Iterator[list[Compiled]]:
     """Inside, the list grows with every version of a kernel that is compiled, or loaded from Triton's cache.
 
     Empty where Triton interprets its kernels: nothing compiles there.
+
+    Args:
+        tell: Called with each of them at once.
     """
     found: list[Compiled] = []
     before = triton.knobs.compilation.listener
 
     def listen(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **rest: Any) -> None:
         found.append(Compiled(kernel=metadata["name"], seconds=times.total / 1e6, cached=cache_hit))
+        if tell is not None:
+            tell(found[-1])
         if before is not None:
             before(metadata=metadata, times=times, cache_hit=cache_hit, **rest)
 

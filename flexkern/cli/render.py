@@ -103,6 +103,7 @@ class Render(Flags):
             engine = self.open_checkpoint(orders, family, device)
         else:
             engine = open_demo(weights, self.backend, device)
+            note(str(engine.backend_choice))
         return orders, engine, family
 
     def follow_research(self) -> Research | None:
@@ -146,7 +147,7 @@ class Render(Flags):
             validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
         found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
         validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), *parts.notes, *self.not_needed(parts)):
+        for line in (str(parts.backend), str(parts), *parts.notes, *self.not_needed(parts)):
             note(line)
         engine = Engine.from_parts(parts)
         if parts.saves_embeddings:
