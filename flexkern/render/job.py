@@ -147,7 +147,7 @@ def render(
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
     bar: tqdm[NoReturn] = tqdm(
         total=pictures,
-        desc=first_wait(session),
+        desc=first_wait(session) if progress else "",
         unit=" pictures",
         bar_format=BAR,
         mininterval=seconds,
