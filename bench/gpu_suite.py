@@ -100,7 +100,7 @@ def make_queue(out: Path) -> list[Item]:
              estimate=12, limit=45),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
              estimate=35, limit=100),
-        Item(name="hopper", doc="the warp-specialised kernel at the same shapes",
+        Item(name="hopper", doc="the portable and the warp-specialised kernel at the same shapes",
              command=attention("--what", "hopper"), estimate=35, limit=90, absent=without_hopper),
         Item(name="tiles", doc="every tile that might be better, windows 21 and 12",
              command=attention("--what", "tiles"), estimate=60, limit=150),

@@ -86,8 +86,8 @@ def select(
     config = kept or frame_attention_config(arch, head_dim, dtype)
     if config in (INTERPRETER, FLOAT32):
         return Selection(path="portable", config=config, variant=None, reason=why)
-    tuned = "kept by flexkern warmup --tune" if kept else MEASURED.get(arch, "which no GPU has measured")
-    return Selection(path="portable", config=config, variant=None, reason=f"{why}; the tile {tuned}")
+    tuned = "found by flexkern warmup --tune" if kept else MEASURED.get(arch, "measured on no GPU")
+    return Selection(path="portable", config=config, variant=None, reason=f"{why}; its tile was {tuned}")
 
 
 @cache

@@ -48,12 +48,12 @@ def test_doctor_tells_what_auto_takes_and_why(monkeypatch, tmp_path):
     assert said[0] == "cpu, heads of 128 in bfloat16: sdpa (auto, since device 'cpu' is not a CUDA GPU)"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    wanted = {"cuda:0": "the Hopper attention kernel", "cuda:1": "which no GPU has measured"}
+    wanted = {"cuda:0": "the Hopper attention kernel", "cuda:1": "measured on no GPU"}
     chosen = lambda *, device, **model: Choice(name="triton", why=f"auto; {wanted[device]}")
     monkeypatch.setattr("flexkern.backends.choice.choose_backend", chosen)
     one, two = list(doctor.tell_auto(doctor.examine_auto()))[:2]
     assert one == "cuda:0, heads of 128 in bfloat16: triton (auto; the Hopper attention kernel)"
-    assert two == "cuda:1, heads of 128 in bfloat16: triton (auto; which no GPU has measured)"
+    assert two == "cuda:1, heads of 128 in bfloat16: triton (auto; measured on no GPU)"
 
 
 @pytest.mark.triton(3, 4)

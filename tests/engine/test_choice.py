@@ -62,7 +62,7 @@ TAKEN = {  # architecture, Triton, head dim, dtype -> the backend, and what it s
     "hopper, float64": (90, "3.7.1", {"dtype": torch.float64}, "sdpa", "got float64"),
     "hopper, head dim 96": (90, "3.7.1", {"head_dim": 96}, "sdpa", "powers of two from 16 on, got 96"),
     "hopper, head dim 256": (90, "3.7.1", {"head_dim": 256}, "sdpa", "head dims to 128 on a GPU, got 256"),
-    "ampere": (80, "3.7.1", {}, "triton", "which no GPU has measured"),
+    "ampere": (80, "3.7.1", {}, "triton", "its tile was measured on no GPU"),
 }
 
 
