@@ -5,8 +5,11 @@ is known before anything runs, so that auto never ends in a compiler's error. A 
 """
 
 import logging
+import shutil
+import sysconfig
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -55,7 +58,8 @@ def choose_backend(
         why = "TRITON_INTERPRET is set, and its interpreter is slow"
     if why is None:
         try:
-            return Choice(name="triton", why=f"auto; {_kernel(device, head_dim, dtype)}")
+            if (why := lacking_compiler()) is None:
+                return Choice(name="triton", why=f"auto; {_kernel(device, head_dim, dtype)}")
         except Exception as error:  # whatever a broken installation raises
             why = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return Choice(name="sdpa", why=f"auto, since triton cannot be taken: {why}")
@@ -71,6 +75,23 @@ def open_backend(
     choice = asked if isinstance(asked, Choice) else choose_backend(asked, device, head_dim=head_dim, dtype=dtype)
     _tell(str(choice))
     return get_backend(choice.name, device, head_dim=head_dim, dtype=dtype), choice
+
+
+def lacking_compiler() -> str | None:
+    """What is missing to build Triton's launcher, a C extension, at the first launch; None where nothing is.
+
+    Where somebody's cache has it built already, ``triton`` runs all the same, asked for by name.
+    """
+    from triton import knobs
+
+    if knobs.build.impl is not None:
+        return None
+    if not (knobs.build.cc or shutil.which("gcc") or shutil.which("clang")):
+        return "it builds its launcher with a C compiler, and there is neither gcc nor clang, nor one that CC names"
+    scheme = sysconfig.get_default_scheme()
+    include = sysconfig.get_paths("posix_prefix" if scheme == "posix_local" else scheme)["include"]  # as Triton does
+    header = Path(include, "Python.h")
+    return None if header.is_file() else f"it builds its launcher as an extension of Python, and there is no {header}"
 
 
 def validate_backend(asked: str, device: torch.device | str | None = None) -> None:

@@ -35,6 +35,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr("triton.knobs.runtime.interpret", False)
         monkeypatch.setattr(select, "INTERPRETED", SimpleNamespace(value=False))
         monkeypatch.setattr(select, "triton_version", lambda: number)
+        monkeypatch.setattr(choice, "lacking_compiler", lambda: None)
         for module in (select, tiles):
             monkeypatch.setattr(module, "arch_of", lambda device: arch)
         select.forget()
@@ -92,6 +93,24 @@ def test_auto_gives_way_where_triton_cannot_be_taken(gpu, monkeypatch):
         changed.setattr(choice, "_kernel", lambda *_: exec("raise OSError('libtriton.so is gone')"))
         found = choose_backend(device="cuda", **WAN)
         assert found.name == "sdpa" and found.why.endswith("OSError: libtriton.so is gone")
+    assert choose_backend(device="cuda", **WAN).name == "triton"
+
+
+@pytest.mark.triton(3, 4)
+def test_auto_gives_way_where_triton_could_not_build_its_launcher(gpu, monkeypatch, tmp_path):
+    lacking = choice.lacking_compiler
+    gpu()
+    monkeypatch.setattr(choice, "lacking_compiler", lacking)
+    monkeypatch.setattr("triton.knobs.build.impl", None)
+    monkeypatch.setattr("triton.knobs.build.cc", None)
+    monkeypatch.setattr(choice.shutil, "which", lambda name: None)
+    found = choose_backend(device="cuda", **WAN)
+    assert found.name == "sdpa" and "neither gcc nor clang, nor one that CC names" in found.why
+    assert choose_backend("triton", "cuda", **WAN).name == "triton", "by name it is tried: its cache may have it built"
+    monkeypatch.setattr(choice.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(choice.sysconfig, "get_paths", lambda scheme: {"include": str(tmp_path)})
+    assert f"there is no {tmp_path}/Python.h" in choose_backend(device="cuda", **WAN).why
+    (tmp_path / "Python.h").touch()
     assert choose_backend(device="cuda", **WAN).name == "triton"
 
 
