@@ -1,5 +1,6 @@
 """The backend that is taken where none is named, and that a named one is never replaced."""
 
+import importlib
 import logging
 import sys
 from dataclasses import replace
@@ -26,6 +27,9 @@ def gpu(monkeypatch):
     """A GPU that is not there: called with its architecture and the installed Triton."""
     import flexkern.kernels as kernels
     from flexkern.kernels.attention import select, tiles
+
+    # kernels that were first imported below would be those of a GPU, for the tests that follow too
+    importlib.import_module("flexkern.backends.triton")
 
     def pretend(arch: int = 90, triton: str = "3.7.1"):
         number = tuple(int(part) for part in triton.split(".")[:2])
