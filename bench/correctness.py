@@ -21,7 +21,7 @@ from harness import Case
 from roofs import DEVICE
 
 BENCHES = ("frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm")
-PROVIDERS = {"frame_attention": "triton", "hopper": "hopper"}  # of bench_frame_attention.py
+PROVIDERS = {"frame_attention": "portable", "hopper": "hopper"}  # of bench_frame_attention.py
 WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
 TESTS = ("frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "frame_attention_hopper")
@@ -37,6 +37,7 @@ class Verdict:
     repeats: int
     differing: int
     verdict: str
+    path: str = ""  # of our attention: "hopper plain", "portable 64x64 w4 s3 tma x2"
     gpu: str
     driver: str
     torch: str
@@ -65,6 +66,7 @@ def judge(kernel: str, case: Case, name: str, repeats: int) -> Verdict:
     differing = 0 if fault else count_differing(case, name, repeats)
     verdict = fault or (f"wrong: {differing} of {repeats} repeats differ" if differing else "right")
     about = dict(kernel=kernel, shape=case.shape, error=error, repeats=0 if fault else repeats, differing=differing)
+    about["path"] = getattr(case.providers[name], "path", "")  # a string has none: it cannot run here
     return Verdict(**about, verdict=verdict, **harness.provenance())
 
 

@@ -85,6 +85,8 @@ def make_queue(out: Path) -> list[Item]:
              command=correctness("frame_attention"), estimate=45, limit=150),
         Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
              command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
+        Item(name="default path", doc="a render without any option takes the Hopper kernel",
+             command=python("default_path.py"), estimate=30, limit=75, absent=without_numpy),
         *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)
           for kernel in KERNELS),
         Item(name="correctness hopper", doc="the warp-specialised kernel: a fault may make it hang",
@@ -98,7 +100,7 @@ def make_queue(out: Path) -> list[Item]:
              estimate=12, limit=45),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
              estimate=35, limit=100),
-        Item(name="hopper", doc="the warp-specialised kernel at the same shapes",
+        Item(name="hopper", doc="the portable and the warp-specialised kernel at the same shapes",
              command=attention("--what", "hopper"), estimate=35, limit=90, absent=without_hopper),
         Item(name="tiles", doc="every tile that might be better, windows 21 and 12",
              command=attention("--what", "tiles"), estimate=60, limit=150),

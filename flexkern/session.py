@@ -52,6 +52,7 @@ class Loop(Protocol):
 
     model: VideoModel
     backend: Backend
+    backend_name: str
     schedule: Schedule
     chunk: int
     first_chunk: int

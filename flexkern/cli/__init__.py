@@ -1,4 +1,4 @@
-"""The command line: ``flexkern render | inspect | metrics | sheet | presets | bench | doctor``.
+"""The command line: ``flexkern render | inspect | metrics | sheet | presets | warmup | bench | doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; Ctrl-C gives 130. Faults of our own keep their
 traceback. What is heavy is imported by the command that needs it, so that errors and help come at once.
@@ -17,15 +17,8 @@ from typing import Any
 from flexkern import __version__
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
 
-COMMANDS = (
-    "render",
-    "inspect",
-    "metrics",
-    "sheet",
-    "presets",
-    "bench",
-    "doctor",
-)  # modules; the one that is named is loaded
+# modules; the one that is named is loaded
+COMMANDS = ("render", "inspect", "metrics", "sheet", "presets", "warmup", "bench", "doctor")
 
 
 @leaving_quietly()
@@ -70,9 +63,9 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def command_class(name: str, argv: Sequence[str]) -> Any:
-    """The dataclass of a command; that of ``render`` has the policies that argv names as options."""
+    """The dataclass of a command; those of ``render`` and ``warmup`` have the policies of argv's preset as options."""
     found = getattr(import_module(f"flexkern.cli.{name}"), name.capitalize())
-    if name != "render":
+    if name not in ("render", "warmup"):
         return found
     from flexkern.cli.policies import with_policies
 

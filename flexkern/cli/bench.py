@@ -11,7 +11,10 @@ from flexkern.checks import did_you_mean
 from flexkern.cli.errors import refusing
 
 FOLDER = Path(__file__).resolve().parents[1] / "bench"  # a link to bench/ in a checkout, that folder in a wheel
-PROGRAMS = {"suite": "gpu_suite", "correctness": "correctness", "tables": "tables"}  # beside bench_NAME.py
+# beside bench_NAME.py
+PROGRAMS = {
+    "suite": "gpu_suite", "correctness": "correctness", "default-path": "default_path", "tables": "tables",
+}  # fmt: skip
 NEEDED = {"pytest": "pytest", "triton": "triton"}  # module: package
 
 

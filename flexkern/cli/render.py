@@ -40,6 +40,8 @@ class Render(Flags):
             if self.output_folder is not None:
                 self.output_folder.mkdir(parents=True, exist_ok=True)
             job = prepare(orders[0], engine, family)
+            if not is_family(self.model):  # of a checkpoint it was told before the weights were read
+                note(str(engine.backend_choice))
         for number, order in enumerate(orders):
             if number:
                 with refusing(*bad):
@@ -146,7 +148,7 @@ class Render(Flags):
             validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
         found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
         validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), *parts.notes, *self.not_needed(parts)):
+        for line in (str(parts), str(parts.backend), *parts.notes, *self.not_needed(parts)):
             note(line)
         engine = Engine.from_parts(parts)
         if parts.saves_embeddings:

@@ -146,7 +146,12 @@ def render(
     made, waiting = 0, list(script)
     seconds = 0.1 if sys.stderr.isatty() else 10.0  # a log file needs no animation
     bar: tqdm[NoReturn] = tqdm(
-        total=pictures, desc="chunk 0", unit=" pictures", bar_format=BAR, mininterval=seconds, disable=not progress
+        total=pictures,
+        desc=first_wait(session) if progress else "",
+        unit=" pictures",
+        bar_format=BAR,
+        mininterval=seconds,
+        disable=not progress,
     )
     with bar:
         try:
@@ -169,6 +174,13 @@ def render(
         except KeyboardInterrupt:
             return False
     return True
+
+
+def first_wait(session: "Session") -> str:
+    """What the first chunk waits for: kernels are compiled at their first launch, unless Triton's cache has them."""
+    engine = session.engine
+    is_compiled = engine.backend_name == "triton" and engine.model.device.type == "cuda"
+    return "compiling or loading kernels" if is_compiled else "chunk 0"
 
 
 def _write(writer: VideoWriter | LatentsFile, chunk: "Chunk", most: int) -> int:

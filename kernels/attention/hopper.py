@@ -1,4 +1,4 @@
-"""``frame_attention`` for sm_90 with specialised warps. Selected only by ``path="hopper"``; figures are in README.md.
+"""``frame_attention`` for sm_90 with specialised warps. select.py says where it is selected; figures are in README.md.
 
 One warp fetches keys and values by TMA; two warpgroups of 64 query rows each multiply. Against the portable kernel:
 

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import HOPPER, require_triton
 from ..common import INTERPRETED, LOG2_E, cast
 from .launch import prepare_launch, store_item, validate_inputs
-from .tiles import Config, arch_of, frame_attention_config
+from .select import PathName, choose_tile
+from .tiles import Config, multiprocessors
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
 
@@ -171,6 +171,7 @@ def frame_attention(
     *,
     want_lse: bool = False,
     config: Config | None = None,
+    path: PathName | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the listed pages. Enqueues the kernels on the current stream; nothing waits for the GPU.
@@ -183,27 +184,28 @@ def frame_attention(
         logit_scale: [F] float32, a factor on the logits.
         bias: [F, R] float32, added to the logits; -inf hides a frame, which is then not read.
         want_lse: return the log-sum-exp of the logits too.
-        config: a tile other than the tuned one.
-        programs: how many run side by side; one per multiprocessor if None.
+        config: a tile of the portable kernel other than the selected one.
+        path: "portable" or "hopper", where it must be that kernel; the one that select.py names if None.
+        programs: how many run side by side; as many as the tile wants on each multiprocessor if None.
 
     Returns:
         The output [B, F, S, H, D], and the log-sum-exp [B, F, H, S] in float32, or None if it is not wanted.
 
     Raises:
-        ValueError: if a tensor is not contiguous, dtypes differ, or the Hopper kernel has no variant of that name.
+        ValueError: if a tensor is not contiguous, dtypes differ, or the kernel that is asked for cannot run there.
+        NotImplementedError: if no kernel takes that GPU, head dim or dtype.
     """
     inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
     tokens, heads, dim = query.shape[2:]
-    config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
-    if config.path == "hopper":
-        require_triton(HOPPER, by="path 'hopper' needs")
+    config = choose_tile(query, config, path)
+    if config is None:
         from .hopper import frame_attention_hopper  # Gluon, which only this path needs
 
-        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, variant=config.variant)
+        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs)
     validate_inputs(*inputs)
     launch = prepare_launch(
         query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,
-        want_lse=want_lse, programs=programs,
+        want_lse=want_lse, programs=programs or config.per_sm * multiprocessors(query.device),
     )  # fmt: skip
 
     def blocks(pages: Tensor, rows: int) -> TensorDescriptor | Tensor:
