@@ -154,8 +154,8 @@ MUTANTS = [
     # the query takes the key's weight
     (
         "kernels/pages/norm_rope_write.py",
-        "query_weight_ptr, turn_ptr, out_ptr + row",
-        "key_weight_ptr, turn_ptr, out_ptr + row",
+        "query_weight_ptr, cos, sin, out_ptr + row",
+        "key_weight_ptr, cos, sin, out_ptr + row",
     ),
     # page 0 is not written
     ("kernels/pages/norm_rope_write.py", "if slot >= 0:", "if slot > 0:"),
@@ -171,6 +171,12 @@ MUTANTS = [
     ("kernels/pages/norm_rope_write.py", "slot * stride_pp", "frame * stride_pp"),
     # every batch writes the pages of the first
     ("kernels/pages/norm_rope_write.py", "batch * stride_pb + slot", "slot"),
+    # the value of page 0 is not written
+    (
+        "kernels/pages/norm_rope_write.py",
+        "mask=(offs_c < CHANNELS) & (slot >= 0)",
+        "mask=(offs_c < CHANNELS) & (slot > 0)",
+    ),
     # values through the key's weightless path: not copied exactly
     (
         "kernels/pages/norm_rope_write.py",
