@@ -23,6 +23,7 @@ TRITON = {  # test files that import kernels, and what these need
     "kernels/test_gate_residual.py": PORTABLE,
     "kernels/test_modulate.py": PORTABLE,
     "kernels/test_norm_rope_write.py": PORTABLE,
+    "kernels/test_prepared.py": HOPPER,
     "kernels/test_rms_norm.py": PORTABLE,
     "kernels/test_select.py": PORTABLE,
 }

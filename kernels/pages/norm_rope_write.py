@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cast, count_warps, require_contiguous
+from ..common import cast, count_warps, is_dense, require_contiguous
+from ..prepared import Prepared, keep
 
 
 @triton.jit
@@ -134,22 +135,42 @@ def norm_rope_write(
     Raises:
         ValueError: if a tensor, or a page, is not contiguous, or key and value pages differ in strides.
     """
-    batch, frames, tokens, heads, dim = key.shape
     require_contiguous(
         query=query, key=key, value=value, query_weight=query_weight, key_weight=key_weight, place_turn=place_turn,
-        slots=slots, **{"a page of key_pages": key_pages[0, 0], "a page of value_pages": value_pages[0, 0]},
+        slots=slots,
     )  # fmt: skip
-    if key_pages.stride() != value_pages.stride():
-        found = f"{key_pages.stride()} and {value_pages.stride()}"
-        raise ValueError(f"key_pages and value_pages must have the same strides, got {found}")
     out = None if query is None else torch.empty_like(query)
-    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
-    _norm_rope_write[(tokens, frames, batch)](
+    prepared = prepare(
+        key.shape, place_turn.shape[1], key_pages.shape, key_pages.stride(), value_pages.stride(), eps,
+        None if query is None else query.dtype, key.dtype, value.dtype, query_weight.dtype, key_weight.dtype,
+        place_turn.dtype, key_pages.dtype, value_pages.dtype, slots.dtype,
+    )  # fmt: skip
+    prepared(
         key if query is None else query, key, value, query_weight, key_weight, place_turn,
         key_pages, value_pages, slots, key if out is None else out,
-        key_pages.stride(0), key_pages.stride(1), eps,
-        HAS_QUERY=query is not None, HEADS=heads, PAIRS=dim // 2, PLACE_PAIRS=place_turn.shape[1],
-        BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=triton.next_power_of_2(heads * dim),
-        num_warps=count_warps(2 * block_h * block_p), enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+@keep
+def prepare(
+    shape: torch.Size, place_pairs: int, pages: torch.Size, key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...], eps: float, query_dtype: torch.dtype | None, *dtypes: torch.dtype,
+) -> Prepared:  # fmt: skip
+    """The launch for keys [B, F, S, H, D] and pages of these shapes and strides, of these dtypes."""
+    batch, frames, tokens, heads, dim = shape
+    for name, strides in (("key_pages", key_strides), ("value_pages", value_strides)):
+        if not is_dense(pages[2:], strides[2:]):
+            found = f"shape {list(pages[2:])}, strides {strides[2:]}"
+            raise ValueError(f"a page of {name} must be contiguous, got {found}")
+    if key_strides != value_strides:
+        raise ValueError(f"key_pages and value_pages must have the same strides, got {key_strides} and {value_strides}")
+    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    constants = {
+        "HAS_QUERY": query_dtype is not None, "HEADS": heads, "PAIRS": dim // 2, "PLACE_PAIRS": place_pairs,
+        "BLOCK_H": block_h, "BLOCK_P": block_p, "BLOCK_C": triton.next_power_of_2(heads * dim),
+    }  # fmt: skip
+    return Prepared(
+        _norm_rope_write, (tokens, frames, batch), (*key_strides[:2], float(eps)), constants,
+        num_warps=count_warps(2 * block_h * block_p), enable_fp_fusion=True,
+    )  # fmt: skip
