@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 import torch
 from torch import Tensor
 
+from flexkern.backends import generations
 from flexkern.kernels import lacking
 from flexkern.plan import ChunkPlan
 
@@ -46,11 +47,11 @@ class Backend(Pointwise, Protocol):
 BACKENDS = {
     "triton": "fused Triton kernels, one pass over the pages; needs a CUDA GPU",
     "sdpa": "gather the pages, turn them, torch.nn.functional.scaled_dot_product_attention",
-    "flash-attn": "gather the pages, turn them, FlashAttention-2; needs a CUDA GPU, float16 or bfloat16",
+    "flash-attn": "gather the pages, turn them, FlashAttention 4, 3 or 2; needs a CUDA GPU, float16 or bfloat16",
     "xformers": "gather the pages, turn them, xformers.ops.memory_efficient_attention; needs a CUDA GPU",
     "reference": "the oracle: loops over frames, for checking, not for speed",
 }
-ON_CUDA = {"triton": "triton", "flash-attn": "flash_attn", "xformers": "xformers"}  # and the package each one needs
+ON_CUDA = ("triton", "flash-attn", "xformers")
 
 
 def why_not(
@@ -72,7 +73,7 @@ def why_not(
         return "no backend has that name"
     if name not in ON_CUDA:
         return None
-    if find_spec(ON_CUDA[name]) is None:
+    if not (generations.installed() if name == "flash-attn" else find_spec(name)):
         return f"the package {name} is not installed"
     if name == "triton" and (lacking := unfit_triton()):
         return lacking
@@ -86,6 +87,8 @@ def why_not(
         return f"it needs a CUDA GPU{otherwise}"
     if device is not None and torch.device(device).type != "cuda":
         return f"it needs tensors on a CUDA GPU, got device '{device}'"
+    if name == "flash-attn":
+        return unfit_flash_attn(device)
     return unfit_gpu(torch.device(device or "cuda")) if name == "triton" else None
 
 
@@ -109,6 +112,21 @@ def unfit_gpu(device: torch.device) -> str | None:
     except NotImplementedError as error:
         return str(error)
     return None
+
+
+def unfit_flash_attn(device: torch.device | str | None) -> str | None:
+    """Why no installed FlashAttention runs on that CUDA device, the current one if None; None where one does."""
+    try:
+        generations.choose_for(device)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def describe(name: str) -> str:
+    """What a backend that can run here does, and by which library and version."""
+    library = getattr(get_backend(name), "describe", None)
+    return f"{BACKENDS[name]}: {library()}" if library else BACKENDS[name]
 
 
 def unfit_triton() -> str | None:

@@ -130,8 +130,7 @@ def examine_backends() -> Found:
     found = {}
     for name, about in backends.BACKENDS.items():
         why = backends.why_not(name)
-        if why is None:
-            backends.get_backend(name)
+        about = backends.describe(name) if why is None else about
         found[name] = {"available": why is None, "about": about, "why_not": why}
     return found
 
