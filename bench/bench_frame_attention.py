@@ -36,7 +36,9 @@ LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and round
 QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: the CSV has its error
 COMPILERS = 8  # processes that compile tiles side by side
 HOPPER = "flexkern.kernels.attention.hopper"
-PROVIDERS = ("triton", *PEERS)
+# backends of flexkern over a library: what a call costs with keys gathered and turned, which peers get at no charge
+BACKENDS = {f"backend {name}": name for name in ("sdpa", "flash-attn", "xformers")}
+PROVIDERS = ("triton", *PEERS, *BACKENDS)
 # where a loop is chosen: the shape that is rendered most, one-frame chunks, many heads, long frames
 DECISIVE = [shape for shape in SHORT if shape.read == 21 and shape.model != "5B"]
 RIVALS = ("sdpa cudnn", "flash-attn 4")
@@ -84,6 +86,19 @@ def library(problem: Problem, name: str) -> Provider | str:
     return Provider(call=lambda: attend(*problem.ready), result=problem.sample, **budget)
 
 
+def backend(problem: Problem, name: str) -> Provider | str:
+    """A backend as the engine calls it, its gather and turns included; judged as libraries are."""
+    try:
+        from flexkern.backends import get_backend  # needs numpy
+
+        attend, plan = get_backend(name, DEVICE).frame_attention, problem.plan()
+    except Exception as fault:  # not installed, or not for this machine
+        return " ".join(str(fault).split())[:200]
+    pages = problem.keys, problem.values
+    call = lambda: attend(problem.query, *pages, plan)
+    return Provider(call=call, result=problem.sample, everything=lambda out: out, **LIBRARY)
+
+
 def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str]) -> Case:
     shape = problem.shape
     return Case(
@@ -93,10 +108,15 @@ def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str])
 
 
 def build(shape: Shape, names: tuple[str, ...] = PROVIDERS) -> Case:
-    """Our attention and that of the libraries, which get their keys gathered and turned at no charge."""
+    """Our attention, that of libraries, whose keys come gathered and turned at no charge, and backends over them."""
     problem = Problem(shape, DEVICE)
     special = {"triton": ours, "portable": lambda problem: ours(problem, path="portable"), "hopper": hopper}
-    made = {name: special[name](problem) if name in special else library(problem, name) for name in names}
+    made: dict[str, Provider | str] = {}
+    for name in names:
+        if name in BACKENDS:
+            made[name] = backend(problem, BACKENDS[name])
+        else:
+            made[name] = special[name](problem) if name in special else library(problem, name)
     return case_of("frame_attention", problem, made)
 
 
