@@ -84,7 +84,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
     ),
     "backends": (
         "Backends, cache and plan",
-        ["flexkern.backends", "flexkern.memory", "flexkern.cache", "flexkern.plan"],
+        ["flexkern.backends", "flexkern.backends.choice", "flexkern.memory", "flexkern.cache", "flexkern.plan"],
     ),
     "reference": ("The oracle of the kernels", ["flexkern.kernels.reference", "flexkern.testing"]),
 }

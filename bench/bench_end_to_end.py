@@ -17,6 +17,7 @@ from harness import Row
 from roofs import DEVICE
 
 from flexkern.engine import Engine
+from flexkern.kernels.attention.select import selected
 from flexkern.model.wan import CONFIGS, CausalWan, WanConfig
 from flexkern.session import Session
 
@@ -129,6 +130,8 @@ def main() -> None:
         for backend in BACKENDS:
             ms_20, ms, ms_80 = harness.quantiles(taken.get(backend, [math.nan]))
             about = dict(kernel="end_to_end", provider=backend, note=faults[backend], error=error[backend])
+            if backend == "triton" and backend in sessions:
+                about["path"] = selected(model.device, config.head_dim, model.dtype).path
             about["shape"] = f"{name} {size[0]}x{size[1]} {preset} window {window} bfloat16, random weights"
             _, peak = started.get(backend, (None, math.nan))
             figures = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, pictures_s=PICTURES * chunk * 1000 / ms, peak_gb=peak)

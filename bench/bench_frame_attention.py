@@ -1,7 +1,7 @@
 """Time frame_attention: alone, beside libraries and other designs of the turn, or with every tile or loop.
 
-python bench/bench_frame_attention.py --save                     # ours alone: frame_attention.csv
-python bench/bench_frame_attention.py --what hopper --save       # beside the Hopper kernel
+python bench/bench_frame_attention.py --save                     # the kernel that is selected: frame_attention.csv
+python bench/bench_frame_attention.py --what hopper --save       # the portable kernel beside the Hopper kernel
 python bench/bench_frame_attention.py --what peers --save        # and libraries, and the designs: also designs.csv
 python bench/bench_frame_attention.py --what tiles --save        # every tile that might be the best: tiles.csv
 python bench/bench_frame_attention.py --what variants --save     # loops of the Hopper kernel, to decide: variants.csv
@@ -28,13 +28,17 @@ from roofs import DEVICE, measure_roofs
 
 from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 from flexkern.kernels.attention.portable import frame_attention
-from flexkern.kernels.attention.tiles import Config, arch_of, frame_attention_config, multiprocessors
+from flexkern.kernels.attention.select import PathName, choose_tile, portable_tile
+from flexkern.kernels.attention.tiles import Config, arch_of
+from flexkern.kernels.attention.tune import candidates
 
 LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and rounded before a library sees them
 QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: the CSV has its error
 COMPILERS = 8  # processes that compile tiles side by side
 HOPPER = "flexkern.kernels.attention.hopper"
-PROVIDERS = ("triton", *PEERS)
+# backends of flexkern over a library: what a call costs with keys gathered and turned, which peers get at no charge
+BACKENDS = {f"backend {name}": name for name in ("sdpa", "flash-attn", "xformers")}
+PROVIDERS = ("triton", *PEERS, *BACKENDS)
 # where a loop is chosen: the shape that is rendered most, one-frame chunks, many heads, long frames
 DECISIVE = [shape for shape in SHORT if shape.read == 21 and shape.model != "5B"]
 RIVALS = ("sdpa cudnn", "flash-attn 4")
@@ -42,10 +46,18 @@ TRIAL = 80.0  # seconds that a variant has to compile and to come back
 REPEATS = 50  # of each variant and shape, bit by bit
 
 
-def ours(problem: Problem, **options) -> Provider:
+def path_of(problem: Problem, config: Config | None = None, path: PathName | None = None) -> str:
+    """Which kernel a call launches, and with which loop or tile."""
+    tile = choose_tile(problem.query, config, path)
+    return f"hopper {SELECTED}" if tile is None else f"portable {tile}"
+
+
+def ours(problem: Problem, config: Config | None = None, path: PathName | None = None) -> Provider:
+    """The kernel that is selected, or the one that is asked for."""
     arguments = problem.arguments(problem.turn)
-    call = lambda: frame_attention(*arguments, **options)[0]
-    return Provider(call=call, result=problem.sample, everything=lambda out: out)
+    call = lambda: frame_attention(*arguments, config=config, path=path)[0]
+    about = {"path": path_of(problem, config, path)}
+    return Provider(call=call, result=problem.sample, everything=lambda out: out, **about)
 
 
 def without_hopper() -> str:
@@ -63,7 +75,7 @@ def hopper(problem: Problem, variant: str = SELECTED) -> Provider | str:
 
     arguments = problem.arguments(problem.turn)
     call = lambda: first(frame_attention_hopper(*arguments, variant=variant))
-    return Provider(call=call, result=problem.sample, everything=lambda out: out)
+    return Provider(call=call, result=problem.sample, everything=lambda out: out, path=f"hopper {variant}")
 
 
 def library(problem: Problem, name: str) -> Provider | str:
@@ -72,6 +84,19 @@ def library(problem: Problem, name: str) -> Provider | str:
         return attend
     budget = QUANTISED if PEERS[name].quantised else LIBRARY
     return Provider(call=lambda: attend(*problem.ready), result=problem.sample, **budget)
+
+
+def backend(problem: Problem, name: str) -> Provider | str:
+    """A backend as the engine calls it, its gather and turns included; judged as libraries are."""
+    try:
+        from flexkern.backends import get_backend  # needs numpy
+
+        attend, plan = get_backend(name, DEVICE).frame_attention, problem.plan()
+    except Exception as fault:  # not installed, or not for this machine
+        return " ".join(str(fault).split())[:200]
+    pages = problem.keys, problem.values
+    call = lambda: attend(problem.query, *pages, plan)
+    return Provider(call=call, result=problem.sample, everything=lambda out: out, **LIBRARY)
 
 
 def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str]) -> Case:
@@ -83,10 +108,15 @@ def case_of(kernel: str, problem: Problem, providers: dict[str, Provider | str])
 
 
 def build(shape: Shape, names: tuple[str, ...] = PROVIDERS) -> Case:
-    """Our attention and that of the libraries, which get their keys gathered and turned at no charge."""
+    """Our attention, that of libraries, whose keys come gathered and turned at no charge, and backends over them."""
     problem = Problem(shape, DEVICE)
-    special = {"triton": ours, "hopper": hopper}
-    made = {name: special[name](problem) if name in special else library(problem, name) for name in names}
+    special = {"triton": ours, "portable": lambda problem: ours(problem, path="portable"), "hopper": hopper}
+    made: dict[str, Provider | str] = {}
+    for name in names:
+        if name in BACKENDS:
+            made[name] = backend(problem, BACKENDS[name])
+        else:
+            made[name] = special[name](problem) if name in special else library(problem, name)
     return case_of("frame_attention", problem, made)
 
 
@@ -105,7 +135,8 @@ def build_designs(shape: Shape, best: str) -> Case:
     return case_of("designs", problem, {
         "fused": ours(problem),
         "fused, no turn": Provider(
-            call=lambda: frame_attention(*still)[0], result=problem.sample, truth=problem.truth(problem.no_turn)
+            call=lambda: frame_attention(*still)[0], result=problem.sample, truth=problem.truth(problem.no_turn),
+            path=path_of(problem),
         ),
         "keys turned beforehand": Provider(call=lambda: attend(*problem.ready), **judged),
         "turned once a chunk": Provider(call=problem.turned_once_a_chunk(attend), calls=PASSES, **judged),
@@ -114,37 +145,27 @@ def build_designs(shape: Shape, best: str) -> Case:
     })  # fmt: skip
 
 
-def tiles(shape: Shape) -> dict[str, tuple[Config, int]]:
-    """Tiles worth a try, by name, the tuned one first: a configuration and the programs that run on one SM."""
-    arch = arch_of(torch.empty(0, device=DEVICE).device)
-    chosen = frame_attention_config(arch, shape.head_dim, torch.bfloat16)
+def tiles(shape: Shape) -> dict[str, Config]:
+    """Tiles worth a try, by name, the one in use first."""
+    device = torch.empty(0, device=DEVICE).device
+    chosen, arch = portable_tile(device, shape.head_dim, torch.bfloat16), arch_of(device)
     if arch == 0:
-        return {"tuned": (chosen, 1), "16x16": (replace(chosen, block_m=16, block_n=16), 1)}
-    found = {"tuned": (chosen, 1)}
-    for m, n, warps, stages, share in (
-        (128, 128, 8, 2, 1), (128, 64, 8, 3, 1), (128, 128, 8, 3, 1), (128, 64, 8, 4, 1), (128, 64, 8, 2, 1),
-        (64, 64, 4, 3, 2), (64, 128, 4, 2, 2), (128, 64, 4, 3, 1), (64, 64, 4, 4, 3), (256, 64, 8, 2, 1),
-    ):  # fmt: skip
-        for tma in (True, False) if arch >= 90 else (False,):
-            config = replace(chosen, block_m=m, block_n=n, num_warps=warps, num_stages=stages, tma=tma, path="triton")
-            if config != chosen or share != 1:
-                found[f"{m}x{n} w{warps} s{stages} {'tma' if tma else 'pointers'} x{share}"] = config, share
-    return found
+        return {"tuned": chosen, "16x16": replace(chosen, block_m=16, block_n=16)}
+    return {"tuned": chosen} | {str(config): config for config in candidates(arch, chosen)[1:]}
 
 
 def build_tiles(shape: Shape) -> Case:
     problem = Problem(shape, DEVICE)
-    sms = multiprocessors(problem.query.device)
-    made = {name: ours(problem, config=c, programs=share * sms) for name, (c, share) in tiles(shape).items()}
+    made = {name: ours(problem, config=config) for name, config in tiles(shape).items()}
     return case_of("frame_attention tiles", problem, made)
 
 
 def compile_tiles(shape: Shape, start: int) -> None:
     """Compile every COMPILERS-th tile into Triton's cache; the bench itself names those that do not compile."""
-    problem, sms = Problem(shape, DEVICE), multiprocessors(torch.empty(0, device=DEVICE).device)
-    for config, share in list(tiles(shape).values())[start::COMPILERS]:
+    problem = Problem(shape, DEVICE)
+    for config in list(tiles(shape).values())[start::COMPILERS]:
         with contextlib.suppress(Exception):
-            ours(problem, config=config, programs=share * sms).call()
+            ours(problem, config=config).call()
 
 
 def warm_tiles() -> None:
@@ -244,7 +265,7 @@ def main() -> None:
     elif args.what == "compile":
         compile_tiles(shapes[0], args.start)
     else:
-        names = ("triton",) if args.what == "ours" else ("triton", args.what)
+        names = ("triton",) if args.what == "ours" else ("portable", args.what)
         harness.run(args, "frame_attention", shapes, lambda shape: build(shape, names))
 
 

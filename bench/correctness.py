@@ -1,6 +1,6 @@
 """Is a kernel right on the shapes it is used at, and the same every time? Writes correctness.csv.
 
-python bench/correctness.py frame_attention --save     # or hopper, norm_rope_write, modulate, gate_residual, rms_norm
+python bench/correctness.py frame_attention --save     # or hopper, another kernel, or a backend: flash-attn, xformers
 python bench/correctness.py --pytest                   # the kernels' tests, on the GPU if there is one
 
 Every shape is judged against the oracle in float64, then repeated and compared bit by bit; a small shape is repeated
@@ -20,8 +20,15 @@ import torch
 from harness import Case
 from roofs import DEVICE
 
-BENCHES = ("frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm")
-PROVIDERS = {"frame_attention": "triton", "hopper": "hopper"}  # of bench_frame_attention.py
+BENCHES = (
+    "frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "flash-attn", "xformers",
+)  # fmt: skip
+PROVIDERS = {  # of bench_frame_attention.py
+    "frame_attention": "portable",
+    "hopper": "hopper",
+    "flash-attn": "backend flash-attn",
+    "xformers": "backend xformers",
+}
 WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
 TESTS = ("frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "frame_attention_hopper")
@@ -37,6 +44,7 @@ class Verdict:
     repeats: int
     differing: int
     verdict: str
+    path: str = ""  # of our attention: "hopper plain", "portable 64x64 w4 s3 tma x2"
     gpu: str
     driver: str
     torch: str
@@ -65,6 +73,7 @@ def judge(kernel: str, case: Case, name: str, repeats: int) -> Verdict:
     differing = 0 if fault else count_differing(case, name, repeats)
     verdict = fault or (f"wrong: {differing} of {repeats} repeats differ" if differing else "right")
     about = dict(kernel=kernel, shape=case.shape, error=error, repeats=0 if fault else repeats, differing=differing)
+    about["path"] = getattr(case.providers[name], "path", "")  # a string has none: it cannot run here
     return Verdict(**about, verdict=verdict, **harness.provenance())
 
 

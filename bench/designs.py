@@ -163,6 +163,19 @@ class Problem:
         """The arguments of ``frame_attention``."""
         return self.query, self.keys, self.values, self.slots, turn, self.logit_scale
 
+    def plan(self):
+        """What a backend of flexkern needs beside query and pages, to gather and turn them itself."""
+        from flexkern.plan import ChunkPlan  # needs numpy
+
+        shape = self.shape
+        return ChunkPlan(
+            write_slots=self.slots[-shape.frames :], read_slots=self.slots, turn=self.turn,
+            query_turn=turns(self.query_angle)[:, None].contiguous(),
+            key_turn=turns(self.key_angle)[None, :, None].contiguous(),
+            place_turn=torch.empty(shape.tokens, shape.head_dim // 2 - shape.bands, 2, device=self.device),
+            logit_scale=self.logit_scale,
+        )  # fmt: skip
+
     def sample(self, out: Tensor) -> Tensor:
         """The judged queries of an output; a fault anywhere else must at least not be infinite."""
         assert torch.isfinite(out).all(), "non-finite values"

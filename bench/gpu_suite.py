@@ -27,6 +27,7 @@ import machine
 
 GRACE = 5.0  # seconds that an item needs to be worth starting
 KERNELS = ("norm_rope_write", "modulate", "gate_residual", "rms_norm")
+LIBRARIES = {"flash-attn": ("flash_attn", "flash_attn_interface"), "xformers": ("xformers",)}  # and their modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +58,16 @@ def without(tool: str) -> Callable[[], str]:
     return lambda: "" if shutil.which(tool) else f"{tool} is not installed"
 
 
+def without_package(*names: str) -> Callable[[], str]:
+    return lambda: "" if any(find_spec(name) for name in names) else f"{names[0]} is not installed"
+
+
 def without_hopper() -> str:
-    return "" if (machine.ROOT / "kernels/attention/hopper.py").is_file() else "no such kernel in this version"
+    return "" if find_spec("flexkern.kernels.attention.hopper") else "no such kernel in this version"
+
+
+def without_tests() -> str:
+    return "" if (machine.ROOT / "tests").is_dir() and machine.CHECKOUT else "the tests are not installed"
 
 
 def without_numpy() -> str:
@@ -81,25 +90,30 @@ def make_queue(out: Path) -> list[Item]:
              command=correctness("frame_attention"), estimate=45, limit=150),
         Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
              command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
+        Item(name="default path", doc="a render without any option takes the Hopper kernel",
+             command=python("default_path.py"), estimate=30, limit=75, absent=without_numpy),
         *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)
           for kernel in KERNELS),
         Item(name="correctness hopper", doc="the warp-specialised kernel: a fault may make it hang",
              command=correctness("hopper"), estimate=25, limit=75, absent=without_hopper),
+        *(Item(name=f"correctness {library}", doc="the backend over that library, against float64",
+               command=correctness(library), estimate=15, limit=75, absent=without_package(*packages))
+          for library, packages in LIBRARIES.items()),
         # alone they take over 120 s, nearly all of it compiling; with pytest-xdist eight processes share it
         Item(name="tests", doc="the kernels' tests on the GPU", command=python("correctness.py", "--pytest"),
-             estimate=40, limit=150),
+             estimate=40, limit=150, absent=without_tests),
     ]  # fmt: skip
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),
              estimate=12, limit=45),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
              estimate=35, limit=100),
-        Item(name="hopper", doc="the warp-specialised kernel at the same shapes",
+        Item(name="hopper", doc="the portable and the warp-specialised kernel at the same shapes",
              command=attention("--what", "hopper"), estimate=35, limit=90, absent=without_hopper),
         Item(name="tiles", doc="every tile that might be better, windows 21 and 12",
              command=attention("--what", "tiles"), estimate=60, limit=150),
-        Item(name="peers", doc="libraries and the designs of the turn, interleaved",
-             command=attention("--what", "peers"), estimate=130, limit=240),
+        Item(name="peers", doc="libraries, backends over them and designs of the turn, interleaved",
+             command=attention("--what", "peers"), estimate=140, limit=240),
         *(Item(name=kernel, doc="against torch, torch.compile and a copy", command=python(f"bench_{kernel}.py", *to),
                estimate=22, limit=75) for kernel in KERNELS),
         Item(name="end to end", doc="a chunk of Wan 1.3B with random weights",

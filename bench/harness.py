@@ -47,6 +47,7 @@ class Row:
     pictures_s: float = math.nan  # pictures per second, where a row is of a whole chunk
     peak_gb: float = math.nan  # 1e9 bytes, the most that was allocated at once: on the GPU, or by the process on a CPU
     note: str = ""
+    path: str = ""  # of our attention: "hopper plain", "portable 64x64 w4 s3 tma x2"
     gpu: str
     driver: str
     torch: str
@@ -138,7 +139,8 @@ class Provider:
 
     call: what is timed. result: what is judged, from what ``call`` returns; None if there is nothing to judge.
     everything: all that was computed, to compare repeats; None for ``result``. mean, worst: budget, as multiples of the
-    entitled error. calls: operations in one ``call``. truth: what to judge by, if not the case's.
+    entitled error. calls: operations in one ``call``. truth: what to judge by, if not the case's. path: which of our
+    attention kernels it launches, and with which tile.
     """
 
     call: Callable[[], object]
@@ -148,6 +150,7 @@ class Provider:
     worst: float = 2.0
     calls: int = 1
     truth: Truth | None = None
+    path: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +196,7 @@ def compare(case: Case, roof: Roofs, *, budget_ms: float = 200.0, note: str = ""
         if name in taken:
             timed = rates(case, [ms / case.providers[name].calls for ms in taken[name]], roof)
         about = dict(kernel=case.kernel, provider=name, shape=case.shape, error=error, note=fault or note)
+        about["path"] = getattr(case.providers[name], "path", "")  # a string has none: it cannot run here
         rows.append(Row(**about, **timed, **around, **provenance()))
         show(rows[-1], as_json=as_json)
     return rows
@@ -242,8 +246,9 @@ def describe(row: Row) -> str:
 def arguments(doc: str) -> argparse.ArgumentParser:
     """The options that every bench has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--save", action="store_true", help="write bench/results/<gpu>/<kernel>.csv")
-    parser.add_argument("--out", type=Path, help="write there instead of bench/results/<gpu>")
+    shown = "bench/results" if machine.CHECKOUT else machine.RESULTS.name
+    parser.add_argument("--save", action="store_true", help=f"write {shown}/<gpu>/<kernel>.csv")
+    parser.add_argument("--out", type=Path, help=f"write there instead of {shown}/<gpu>")
     parser.add_argument("--all", action="store_true", help="every shape instead of the short list")
     parser.add_argument("--tiny", action="store_true", help="one tiny shape, which a CPU manages in the interpreter")
     parser.add_argument("--json", action="store_true", help="print every row as a JSON object on a line")

@@ -1,6 +1,7 @@
 """Where a bench runs and what it measures: the source tree, its commit, the GPU. Needs the standard library only.
 
-Importing it makes this tree importable as ``flexkern``, installed or not.
+Importing it makes this tree importable as ``flexkern``, installed or not. The benches of a wheel lie in the package,
+and write their results to bench_results in the current folder.
 """
 
 import os
@@ -13,8 +14,9 @@ from importlib import import_module
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
-ROOT = BENCH.parent
-RESULTS = BENCH / "results"
+CHECKOUT = (BENCH.parent / "pyproject.toml").is_file() or (BENCH.parent / "flexkern").is_dir()  # or an archive of one
+ROOT = BENCH.parent if CHECKOUT else BENCH.parent.parent  # the folder that holds the package flexkern
+RESULTS = BENCH / "results" if CHECKOUT else Path("bench_results").absolute()
 
 if "flexkern" not in sys.modules:
     # this tree's, whatever is installed; not left on the path, where kernels/ would hide Hugging Face's package
@@ -53,9 +55,12 @@ def answer(*command: str) -> str:
 def commit() -> str:
     """The commit of this tree: FLEXKERN_COMMIT, or git's, with "+" after it if files differ, or the file COMMIT.
 
-    An archive has no git: `git rev-parse --short=10 HEAD > COMMIT; git archive --add-file=COMMIT HEAD` brings it along.
+    Where flexkern is installed from a wheel it is the version. An archive has no git:
+    `git rev-parse --short=10 HEAD > COMMIT; git archive --add-file=COMMIT HEAD` brings it along.
     """
     named, file = os.environ.get("FLEXKERN_COMMIT", ""), ROOT / "COMMIT"
+    if not named and not CHECKOUT:
+        return f"flexkern {sys.modules['flexkern'].__version__}"
     if not named and (ROOT / ".git").exists():
         named = answer("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
         # results change while a suite runs, and do not change what it measures

@@ -145,7 +145,8 @@ def targets(rows: dict[str, list[Row]]) -> str:
     against("speed over keys turned once a chunk and the best library", "turned once a chunk", 1, 1.3)
     against("speed over the research code's path", "research", 3, 2.0)
     for name in POINTWISE:
-        add(f"{name}, speed over a device copy of the same bytes", 0.9, speed_over_copy(rows[name]))
+        least = 0.95 if name == "norm_rope_write" else 0.9
+        add(f"{name}, speed over a device copy of the same bytes", least, speed_over_copy(rows[name]))
     return grid(["target", "needed", "measured, lowest to highest", "met"], lines)
 
 
@@ -230,6 +231,8 @@ def main() -> int:
     if args.results is not None and not args.check:
         print("\n\n".join(f"{name}\n\n{table(name, args.results)}" for name in TABLES))
         return 0
+    if not machine.CHECKOUT:
+        parser.error("the pages are in a checkout: give --results DIR to print the tables of your own CSVs")
     stale = []
     for name in FILES:
         path = machine.ROOT / name

@@ -16,7 +16,7 @@ from flexkern.state import State
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """An occupied slot: ``frame`` is the absolute index of the latent frame whose keys and values it holds."""
+    """A page in use: ``slot`` is its index, ``frame`` the absolute index of the latent frame that it holds."""
 
     frame: int
     slot: int

@@ -16,7 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from flexkern.backends import get_backend
+from flexkern.backends.choice import AUTO, Choice, open_backend
 from flexkern.finite import NotFiniteError, all_finite, validate_finite
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
@@ -36,7 +36,8 @@ class Engine:
     Args:
         model: A ``CausalWan``, or another ``VideoModel``.
         schedule: Noise levels of a chunk; those of Self-Forcing by default.
-        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``; "auto" takes triton on a CUDA
+            GPU that can run it, else sdpa. Or what ``choose_backend`` has chosen.
         chunk: Latent frames denoised together.
         text_encoder: Needed for prompts that are text.
         encoder: Needed for videos that begin with pictures.
@@ -47,11 +48,16 @@ class Engine:
         horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
 
     Raises:
-        ValueError: The chunk or the horizon is empty, or the backend cannot run on the model's device.
+        ValueError: The chunk or the horizon is empty, or the backend cannot run on the model's device, or with its
+            heads or dtype.
+
+    Attributes:
+        backend_name: The backend that runs, a key of ``flexkern.backends.BACKENDS``.
+        backend_choice: The same with the reason, for whoever wants to say it.
     """
 
     def __init__(
-        self, model: VideoModel, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
+        self, model: VideoModel, *, schedule: Schedule | None = None, backend: str | Choice = AUTO, chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
         first_chunk: int | None = None, horizon: int = HORIZON,
@@ -62,7 +68,10 @@ class Engine:
         self.model, self.chunk, self.size, self.horizon = model, chunk, size, horizon
         self.first_chunk = first_chunk or chunk
         self.schedule = schedule or Schedule()
-        self.backend, self.backend_name = get_backend(backend, model.device), backend
+        self.backend, self.backend_choice = open_backend(
+            backend, model.device, head_dim=model.config.head_dim, dtype=model.dtype
+        )  # fmt: skip
+        self.backend_name = self.backend_choice.name
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     def __repr__(self) -> str:
@@ -96,7 +105,7 @@ class Engine:
         ema: bool | None = None,
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
-        backend: str = "sdpa",
+        backend: str = AUTO,
     ) -> "Engine":
         """The engine for a checkpoint on disk, with what ``flexkern render`` finds for it: VAE, text encoder, schedule.
 
@@ -122,7 +131,7 @@ class Engine:
             ema: None takes the averaged weights where there are any, True insists on them, False takes the raw ones.
             dtype: Of the transformer's weights: bfloat16, float16 or float32.
             device: cpu, cuda or cuda:N.
-            backend: Of attention, one of ``flexkern.backends.BACKENDS``.
+            backend: Of attention, "auto" or one of ``flexkern.backends.BACKENDS``.
 
         Raises:
             FileNotFoundError: A file is not there.

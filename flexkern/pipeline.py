@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from flexkern.backends.choice import AUTO
 from flexkern.engine import Engine
 from flexkern.model.checkpoint import (
     Checkpoint,
@@ -35,7 +36,7 @@ def check(
     frames: int | None = None,
     image: str | Path | None = None,
     pixels: bool | None = None,
-    backend: str = "sdpa",
+    backend: str = AUTO,
     device: str = "cpu",
 ) -> Parts:
     """The parts of a checkpoint that can be rendered in this way; nothing is loaded.
@@ -49,7 +50,7 @@ def check(
         frames: Latent frames of the video, None for no end.
         image: The picture to begin with.
         pixels: True needs a VAE, False leaves it out, None takes one where there is one.
-        backend: Of attention, one of ``flexkern.backends.BACKENDS``.
+        backend: Of attention, "auto" or one of ``flexkern.backends.BACKENDS``.
         device: cpu, cuda or cuda:N.
 
     Raises:
@@ -66,7 +67,7 @@ def check(
 
 
 def validate_preset(parts: Parts, preset: str | Preset, frames: int | None, *, begins: bool = False) -> None:
-    """Raises ValueError for a preset that fits not the model or the length.
+    """Raises ValueError for a preset that does not fit the model or the length.
 
     Args:
         parts: What ``check`` returned.
@@ -89,7 +90,7 @@ def load(
     frames: int | None = None,
     image: str | Path | None = None,
     pixels: bool | None = None,
-    backend: str = "sdpa",
+    backend: str = AUTO,
     device: str = "cpu",
 ) -> Engine:
     """The engine of a checkpoint, once all is checked. Warns of what a user would want to know.

@@ -55,6 +55,7 @@ class Loop(Protocol):
 
     model: VideoModel
     backend: Backend
+    backend_name: str
     schedule: Schedule
     chunk: int
     first_chunk: int
@@ -165,7 +166,7 @@ class Session:
         """Wait for the chunks so far, and raise where one is not finite.
 
         ``step`` does so without waiting: on a CPU at once, on a GPU once the device has told, at the next step at the
-        earliest. Who reads a chunk's pictures waits for them anyway and should call this before using them.
+        earliest. Code that reads a chunk's pictures waits for them anyway, and should call this before using them.
 
         Raises:
             NotFiniteError: Says where it began.

@@ -5,6 +5,8 @@ then C = 1536, 3072 and 5120 fill their warps exactly, and 12 heads of 128 fill 
 registers an SM then holds 40 to 60 KB of rows; one microsecond at 4.8 TB/s is 36 KB an SM.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -50,3 +52,13 @@ def require_contiguous_channels(**tensors: Tensor) -> None:
             raise ValueError(
                 f"channels of {name} must be contiguous, got shape {list(tensor.shape)}, strides {tensor.stride()}"
             )
+
+
+def is_dense(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a tensor of this shape and these strides is contiguous."""
+    expected = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True

@@ -16,13 +16,16 @@ torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; 
 
 TRITON = {  # test files that import kernels, and what these need
     "bench/test_bench.py": PORTABLE,
+    "bench/test_default_path.py": PORTABLE,
     "kernels/test_compile.py": HOPPER,
     "kernels/test_frame_attention.py": PORTABLE,
     "kernels/test_frame_attention_hopper.py": HOPPER,
     "kernels/test_gate_residual.py": PORTABLE,
     "kernels/test_modulate.py": PORTABLE,
     "kernels/test_norm_rope_write.py": PORTABLE,
+    "kernels/test_prepared.py": HOPPER,
     "kernels/test_rms_norm.py": PORTABLE,
+    "kernels/test_select.py": PORTABLE,
 }
 
 

@@ -27,7 +27,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
     ["flexkern.model"],
     ["flexkern.session"],
     ["flexkern.engine", "flexkern.parallel"],
-    ["flexkern.pipeline"],
+    ["flexkern.pipeline", "flexkern.warmup"],
     ["flexkern.render", "flexkern.metrics", "flexkern.integrations", "flexkern.demo"],
     ["flexkern.cli", "flexkern"],
 ]

@@ -19,7 +19,7 @@ import flexkern
 
 ROOT = Path(__file__).parent.parent
 DATA = {".csv", ".json", ".safetensors", ".typed"}
-EXTRAS = {"bench", "docs", "metrics", "model", "test", "video", "xformers"}
+EXTRAS = {"bench", "docs", "flash-attn", "metrics", "model", "test", "video", "xformers"}
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 import flexkern, flexkern.kernels, flexkern.kernels.reference
@@ -98,9 +98,12 @@ def shipped(source: Path) -> set[str]:
     paths = [*source.glob("flexkern/**/*"), *source.glob("kernels/**/*")]
     pages = {source / "kernels/README.md", source / "kernels/build.toml", *source.glob("flexkern/docs/*.md")}
     pages |= set(source.glob("flexkern/docs/examples/*.*"))
+    benches = set(source.glob("bench/*.py")) - {source / "bench/conftest.py", source / "bench/full_size.py"}
+    paths += benches | {source / "bench/README.md"}
+    pages |= {source / "bench/README.md"}
     paths = [p for p in paths if p.suffix == ".py" or p.suffix in DATA or p in pages]
     names = [p.relative_to(source).as_posix() for p in paths]
-    return {f"flexkern/{name}" if name.startswith("kernels/") else name for name in names}
+    return {f"flexkern/{name}" if name.startswith(("bench/", "kernels/")) else name for name in names}
 
 
 def test_wheel_holds_the_package_and_nothing_else(package):
@@ -121,11 +124,23 @@ def test_wheel_says_what_it_is(package):
     assert "flexkern = flexkern.cli:main" in scripts
 
 
+def test_benches_run_from_the_wheel_and_name_its_version(package):
+    pytest.importorskip("triton.knobs", reason="needs Triton >= 3.4")
+    python, out = install(package.wheel, package.tmp / "bench-environment"), package.tmp / "rows"
+    said = run(python, "-m", "flexkern", "bench", "rms-norm", "--tiny", "--json", "--out", out, cwd=package.tmp)
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert {row["commit"] for row in rows} == {f"flexkern {flexkern.__version__}"}
+    assert (out / "rms_norm.csv").is_file()
+    listed = run(python, "-m", "flexkern", "bench", "suite", "--dry-run", cwd=package.tmp)
+    assert "[skipped here: the tests are not installed]" in listed
+
+
 def test_sdist_holds_what_the_wheel_needs(package):
     with tarfile.open(package.sdist) as archive:
         files = {member.name.partition("/")[2] for member in archive if member.isfile()}
     assert {"LICENSE", "README.md", "flexkern/kernels/__init__.py", "pyproject.toml", "setup.py"} <= files
     assert not {name for name in files if name.startswith(("tests/", "bench/"))}
+    assert "flexkern/bench/machine.py" in files
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
@@ -176,7 +191,7 @@ def test_the_floor_of_the_matrix_is_what_pyproject_says():
 
 
 def test_every_requirement_has_a_lower_bound_and_what_was_tried_is_above_it():
-    declared = lower_bounds("video", "model", "metrics", "bench", "xformers")
+    declared = lower_bounds("video", "model", "metrics", "bench", "flash-attn", "xformers")
     for name in ("constraints", "kernels", "newest"):
         below = [f"{p}=={v}" for p, v in pins(name).items() if p in declared and Version(v) < Version(declared[p])]
         assert not below, f".ci/{name}.txt: {', '.join(below)}"

@@ -15,10 +15,7 @@ __all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "r
 def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:
     """Softmax attention of query [B, F, S, H, D] over the listed pages; as ``reference.frame_attention``.
 
-    Raises NotImplementedError for head dims that do not tile: Wan's are 64 and 128.
+    Raises NotImplementedError for head dims and dtypes that no kernel takes: Wan's are 64 and 128.
     """
-    dim = query.shape[-1]
-    if dim < 16 or dim & (dim - 1):
-        raise NotImplementedError(f"backend 'triton' takes head dims that are powers of two from 16 on, got {dim}")
     pages = key_pages, value_pages, plan.read_slots
     return attend_frames(query, *pages, plan.turn, plan.logit_scale, plan.bias)[0]

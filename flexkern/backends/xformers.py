@@ -1,7 +1,9 @@
 """The package xformers: pages are gathered and turned, then attended in one call per modulation.
 
-For machines with a CUDA GPU but no Triton. float32, float16 and bfloat16; a bias is expanded to one value per score.
+float32, float16 and bfloat16; a bias is expanded to one value per score.
 """
+
+from importlib.metadata import version
 
 import torch
 from torch import Tensor
@@ -11,7 +13,12 @@ from flexkern.backends.gathered import attend_gathered, mask_of, without_unseein
 from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm
 from flexkern.plan import ChunkPlan
 
-__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+__all__ = ["describe", "frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+
+
+def describe() -> str:
+    """Which xformers runs."""
+    return f"xformers {version('xformers')}"
 
 
 def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:
@@ -32,7 +39,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Te
     heads_second = [x.flatten(1, 2) for x in (query, key, value)]
     if mask is not None:
         mask = mask.expand(query.shape[0], query.shape[3], *mask.shape)
-    out = memory_efficient_attention(*heads_second, attn_bias=mask).view_as(query)
+    out = memory_efficient_attention(*heads_second, attn_bias=mask, p=0.0, scale=query.shape[-1] ** -0.5)
+    out = out.view_as(query)
     return out if bias is None else without_unseeing(out, bias)
 
 

@@ -1,4 +1,5 @@
-"""The command line: ``flexkern render | decode | schema | inspect | metrics | sheet | presets | doctor``.
+"""The command line: ``flexkern render | decode | schema | inspect | metrics | sheet | presets | warmup | bench |
+doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; ``flexkern.cli.status`` has the others. Faults of
 our own keep their traceback. What is heavy is imported by the command that needs it, so that errors and help come at
@@ -18,7 +19,8 @@ from typing import Any
 from flexkern import __version__
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
 
-COMMANDS = "render", "decode", "schema", "inspect", "metrics", "sheet", "presets", "doctor"  # modules, loaded if named
+# modules; the one that is named is loaded
+COMMANDS = "render", "decode", "schema", "inspect", "metrics", "sheet", "presets", "warmup", "bench", "doctor"
 
 
 @leaving_quietly()
@@ -40,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run_command(argv: Sequence[str]) -> int:
     """The exit status of the command that argv names."""
+    if argv and argv[0] == "bench":  # what follows the name of a bench is its own
+        from flexkern.cli.bench import Bench
+
+        return Bench(words=tuple(argv[1:])).run()
     with refusing(ValueError, OSError):
         import tyro
 
@@ -59,9 +65,9 @@ def run_command(argv: Sequence[str]) -> int:
 
 
 def command_class(name: str, argv: Sequence[str]) -> Any:
-    """The dataclass of a command; that of ``render`` has the policies that argv names as options."""
+    """The dataclass of a command; those of ``render`` and ``warmup`` have the policies of argv's preset as options."""
     found = getattr(import_module(f"flexkern.cli.{name}"), name.capitalize())
-    if name != "render":
+    if name not in ("render", "warmup"):
         return found
     from flexkern.cli.policies import with_policies
 

@@ -65,6 +65,7 @@ class Batch:
             torch.set_num_threads(self.threads)
         if self.parts is None:
             engine = open_demo(self.weights, self.command.backend, self.device)
+            note(str(engine.backend_choice))  # of a checkpoint it was told before the weights were read
         else:
             engine = Engine.from_parts(self.parts)
             if self.parts.saves_embeddings:

@@ -14,7 +14,7 @@ Found = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Doctor:
-    """Print what this machine can do: GPU, torch, triton, backends and why not, optional packages, demo weights."""
+    """Print what this machine can do: GPU, torch, triton, backends and which is taken, packages, demo weights."""
 
     json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """print one JSON object instead: a key for each finding, its "broken" where looking failed"""
@@ -130,8 +130,7 @@ def examine_backends() -> Found:
     found = {}
     for name, about in backends.BACKENDS.items():
         why = backends.why_not(name)
-        if why is None:
-            backends.get_backend(name)
+        about = backends.describe(name) if why is None else about
         found[name] = {"available": why is None, "about": about, "why_not": why}
     return found
 
@@ -139,6 +138,33 @@ def examine_backends() -> Found:
 def tell_backends(found: Found) -> Iterator[str]:
     for name, backend in found.items():
         yield f"{name}: {backend['about']}" if backend["available"] else f"{name} not available: {backend['why_not']}"
+
+
+def examine_auto() -> Found:
+    """What ``auto`` takes on each device, for the heads and dtype of Wan 2.1; and the file of kept tiles."""
+    import torch
+
+    from flexkern.backends import unfit_triton
+    from flexkern.backends.choice import choose_backend
+
+    devices = [f"cuda:{number}" for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)]
+    taken = []
+    for device in devices or ["cpu"]:
+        choice = choose_backend(device=device, head_dim=128, dtype=torch.bfloat16)
+        taken.append({"device": device, "backend": choice.name, "why": choice.why})
+    found: Found = {"devices": taken, "tiles": None}
+    if unfit_triton() is None:
+        from flexkern.kernels.attention.kept import kept_file
+
+        found["tiles"] = str(kept_file()) if kept_file().is_file() else None
+    return found
+
+
+def tell_auto(found: Found) -> Iterator[str]:
+    for one in found["devices"]:
+        yield f"{one['device']}, heads of 128 in bfloat16: {one['backend']} ({one['why']})"
+    if found["tiles"]:
+        yield f"tiles kept by flexkern warmup --tune: {found['tiles']}"
 
 
 def examine_packages() -> Found:
@@ -203,6 +229,7 @@ EXAMINATIONS: dict[str, tuple[Callable[[], Found], Callable[[Found], Iterator[st
     "triton": (examine_triton, tell_triton),
     "cpu": (examine_cpu, tell_cpu),
     "backends": (examine_backends, tell_backends),
+    "auto": (examine_auto, tell_auto),
     "packages": (examine_packages, tell_packages),
     "versions": (examine_versions, tell_versions),
     "demo": (examine_demo, tell_demo),

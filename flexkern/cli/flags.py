@@ -127,8 +127,9 @@ class Flags:
     """mp4, mov or png, as --out is named; for stdout mp4 (fragmented), y4m or rgb24; default: by --out, stdout: mp4"""
     latents: Annotated[Path | None, option("FILE")] = None
     """write latents to this safetensors file instead of a video; needs no VAE"""
-    backend: Annotated[str, tyro.conf.arg(metavar="NAME")] = "sdpa"
-    """implementation of attention, one of those that `flexkern doctor` lists"""
+    backend: Annotated[str, tyro.conf.arg(metavar="NAME")] = "auto"
+    """implementation of attention, one of those that `flexkern doctor` lists; auto takes triton on a GPU that can run
+    it, else sdpa, and says which"""
     device: Annotated[str | None, option("NAME")] = None
     """cpu, cuda or cuda:N; default: the first GPU, or the CPU if there is none"""
     threads: Annotated[int | None, option("INT")] = None

@@ -1,6 +1,8 @@
 """``flexkern metrics``: figures of videos over time, side by side."""
 
+import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -60,20 +62,30 @@ class Metrics:
     def run(self) -> int:
         with refusing(ValueError, OSError):
             from flexkern.metrics import inspect_video, load_model, measure, table
+            from flexkern.metrics.measure import validate_length
 
             named = label(self.videos, self.names)
+            if self.horizon is not None and not (0 < self.horizon < math.inf):
+                raise ValueError(f"--horizon must be seconds above 0, got {self.horizon}")
+            if self.sink is not None and self.sink < 1:
+                raise ValueError(f"--sink must be at least 1 picture, got {self.sink}")
             preset = preset_with_sink(self.preset) if self.preset else None
+            files = {name: inspect_video(path) for name, path in named.items()}
+            for file in files.values():
+                with naming(file.path):
+                    validate_length(file.pictures or 2 * self.chunk, self.chunk)  # some files do not say it
             own = 9 if preset is None else 1 + 4 * (preset.retention.pinned - 1)
             sink = own if self.sink is None else self.sink
             if self.out is not None:
-                self.out.mkdir(parents=True, exist_ok=True)
+                make_folder(self.out)
             learned = {name: load_model(where) for name, where in self.models.items()}
             reports = {}
-            for name, path in named.items():
-                file = inspect_video(path)
-                reports[name] = measure(
-                    followed(file, name), fps=file.fps, sink_pictures=sink, chunk_pictures=self.chunk, learned=learned
-                )
+            for name, file in files.items():
+                with naming(file.path):
+                    reports[name] = measure(
+                        followed(file, name), fps=file.fps, sink_pictures=sink, chunk_pictures=self.chunk,
+                        learned=learned,
+                    )  # fmt: skip
                 if preset is not None:
                     reports[name].curves["sink_alignment"] = aligned(preset, reports[name])
             print("\n".join(table(reports)))
@@ -89,6 +101,25 @@ class Metrics:
         write_json(folder / "metrics.json", reports)
         plot_curves(folder / "curves.png", reports, horizon=self.horizon, title=self.title)
         print(f"\n{folder}: summary.csv, curves.csv, metrics.json, curves.png")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put the file before what a ValueError says of its video."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of the tables, if it is not there. Raises ValueError or OSError where that cannot be."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--out must be a folder, and {folder} is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
 
 
 def label(videos: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:

@@ -10,14 +10,14 @@ from flexkern.cli.errors import refusing
 from flexkern.policies import NoisePolicy, PositionPolicy, Preset, RetentionPolicy, SwitchPolicy, get_preset
 from flexkern.policies.presets import POLICIES, PRESETS
 
-RAMP = "Bands of fewer than {low:g} turns in training are slowed by s, those of {high:g} or more stay as trained."
+RAMP = "Bands of fewer than {low:g} cycles in training are slowed by s, those of {high:g} or more stay as trained."
 SLOWED = {
     "none": "Time passes as it was trained; no band is slowed.",
     "pi": "Every band is slowed by s.",
     "ntk": "Bands are slowed the more the longer their period is, the longest by s.",
     "by_parts": RAMP,
     "yarn": RAMP,
-    "hard": "Bands of fewer than {high:g} turns in training are slowed by s, all others stay as trained.",
+    "hard": "Bands of fewer than {high:g} cycles in training are slowed by s, all others stay as trained.",
     "riflex": "The one band whose period is nearest the training length is slowed until it does not repeat.",
     "jitter": "Every head has speeds of its own, up to {sigma:.0%} off in their base.",
 }
@@ -44,8 +44,8 @@ SWITCHES = {
 PLAIN = {
     "position.mode": "how bands, the speeds at which attention counts time, are slowed",
     "position.train_len": "latent frames that the model was trained on",
-    "position.alpha": "turns in training below which a band is slowed",
-    "position.beta": "turns in training from which a band stays as trained",
+    "position.alpha": "cycles in training below which a band is slowed",
+    "position.beta": "cycles in training from which a band stays as trained",
     "position.ramp": "how it goes from one to the other between them",
     "position.scale": "s, how much is slowed; auto follows scale-schedule",
     "position.scale_schedule": "what s follows",

@@ -196,7 +196,7 @@ class Render(Flags):
             validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
         found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
         validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), *parts.notes, *self.not_needed(parts)):
+        for line in (str(parts), str(parts.backend), *parts.notes, *self.not_needed(parts)):
             note(line)
 
     def follow_research(self) -> Research | None:

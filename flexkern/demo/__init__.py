@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flexkern.backends.choice import AUTO
 from flexkern.demo import world
 from flexkern.engine import Engine
 from flexkern.model.families import Family
@@ -52,12 +53,12 @@ def encode_prompts(prompts: list[str]) -> Tensor:
     return torch.stack([world.embed(world.Scene.parse(prompt)) for prompt in prompts])
 
 
-def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
+def load_engine(weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu") -> Engine:
     """The demo model, ready to render, in float32.
 
     Args:
         weights: Those that come with flexkern, or a safetensors file of the same form.
-        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
         device: Where to put it.
 
     Raises:

@@ -78,6 +78,7 @@ def main(args: Args) -> None:
     scenes = chosen_scenes(args.prompt, args.videos)
     presets = [get_preset(name).name for name in args.presets]  # a misspelt one fails before the work
     engine = load_engine(args.weights, device=args.device)
+    print(engine.backend_choice)
     args.out.mkdir(parents=True, exist_ok=True)
     marks, pictures = {}, {}
     for name in presets:

@@ -30,6 +30,7 @@ from .validate import (
     list_frames,
     position_of,
     refuse_compiling,
+    take_number,
     take_scale,
     take_slots,
     validate_count,
@@ -195,7 +196,7 @@ def attend_pages(
     validate_plan(query, slots, turn, logit_scale, bias)
     frames, heads, shared = query.shape[1], query.shape[3], query.shape[3] // key_pages.shape[3]
     if scale is not None:
-        logit_scale = logit_scale * (scale * math.sqrt(query.shape[-1]))
+        logit_scale = logit_scale * (take_number("scale", scale) * math.sqrt(query.shape[-1]))
     if shared > 1:  # no key is copied: [B, F, S, H, D] becomes [B, F * shared, S, H / shared, D]
         query = query.unflatten(3, (-1, shared)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2)
         by_head = turn.expand(-1, -1, heads, -1, -1) if turn.shape[2] == 1 else turn

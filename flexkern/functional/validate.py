@@ -3,13 +3,15 @@
 torch.compile traces all of it, torch 2.6 included, so no function is nested in another.
 """
 
+import math
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from operator import index
 
 import torch
 from torch import Tensor
 
+from flexkern.finite import all_finite
 from flexkern.plan import band_split
 from flexkern.policies import PositionPolicy, Preset, get_preset
 
@@ -106,8 +108,17 @@ def take_scale(logit_scale: Tensor | float | None, frames: int, device: torch.de
         if logit_scale.ndim:
             validate_tensor("logit_scale", logit_scale, "[F]", [frames], torch.float32, device)
         return logit_scale.to(device, torch.float32).expand(frames)
-    number = 1.0 if logit_scale is None else float(logit_scale)
+    number = 1.0 if logit_scale is None else take_number("logit_scale", logit_scale, ", or a float32 tensor [F]")
     return torch.full((frames,), number, dtype=torch.float32, device=device)
+
+
+def take_number(name: str, number: object, otherwise: str = "") -> float:
+    """The number as a float, numpy's included; raise unless it is real and finite."""
+    if not isinstance(number, Real) or isinstance(number, bool):
+        raise TypeError(f"{name} must be one number{otherwise}, got {type(number).__name__}: {number!r:.80}")
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, got {number}")
+    return float(number)
 
 
 def validate_count(name: str, count: object) -> int:
@@ -117,24 +128,24 @@ def validate_count(name: str, count: object) -> int:
     return count if isinstance(count, int) else int(count)
 
 
-def list_frames(name: str, frames: object) -> list[int]:
-    """Indices in time as a list, from a sequence, an array of numpy or a tensor; raise unless they are such."""
+def list_frames(name: str, frames: object, what: str = "frames in time") -> list[int]:
+    """Indices of ``what`` as a list, from a sequence, an array of numpy or a tensor; raise unless they are such."""
     try:
         listed = frames.tolist() if hasattr(frames, "tolist") else list(frames)  # type: ignore[call-overload]
         if any(isinstance(frame, bool) for frame in listed):
             raise TypeError
         listed = [index(frame) for frame in listed]
     except TypeError:
-        raise TypeError(f"{name} must list integers, the indices of frames in time, got {frames!r}") from None
+        raise TypeError(f"{name} must list integers, the indices of {what}, got {frames!r}") from None
     if not listed or min(listed) < 0:
-        raise ValueError(f"{name} must list indices of frames >= 0, at least one, got {listed}")
+        raise ValueError(f"{name} must list indices of {what}, >= 0 and at least one, got {listed}")
     return listed
 
 
 def take_slots(slots: object, pages: int, device: torch.device) -> Tensor:
     """The listed pages as a tensor [R] of integers; those that come from the host are checked here."""
     if not isinstance(slots, Tensor):
-        listed = list_frames("slots", slots)
+        listed = list_frames("slots", slots, "pages")
         if max(listed) >= pages:
             raise IndexError(f"slots must be in [0, {pages}), the pages there are, got {listed}")
         return torch.tensor(listed, device=device)
@@ -218,6 +229,18 @@ def validate_plan(query: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tenso
     validate_tensor("logit_scale", logit_scale, "[F]", [frames], real, device)
     if bias is not None:
         validate_tensor("bias", bias, "[F, R]", [frames, read], real, device)
+    validate_values(turn, logit_scale, bias)
+
+
+def validate_values(turn: Tensor, logit_scale: Tensor, bias: Tensor | None) -> None:
+    """Raise where values on a CPU are not finite, but for -inf in bias; on a GPU asking would wait for it."""
+    if turn.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    for name, x in (("turn", turn), ("logit_scale", logit_scale)):
+        if not all_finite(x):
+            raise ValueError(f"{name} must be finite, got values that are not")
+    if bias is not None and not bool((bias < float("inf")).all()):  # false for nan as well
+        raise ValueError("bias must be finite, or -inf to hide a frame, got nan or +inf")
 
 
 def frames_known(turn: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -245,9 +268,10 @@ def count_frames(query: Tensor, key: Tensor, tokens: int | None, known: Tensor |
     mend = "pass x.transpose(1, 2) of query, key and value"
     if found is None:
         counts = "whole frames" if known is None else f"{known.shape[0]} and {known.shape[1]} frames"
+        each = f"{tokens} tokens each" if tokens is not None else "one number of tokens each"
         swapped = frames_along(2, query, key, tokens, known) is not None
         raise ValueError(
-            f"query and key must hold {counts} of {tokens or 'as many'} tokens, got {rows} and {columns} tokens"
+            f"query and key must hold {counts} of {each}, got {rows} and {columns} tokens"
             + (f" of {heads} and {others} heads; if heads come first, {mend}" if swapped else "")
         )
     if rows < heads and columns < others:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexkern.backends import Pointwise, get_backend
+from flexkern.backends import Pointwise
+from flexkern.backends.choice import AUTO, open_backend, validate_backend
 from flexkern.cache import FrameCache
 from flexkern.engine import Engine
 from flexkern.memory import Memory, PagedMemory
@@ -122,7 +123,8 @@ class ClipMemory:
         if torch.is_grad_enabled():
             raise RuntimeError("a patched transformer is for inference: call it under torch.no_grad()")
         batch, _, frames, height, width = latents.shape
-        backend, config = get_backend(self.backend, latents.device), self.config
+        config = self.config
+        backend, _ = open_backend(self.backend, latents.device, head_dim=config.head_dim, dtype=latents.dtype)
         _, ph, pw = config.patch_size
         rows, columns = height // ph, width // pw
         cache = FrameCache(
@@ -185,7 +187,7 @@ class CausalTransformer:
         return None if keys_only else out.squeeze(2).unflatten(0, (batch, frames))
 
 
-def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: str = "sdpa") -> Patch:
+def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: str = AUTO) -> Patch:
     """Run every forward of a ``WanTransformer3DModel`` with the preset's temporal positions, until ``unpatch``.
 
     Whole clips, every frame attending to every other, at any length: the horizon extension of the preset follows the
@@ -194,7 +196,7 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
     Args:
         transformer: The ``transformer`` of a Wan pipeline.
         preset: Only its ``position`` acts; "self-forcing" is the transformer as it was.
-        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
         A handle with ``undo``, which may be used as a context manager.
@@ -206,7 +208,7 @@ def patch(transformer: nn.Module, preset: str | Preset = "riflex", *, backend: s
     """
     chosen = get_preset(preset)
     config = _config(transformer)
-    get_backend(backend)
+    validate_backend(backend)
     return Patch(transformer, ClipMemory(config, chosen, backend), [0] * config.num_layers)
 
 
@@ -228,7 +230,7 @@ def unpatch(transformer: nn.Module) -> None:
 
 
 def causal(
-    transformer: nn.Module, *, schedule: Schedule | None = None, backend: str = "sdpa", chunk: int = 3,
+    transformer: nn.Module, *, schedule: Schedule | None = None, backend: str = AUTO, chunk: int = 3,
     text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
     decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
 ) -> Engine:  # fmt: skip
@@ -239,7 +241,7 @@ def causal(
     Args:
         transformer: With the weights of a causal model.
         schedule: As ``Engine``'s; so are the arguments after it.
-        backend: A key of ``flexkern.backends.BACKENDS``.
+        backend: "auto" or a key of ``flexkern.backends.BACKENDS``.
         chunk: Latent frames denoised together.
         text_encoder: Needed for prompts that are text.
         encoder: Needed for videos that begin with pictures.

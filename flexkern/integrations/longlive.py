@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexkern.backends.choice import AUTO
 from flexkern.integrations.self_forcing import ATTENTION, SELF_FORCING, Patch, Upstream, unpatch
 from flexkern.policies import Preset
 
@@ -30,9 +31,7 @@ LONGLIVE = Upstream(
 )
 
 
-def patch(
-    pipeline: nn.Module, preset: str | Preset = "flex", *, seed: int | None = None, backend: str = "sdpa"
-) -> Patch:
+def patch(pipeline: nn.Module, preset: str | Preset = "flex", *, seed: int | None = None, backend: str = AUTO) -> Patch:
     """Run a pipeline of LongLive with the preset; patch it after its LoRA is applied.
 
     The preset's ``switch`` decides what a new prompt does to the cache; the pipeline's ``global_sink`` is not used.
@@ -41,7 +40,7 @@ def patch(
         pipeline: A loaded pipeline, already in its dtype and on its device.
         preset: The method: a name, or a ``Preset``.
         seed: As in ``flexkern.integrations.self_forcing.patch``.
-        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
         A handle, which may be used as a context manager.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flexkern.backends import get_backend
+from flexkern.backends.choice import AUTO, open_backend
 from flexkern.noise import PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -56,7 +56,7 @@ SELF_FORCING = Upstream(
 
 
 def patch(
-    pipeline: nn.Module, preset: str | Preset = "flex", *, seed: int | None = None, backend: str = "sdpa"
+    pipeline: nn.Module, preset: str | Preset = "flex", *, seed: int | None = None, backend: str = AUTO
 ) -> "Patch":
     """Run the pipeline with the preset, for any number of frames, until ``unpatch`` or the handle's ``undo``.
 
@@ -65,7 +65,7 @@ def patch(
         preset: The method: a name, or a ``Preset``.
         seed: Of the preset's noise, as a session's; None draws one for each video from torch's generator, so that the
             script's own seed decides. Presets whose noise is i.i.d. leave upstream's noise as it is.
-        backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
+        backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
 
     Returns:
         A handle, which may be used as a context manager.
@@ -141,7 +141,8 @@ class Patch:
         self.preset.retention.keep([], pipeline.num_frame_per_block)  # refuses a window that is too small
         self.preset.position.multipliers(1.0, band_split(attn.head_dim)[0], attn.num_heads)
         self.made_for = weight.dtype, weight.device
-        self.backend, self.backend_name = get_backend(backend, weight.device), backend
+        self.backend, choice = open_backend(backend, weight.device, head_dim=attn.head_dim, dtype=weight.dtype)
+        self.backend_name = choice.name
         self.target: int | None = None  # latent frames of the video that inference was called for
         self._window: CacheWindow | None = None  # the size of a video shows in its first forward
         self.noise: PolicyNoise | None = None

@@ -147,8 +147,7 @@ class Meter:
             ValueError: there are fewer than two chunks, or fewer than two pictures.
         """
         count = len(self._thumbnails)
-        if chunk_pictures < 1 or count < 2 * chunk_pictures:
-            raise ValueError(f"a video must hold two chunks of {chunk_pictures} pictures at least, got {count}")
+        validate_length(count, chunk_pictures)
         self._settle_first()
         self._look()
         found = {name: np.array(values) for name, values in self._values.items()}
@@ -200,6 +199,22 @@ class Meter:
             self._waiting.clear()
             for name, model in self._models.items():
                 self._note(name, *model(batch).tolist())
+
+
+def validate_length(pictures: int, chunk_pictures: int) -> None:
+    """Raises ValueError for a video that is too short to be measured, or chunks of nothing.
+
+    Args:
+        pictures: how many the video holds.
+        chunk_pictures: pictures that a model makes at a time.
+    """
+    if chunk_pictures < 1:
+        raise ValueError(f"a chunk must hold at least 1 picture, got {chunk_pictures}")
+    if pictures < 2 * chunk_pictures:
+        raise ValueError(
+            f"a video must hold at least two chunks of {chunk_pictures} pictures, {2 * chunk_pictures} in all, "
+            f"got {pictures}"
+        )
 
 
 def measure(

@@ -12,6 +12,7 @@ from flexkern.metrics.measure import CURVES, LEARNED, Report
 try:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.text import Text
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 except ModuleNotFoundError as error:
     raise ImportError('matplotlib is not installed: pip install "flexkern[metrics]"') from error
@@ -59,13 +60,22 @@ def plot_curves(
             axes.set_axis_off()
         for axes in panels[max(0, len(shown) - columns) : len(shown)]:
             axes.set_xlabel("time (s)" if _longest(reports) < 180 else "time (min:s)")
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside upper left", ncols=min(len(names), 6), frameon=False, fontsize=11)
+        handles, numbers = panels[0].get_legend_handles_labels()
+        names = [list(reports)[int(number)] for number in numbers]  # matplotlib hides a label that begins with _
+        place = dict(loc="outside upper left", ncols=min(len(names), 6), frameon=False, fontsize=11)
+        plain(*figure.legend(handles, [""] * len(names), **place).get_texts(), says=names)
         if title:
-            figure.suptitle(title, x=0.99, ha="right", fontsize=13, weight="bold")
+            plain(figure.suptitle(" ", x=0.99, ha="right", fontsize=13, weight="bold"), says=[title])
         note = f"Lines: mean of a sliding window of {clock(_window(reports))}; faint: single pictures."
         figure.supxlabel(note + (" Dashed: training horizon." if horizon else ""), fontsize=9, color="#555555")
         figure.savefig(Path(path))
+
+
+def plain(*texts: Text, says: Sequence[str]) -> None:
+    """Let texts of a figure say words of the user's, in which a dollar or an underscore is itself."""
+    for text, words in zip(texts, says, strict=True):
+        text.set_parse_math(False)
+        text.set_text(words)
 
 
 def clock(seconds: float) -> str:
@@ -93,7 +103,7 @@ def _window(reports: Mapping[str, Report]) -> float:
 
 def _panel(axes: Any, name: str, reports: Mapping[str, Report], horizon: float | None) -> None:
     drawn = []
-    for number, (label, report) in enumerate(reports.items()):
+    for number, report in enumerate(reports.values()):
         if name not in report.curves:
             continue
         raw = report.curves[name]
@@ -102,7 +112,7 @@ def _panel(axes: Any, name: str, reports: Mapping[str, Report], horizon: float |
         time = np.arange(len(raw)) / report.fps
         if name not in SHARP:
             axes.plot(time, raw, color=colour, alpha=0.22, linewidth=0.7)
-        axes.plot(time, line, color=colour, linestyle=dashes, linewidth=1.8, label=label)
+        axes.plot(time, line, color=colour, linestyle=dashes, linewidth=1.8, label=f"{number}")
         drawn.append(raw)
     if horizon is not None:
         axes.axvline(horizon, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=0)

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from flexkern.metrics.plot import FAINT, FONT, INK, clock
+from flexkern.metrics.plot import FAINT, FONT, INK, clock, plain
 from flexkern.metrics.video import inspect_video, pictures_at
 from flexkern.metrics.vision import Picture
 
@@ -110,7 +110,8 @@ def _draw(
         axes.imshow(sheet, interpolation="none", extent=(0, width, height, 0), aspect="auto")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
-        axes.set_yticks([y + high / 2 for y, high in zip(tops, heights, strict=True)], names, fontsize=13)
+        axes.set_yticks([y + high / 2 for y, high in zip(tops, heights, strict=True)], [""] * len(names), fontsize=13)
+        plain(*axes.get_yticklabels(), says=names)
         axes.set_xticks([number * (tile + GAP) + tile / 2 for number in range(len(shown))])
         axes.set_xticklabels([clock(moment) for moment in shown], fontsize=13)
         for row, pictures in enumerate(rows):
@@ -125,7 +126,8 @@ def _draw(
                 inside * (tile + GAP) - GAP / 2, color=INK, linewidth=2.5, linestyle=(0, (3, 2)), clip_on=False
             )
         if title:
-            figure.text(left / total[0], 1 - 10 / total[1], title, fontsize=16, weight="bold", va="top")
+            place = left / total[0], 1 - 10 / total[1]
+            plain(figure.text(*place, "", fontsize=16, weight="bold", va="top"), says=[title])
         figure.savefig(out, dpi=DPI)
 
 

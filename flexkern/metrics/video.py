@@ -89,6 +89,8 @@ def _picture_at(container: Any, stream: Any, moment: float) -> Picture | None:
 
 
 def _open(path: Path) -> Any:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a video")
     if not path.is_file():
         raise FileNotFoundError(f"there is no video {path}")
     try:

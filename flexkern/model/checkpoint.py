@@ -15,7 +15,7 @@ from typing import Literal
 
 import torch
 
-from flexkern.backends import get_backend
+from flexkern.backends.choice import AUTO, Choice, choose_backend, validate_backend
 from flexkern.checks import check_fields, require
 from flexkern.model.decoder import ChunkDecoder, LatentForm
 from flexkern.model.embeddings import KnownPrompts, SavedEmbeddings, embeddings_file, encoded_rows
@@ -128,7 +128,8 @@ class Parts:
     """saved embeddings; with a text encoder the file that its embeddings are saved to"""
     prompts: tuple[str, ...]
     """those to encode before the transformer is loaded"""
-    backend: str
+    backend: Choice
+    """what runs, and why it is that one"""
     device: str
     notes: tuple[str, ...]
     """what a user would want to know before it runs"""
@@ -168,7 +169,7 @@ def validate_checkpoint(
     image: str | Path | None = None,
     pixels: bool | None = None,
     text: bool | None = None,
-    backend: str = "sdpa",
+    backend: str = AUTO,
     device: str = "cpu",
 ) -> Parts:
     """The parts of a checkpoint, all of which can be loaded and fit each other, told from headers.
@@ -181,7 +182,7 @@ def validate_checkpoint(
         pixels: True needs a VAE, False leaves it out but for an image, None takes one where there is one.
         text: True needs a text encoder or saved embeddings, as prompts do; False leaves them out; None takes them
             where they are.
-        backend: Of attention.
+        backend: Of attention, "auto" or one of ``flexkern.backends.BACKENDS``.
         device: cpu, cuda or cuda:N.
 
     Raises:
@@ -193,7 +194,7 @@ def validate_checkpoint(
     """
     require(not isinstance(prompts, str), f"prompts must be a list of texts, got {prompts!r}")
     validate_device(device)
-    get_backend(backend, device)
+    validate_backend(backend, device)
     family = checkpoint.chosen_family()
     found = find_parts(checkpoint.weights, prefer=family.files)
     kind, vae = _find_vae(checkpoint, found, pixels, image is not None)
@@ -204,6 +205,7 @@ def validate_checkpoint(
     embeddings, encoder = _find_text(checkpoint, found, prompts, text)
     held, model = validate_transformer(found.transformer, ema=checkpoint.ema, lora=checkpoint.loras)
     model.grid(*family.size)
+    chosen = choose_backend(backend, device, head_dim=model.config.head_dim, dtype=DTYPES[checkpoint.dtype])
     _validate_text(checkpoint, embeddings, encoder, prompts, model.config)
     if vae is not None:
         validate_channels(found.transformer, model.config)
@@ -220,7 +222,7 @@ def validate_checkpoint(
         text_encoder=encoder,
         embeddings=embeddings,
         prompts=tuple(dict.fromkeys(prompts)),
-        backend=backend,
+        backend=chosen,
         device=device,
         notes=tuple(_notes(checkpoint, family, found)),
     )

@@ -24,6 +24,7 @@ def validate_image(path: str | Path) -> None:
         with Image.open(path) as image:
             image.load()
             _eight_bits(image, image.format, path)
+            _validate_opaque(image, path)
     except UnidentifiedImageError:
         raise ValueError(f"{path} is not an image that can be read") from None
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
@@ -43,15 +44,26 @@ def read_image(path: str | Path, height: int, width: int) -> Tensor:
         are scaled to 8.
 
     Raises:
-        ValueError: Its values are floats, or integers of more than 16 bits, whose white nobody can know.
+        ValueError: Its values are floats, or integers of more than 16 bits, whose white nobody can know; or it has
+            transparent pixels, whose colour nobody sees.
     """
     import numpy as np
     from PIL import Image, ImageOps
 
     with Image.open(path) as image:
+        _validate_opaque(image, path)
         upright = _eight_bits(ImageOps.exif_transpose(image), image.format, path).convert("RGB")
         fitted = ImageOps.fit(upright, (width, height), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(fitted))[None, None]
+
+
+def _validate_opaque(image: "Image", path: str | Path) -> None:
+    """Raises ValueError where a pixel is transparent; the colour behind it in the file is often arbitrary."""
+    if image.mode not in ("RGBA", "RGBa", "LA", "La", "PA") and "transparency" not in image.info:
+        return
+    alpha = image.convert("RGBA").getchannel("A").tobytes()
+    if min(alpha) < 255:
+        raise ValueError(f"{path} has transparent pixels, and a video has none: flatten it onto a background first")
 
 
 def _eight_bits(image: "Image", form: str | None, path: str | Path) -> "Image":

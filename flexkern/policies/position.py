@@ -73,7 +73,7 @@ class PositionPolicy:
     """one multiplier theta'_j / theta_j per band; overrides mode, scale and start (logit_temp still follows s)"""
     index: Literal["absolute", "slot"] = "absolute"
     """what a position is: absolute, the frame's index in the video; slot, its index in the list of attended frames,
-    with the frames being computed at its end"""
+    with the frames being computed at its end ("slot index" in the papers; not the slot of its page)"""
     base: float = 10000.0
     """base of the model's temporal frequencies"""
     riflex_band: int | None = None

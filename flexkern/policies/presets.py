@@ -22,7 +22,9 @@ class SwitchPolicy:
     """how many of the last frames recache runs again, or flush keeps. None: recache runs as many as the window holds,
     as LongLive does; flush keeps 2, as Infinity-RoPE does"""
     keep_sink: bool = True
-    """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink)"""
+    """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink). If not, only frames that
+    are run again stay, and the first of them become the sink. Where those are all frames of the video so far, the sink
+    is run again either way"""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -46,7 +46,7 @@ class RetentionPolicy(Protocol):
 
     @property
     def pinned(self) -> int:
-        """How many frames at the head of the list are never evicted, whatever a prompt switch does."""
+        """How many frames at the head of the list ``keep`` never evicts; a prompt switch may change which those are."""
 
     def keep(self, frames: Sequence[int], incoming: int) -> Kept:
         """What stays of the cached ``frames``, absolute indices in list order, when ``incoming`` new ones arrive.
@@ -57,10 +57,11 @@ class RetentionPolicy(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SinkWindow:
-    """Keeps the first frames for ever and the most recent ones as long as there is room."""
+    """Keeps the frames at the head of the list, and the most recent ones as long as there is room."""
 
     sink: int
-    """frames at the start of the video that are never evicted; 0 for plain first in, first out"""
+    """frames at the head of the list that are never evicted; 0 for plain first in, first out. They are the first of the
+    video, unless a prompt switch without ``switch.keep_sink`` made others the head"""
     window: int
     """frames attended in all, the sink and the current chunk included"""
 

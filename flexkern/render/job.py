@@ -305,7 +305,7 @@ def render(
     """
     made, waiting, rate = min(writer.pictures, pictures), list(script[followed:]), fps or writer.fps
     watch = watch or Watch(progress=progress)
-    watch.begin(pictures=pictures, made=made, chunk=session.chunks)
+    watch.begin(pictures=pictures, made=made, waits_for=first_wait(session) if watch.progress else "")
     try:
         if start is not None:
             made += _write(writer, start, pictures)
@@ -330,6 +330,13 @@ def render(
     finally:
         watch.end()
     return True
+
+
+def first_wait(session: "Session") -> str:
+    """What the first chunk waits for: kernels are compiled at their first launch, unless Triton's cache has them."""
+    engine = session.engine
+    is_compiled = engine.backend_name == "triton" and engine.model.device.type == "cuda"
+    return "compiling or loading kernels" if is_compiled else f"chunk {session.chunks}"
 
 
 def _write(writer: VideoWriter | PipeWriter | Filled, chunk: "Chunk", most: int) -> int:

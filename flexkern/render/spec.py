@@ -93,7 +93,7 @@ class JobSpec:
     """write latents to this safetensors file instead"""
     encoding: Encoding = Encoding()
     """how pictures become the video"""
-    backend: str = "sdpa"
+    backend: str = "auto"
     """implementation of attention, one of those that `flexkern doctor` lists"""
     device: str | None = None
     """cpu, cuda or cuda:N; default: the first GPU, or the CPU if there is none"""

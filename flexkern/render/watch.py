@@ -129,7 +129,7 @@ class Watch:
         self._began = self._ended = self._told = self._previewed = 0.0
         self._bar: tqdm[NoReturn] | None = None
 
-    def begin(self, *, pictures: int, made: int, chunk: int) -> None:
+    def begin(self, *, pictures: int, made: int, waits_for: str) -> None:
         """A render begins, or goes on from so many pictures."""
         self._pictures, self.made, self._began_with = pictures, made, made
         self._began = self._told = self._ended = self._clock()
@@ -137,7 +137,7 @@ class Watch:
         self._event("started", pictures=pictures, made=made, **self.about)
         if self.progress and self._stream.isatty():
             self._bar = tqdm(
-                total=pictures, initial=made, desc=f"chunk {chunk}", unit=" pictures", bar_format=BAR,
+                total=pictures, initial=made, desc=waits_for, unit=" pictures", bar_format=BAR,
                 mininterval=0.1, file=self._stream,
             )  # fmt: skip
 

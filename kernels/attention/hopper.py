@@ -1,4 +1,4 @@
-"""``frame_attention`` for sm_90 with specialised warps. Selected only by ``path="hopper"``; figures are in README.md.
+"""``frame_attention`` for sm_90 with specialised warps. select.py says where it is selected; figures are in README.md.
 
 One warp fetches keys and values by TMA; two warpgroups of 64 query rows each multiply. Against the portable kernel:
 
@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common import LN_2, LOG2_E
+from ..prepared import Blocks, Prepared, keep
 from .hopper_device import (
     ROWS,
     QueryRows,
@@ -51,7 +52,7 @@ from .hopper_ring import (
     wait_free,
 )
 from .hopper_variants import SELECTED, Variant, get_variant
-from .launch import prepare_launch, validate_inputs
+from .launch import Launch, Shapes, prepare_launch, shapes_of, validate_inputs
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
 BLOCK_M = gl.constexpr(2 * ROWS.value)
@@ -311,24 +312,32 @@ def frame_attention_hopper(
     """
     variant = get_variant(variant) if isinstance(variant, str) else variant
     validate_inputs(query, key_pages, value_pages, slots, turn, logit_scale, bias)
-    tokens, heads, dim = query.shape[2:]
+    dim = query.shape[-1]
     if query.dtype.itemsize != 2 or dim not in (64, 128):
         raise ValueError(f"head dim must be 64 or 128, in bfloat16 or float16, got {dim} in {query.dtype}")
+    shapes = shapes_of(query, key_pages, slots, turn, logit_scale, bias, want_lse=want_lse, programs=programs)
+    launch, attend, blocks = prepare(shapes, variant)
+    results = launch.allocate(query)
+    described = [of.of(pages) for of in blocks for pages in (key_pages, value_pages)]
+    attend(query, *results, turn, logit_scale, bias, slots, *described)
+    launch.merge(results)
+    return results.out, results.lse
+
+
+@keep
+def prepare(shapes: Shapes, variant: Variant) -> tuple[Launch, Prepared, tuple[Blocks, Blocks]]:
+    """The launch, the kernel, and how whole and last tiles of pages are read."""
     block_m, block_n = BLOCK_M.value, 128
-    launch = prepare_launch(
-        query, turn, bias, key_pages.shape[1], block_m=block_m, block_n=block_n, least_m=block_m,
-        want_lse=want_lse, programs=programs,
-    )  # fmt: skip
-
-    def blocks(pages: Tensor, rows: int) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
-        return TensorDescriptor.from_tensor(pages.view(-1, tokens, heads * dim), [1, rows, dim], layout)
-
-    _frame_attention_hopper[(launch.programs,)](
-        query, launch.out, launch.lse, launch.acc, launch.sums, turn, logit_scale, bias, slots,
-        *(blocks(pages, rows) for rows in (block_n, launch.last_n or block_n) for pages in (key_pages, value_pages)),
-        launch.log2_scale, *launch.sizes, **launch.constants, VARIANT=variant,
+    launch = prepare_launch(shapes, block_m=block_m, block_n=block_n, least_m=block_m)
+    attend = Prepared(
+        _frame_attention_hopper, (launch.programs,), launch.numbers, {**launch.constants, "VARIANT": variant},
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
-    launch.merge()
-    return launch.out, launch.lse
+    batch, _, tokens, heads, dim = shapes.query
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
+
+    def blocks(rows: int) -> Blocks:
+        described = batch * shapes.pages, tokens, heads * dim
+        return Blocks(TensorDescriptor, shapes.dtypes[0], described, [1, rows, dim], layout)
+
+    return launch, attend, (blocks(block_n), blocks(launch.last_n or block_n))

@@ -7,7 +7,7 @@ Numerics: float32, one rounding at the store. Oracle: ``reference.frame_attentio
 """
 
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LN_2, LOG2_E, cast, require_contiguous
+from ..prepared import Prepared
 from .tiles import multiprocessors
 from .work import Outputs, Sizes, find_rows, owner, share
 
@@ -106,38 +107,57 @@ class Constants(TypedDict):
     HAS_LSE: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Launch:
-    """One call as the kernels take it: sizes, outputs and workspace.
+class Shapes(NamedTuple):
+    """What a launch of attention follows from, beside its tile: the key under which launches are kept."""
 
-    out: [B, F, S, H, D]. lse: float32 [B, F, H, S] or None. acc, sums: float32, fragments of cut tiles, two a program.
-    log2_scale: what turns a dot product into an exponent of 2. last_n: keys of a frame's last tile, 0 where whole tiles
-    fill a frame.
-    """
+    query: torch.Size  # [B, F, S, H, D]
+    turn: torch.Size  # [F, R, G, T, 2]
+    pages: int  # of a layer, per video
+    has_bias: bool
+    want_lse: bool
+    programs: int  # that run side by side
+    dtypes: tuple[torch.dtype, ...]  # of query and pages, slots, turn, logit_scale
 
-    out: Tensor
-    lse: Tensor | None
+
+class Results(NamedTuple):
+    """What one call writes, allocated for it. acc, sums: float32, fragments of cut tiles, two a program."""
+
+    out: Tensor  # [B, F, S, H, D]
+    lse: Tensor | None  # float32 [B, F, H, S]
     acc: Tensor
     sums: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """What all calls of the same shapes have in common: sizes, constants, and how fragments are merged.
+
+    last_n: keys of a frame's last tile, 0 where whole tiles fill a frame. fragment_rows: of the workspace.
+    numbers: arguments of the attention kernels between pointers and constants.
+    """
+
+    shapes: Shapes
     programs: int
     block_m: int
     last_n: int
-    log2_scale: float
-    sizes: Sizes
+    fragment_rows: int
+    numbers: tuple[float, ...]
     constants: Constants
+    merging: Prepared | None
 
-    def merge(self) -> None:
+    def allocate(self, query: Tensor) -> Results:
+        """Results and workspace of one call, from the allocator of the current stream."""
+        batch, frames, tokens, heads, dim = self.shapes.query
+        rows, lse = self.fragment_rows, None
+        if self.shapes.want_lse:
+            lse = query.new_empty((batch, frames, heads, tokens), dtype=torch.float32)
+        acc = query.new_empty((rows, dim), dtype=torch.float32)
+        return Results(torch.empty_like(query), lse, acc, query.new_empty((rows, 2), dtype=torch.float32))
+
+    def merge(self, results: Results) -> None:
         """Add the fragments of the tiles that were cut, if any were."""
-        sizes, constants = self.sizes, self.constants
-        if sizes.tiles % self.programs == 0:
-            return
-        rows = min(self.block_m, 32)
-        _merge[(sizes.tiles % self.programs, self.block_m // rows)](
-            self.out, self.lse, self.acc, self.sums,
-            sizes.tiles, sizes.spans, sizes.frames, sizes.read, self.programs, sizes.heads,
-            S=constants["S"], D=constants["D"], SPAN=constants["SPAN"], HAS_LSE=constants["HAS_LSE"],
-            BLOCK_M=self.block_m, ROWS=rows, num_warps=4, enable_fp_fusion=True,
-        )  # fmt: skip
+        if self.merging is not None:
+            self.merging(*results)
 
 
 def validate_inputs(
@@ -154,51 +174,54 @@ def validate_inputs(
         raise ValueError(f"query, key_pages and value_pages must have one dtype, got {found}")
 
 
-def prepare_launch(
-    query: Tensor, turn: Tensor, bias: Tensor | None, pages: int, *,
-    block_m: int, block_n: int, least_m: int = 16, want_lse: bool, programs: int | None,
-) -> Launch:  # fmt: skip
-    """Choose tile sizes and the grid, and allocate outputs and workspace.
+def shapes_of(
+    query: Tensor, key_pages: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tensor, bias: Tensor | None, *,
+    want_lse: bool, programs: int | None,
+) -> Shapes:  # fmt: skip
+    """The key of a call; one program per multiprocessor where ``programs`` is None."""
+    dtypes = query.dtype, slots.dtype, turn.dtype, logit_scale.dtype, *(() if bias is None else (bias.dtype,))
+    programs = programs or multiprocessors(query.device)
+    return Shapes(query.shape, turn.shape, key_pages.shape[1], bias is not None, want_lse, programs, dtypes)
+
+
+def prepare_launch(shapes: Shapes, *, block_m: int, block_n: int, least_m: int = 16) -> Launch:
+    """Choose tile sizes and the grid.
 
     A span is a run of query rows that no tile crosses: all F * S rows of a head, or one frame's S rows if there is a
     bias (a hidden frame must be hidden for the whole tile). A tile meets two frames at most.
 
     Args:
-        query: [B, F, S, H, D].
-        turn: [F, R, G, T, 2].
-        bias: [F, R] or None.
-        pages: P, pages of a layer.
+        shapes: Of the call.
         block_m, block_n: rows and keys of a tile at most; fewer where a span or a frame is shorter.
         least_m: the fewest rows that the kernel can do.
-        want_lse: allocate the log-sum-exp too.
-        programs: how many run side by side; one per multiprocessor if None.
     """
-    batch, frames, tokens, heads, dim = query.shape
-    read, groups, time = turn.shape[1:4]
-    is_one_span = bias is None and (frames == 1 or block_m <= tokens + 1)
+    batch, frames, tokens, heads, dim = shapes.query
+    read, groups, time = shapes.turn[1:4]
+    is_one_span = not shapes.has_bias and (frames == 1 or block_m <= tokens + 1)
     span = frames * tokens if is_one_span else tokens
     block_m = min(block_m, max(least_m, triton.next_power_of_2(span)))
     last_n = max(16, triton.next_power_of_2(tokens % block_n)) if tokens % block_n else 0
     spans = frames * tokens // span
     tiles = batch * heads * spans * triton.cdiv(span, block_m)
-    programs = min(programs or multiprocessors(query.device), tiles * read)
-    fragment_rows = 2 * programs * block_m if tiles % programs else 1
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.float32, device=query.device)
-
+    programs = min(shapes.programs, tiles * read)
+    cut, rows = tiles % programs, min(block_m, 32)
+    merging = None
+    if cut:
+        constants = {"S": tokens, "D": dim, "SPAN": span, "BLOCK_M": block_m, "ROWS": rows, "HAS_LSE": shapes.want_lse}
+        merging = Prepared(
+            _merge, (cut, block_m // rows), (tiles, spans, frames, read, programs, heads), constants,
+            num_warps=4, enable_fp_fusion=True,
+        )  # fmt: skip
     return Launch(
-        out=torch.empty_like(query),
-        lse=empty(batch, frames, heads, tokens) if want_lse else None,
-        acc=empty(fragment_rows, dim),
-        sums=empty(fragment_rows, 2),
+        shapes=shapes,
         programs=programs,
         block_m=block_m,
         last_n=last_n,
-        log2_scale=LOG2_E.value / dim**0.5,
-        sizes=Sizes(tiles, spans, frames, read, pages, heads, groups),
+        fragment_rows=2 * programs * block_m if cut else 1,
+        numbers=(LOG2_E.value / dim**0.5, *Sizes(tiles, spans, frames, read, shapes.pages, heads, groups)),
         constants=Constants(
             S=tokens, T=time, D=dim, SPAN=span, CROSSES=is_one_span and frames > 1,
-            BLOCK_N=block_n, LAST_N=last_n, HAS_BIAS=bias is not None, HAS_LSE=want_lse,
+            BLOCK_N=block_n, LAST_N=last_n, HAS_BIAS=shapes.has_bias, HAS_LSE=shapes.want_lse,
         ),
+        merging=merging,
     )  # fmt: skip

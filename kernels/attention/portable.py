@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .. import HOPPER, require_triton
 from ..common import INTERPRETED, LOG2_E, cast
-from .launch import prepare_launch, store_item, validate_inputs
-from .tiles import Config, arch_of, frame_attention_config
+from ..prepared import Blocks, Prepared, keep
+from .launch import Launch, Shapes, prepare_launch, shapes_of, store_item, validate_inputs
+from .select import PathName, choose_tile
+from .tiles import Config, multiprocessors
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
 
@@ -171,6 +172,7 @@ def frame_attention(
     *,
     want_lse: bool = False,
     config: Config | None = None,
+    path: PathName | None = None,
     programs: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend to the listed pages. Enqueues the kernels on the current stream; nothing waits for the GPU.
@@ -183,40 +185,51 @@ def frame_attention(
         logit_scale: [F] float32, a factor on the logits.
         bias: [F, R] float32, added to the logits; -inf hides a frame, which is then not read.
         want_lse: return the log-sum-exp of the logits too.
-        config: a tile other than the tuned one.
-        programs: how many run side by side; one per multiprocessor if None.
+        config: a tile of the portable kernel other than the selected one.
+        path: "portable" or "hopper", where it must be that kernel; the one that select.py names if None.
+        programs: how many run side by side; as many as the tile wants on each multiprocessor if None.
 
     Returns:
         The output [B, F, S, H, D], and the log-sum-exp [B, F, H, S] in float32, or None if it is not wanted.
 
     Raises:
-        ValueError: if a tensor is not contiguous, dtypes differ, or the Hopper kernel has no variant of that name.
+        ValueError: if a tensor is not contiguous, dtypes differ, or the kernel that is asked for cannot run there.
+        NotImplementedError: if no kernel takes that GPU, head dim or dtype.
     """
     inputs = query, key_pages, value_pages, slots, turn, logit_scale, bias
-    tokens, heads, dim = query.shape[2:]
-    config = config or frame_attention_config(arch_of(query.device), dim, query.dtype)
-    if config.path == "hopper":
-        require_triton(HOPPER, by="path 'hopper' needs")
+    config = choose_tile(query, config, path)
+    if config is None:
         from .hopper import frame_attention_hopper  # Gluon, which only this path needs
 
-        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs, variant=config.variant)
+        return frame_attention_hopper(*inputs, want_lse=want_lse, programs=programs)
     validate_inputs(*inputs)
-    launch = prepare_launch(
-        query, turn, bias, key_pages.shape[1], block_m=config.block_m, block_n=config.block_n,
-        want_lse=want_lse, programs=programs,
-    )  # fmt: skip
+    programs = programs or config.per_sm * multiprocessors(query.device)
+    shapes = shapes_of(query, key_pages, slots, turn, logit_scale, bias, want_lse=want_lse, programs=programs)
+    launch, attend, blocks = prepare(shapes, config)
+    results = launch.allocate(query)
+    described = [of.of(pages) if of else pages for of in blocks for pages in (key_pages, value_pages)]
+    attend(query, *results, turn, logit_scale, bias, slots, *described)
+    launch.merge(results)
+    return results.out, results.lse
 
-    def blocks(pages: Tensor, rows: int) -> TensorDescriptor | Tensor:
-        if not (config.tma and rows):
-            return pages
-        return TensorDescriptor.from_tensor(pages.view(-1, tokens, heads * dim), [1, rows, dim])
 
-    _frame_attention[(launch.programs,)](
-        query, launch.out, launch.lse, launch.acc, launch.sums, turn, logit_scale, bias, slots,
-        *(blocks(pages, rows) for rows in (config.block_n, launch.last_n) for pages in (key_pages, value_pages)),
-        launch.log2_scale, *launch.sizes, **launch.constants, BLOCK_M=launch.block_m,
-        STAGES=config.num_stages, TMA=config.tma,
+@keep
+def prepare(shapes: Shapes, config: Config) -> tuple[Launch, Prepared, tuple[Blocks | None, Blocks | None]]:
+    """The launch, the kernel, and how whole and last tiles of pages are read: None by pointers."""
+    launch = prepare_launch(shapes, block_m=config.block_m, block_n=config.block_n)
+    constants = {
+        **launch.constants, "BLOCK_M": launch.block_m, "STAGES": config.num_stages, "TMA": config.tma,
+    }  # fmt: skip
+    attend = Prepared(
+        _frame_attention, (launch.programs,), launch.numbers, constants,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    launch.merge()
-    return launch.out, launch.lse
+    batch, _, tokens, heads, dim = shapes.query
+
+    def blocks(rows: int) -> Blocks | None:
+        if not (config.tma and rows):
+            return None
+        described = batch * shapes.pages, tokens, heads * dim
+        return Blocks(TensorDescriptor, shapes.dtypes[0], described, [1, rows, dim])
+
+    return launch, attend, (blocks(config.block_n), blocks(launch.last_n))

@@ -15,51 +15,56 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common import cast, count_warps, require_contiguous
-
-# what a program computes
-KEY = tl.constexpr(0)
-VALUE = tl.constexpr(1)
-QUERY = tl.constexpr(2)
+from ..common import cast, count_warps, is_dense, require_contiguous
+from ..prepared import Prepared, keep
 
 
 @triton.jit
 def load_pairs(ptr, offs, mask):
-    """Both channels of the pairs at ``offs``, in float32; a pair is loaded as one integer and taken apart in registers.
+    """The pairs at ``offs``, each as one integer, for ``split_pairs`` to take apart.
 
     So loads and stores are 16 bytes wide and no channel changes its thread; even and odd channels as two strided loads
     are 2 bytes wide, and tl.split of one tile is compiled to shuffles or a trip through shared memory.
     """
-    dtype: tl.constexpr = ptr.dtype.element_ty
+    pair_type: tl.constexpr = tl.uint64 if ptr.dtype.element_ty.primitive_bitwidth == 32 else tl.uint32
+    return tl.load(ptr.to(tl.pointer_type(pair_type)) + offs, mask=mask, other=0)
+
+
+@triton.jit
+def split_pairs(pairs, dtype: tl.constexpr):
+    """Both channels of pairs of that dtype, in float32."""
     bits: tl.constexpr = dtype.primitive_bitwidth
-    pair_type: tl.constexpr = tl.uint64 if bits == 32 else tl.uint32
     half_type: tl.constexpr = tl.uint32 if bits == 32 else tl.uint16
-    pair = tl.load(ptr.to(tl.pointer_type(pair_type)) + offs, mask=mask, other=0)
-    real = pair.to(half_type).to(dtype, bitcast=True)
-    imag = (pair >> bits).to(half_type).to(dtype, bitcast=True)
+    real = pairs.to(half_type).to(dtype, bitcast=True)
+    imag = (pairs >> bits).to(half_type).to(dtype, bitcast=True)
     return real.to(tl.float32), imag.to(tl.float32)
 
 
 @triton.jit
-def norm_rope(
-    x_ptr, weight_ptr, turn_ptr, out_ptr, eps,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """Normalise and turn one token's channels; x_ptr, turn_ptr and out_ptr point at its row."""
-    offs_h = tl.arange(0, BLOCK_H)[:, None]
+def load_place_turn(turn_ptr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr, BLOCK_P: tl.constexpr):
+    """(cos, sin) [1, BLOCK_P] of one place; temporal pairs come first and are not turned here."""
     offs_p = tl.arange(0, BLOCK_P)
-    mask = (offs_h < HEADS) & (offs_p < PAIRS)[None, :]
-    offs = offs_h * PAIRS + offs_p[None, :]
-    real, imag = load_pairs(x_ptr, offs, mask)
-    real_weight, imag_weight = load_pairs(weight_ptr, offs, mask)
-    # temporal pairs come first and are not turned here
     turned = (offs_p >= PAIRS - PLACE_PAIRS) & (offs_p < PAIRS)
-    cos, sin = load_pairs(turn_ptr, offs_p - (PAIRS - PLACE_PAIRS), turned)
-    cos, sin = tl.where(turned, cos, 1.0)[None, :], sin[None, :]
+    turns = load_pairs(turn_ptr, offs_p - (PAIRS - PLACE_PAIRS), turned)
+    cos, sin = split_pairs(turns, turn_ptr.dtype.element_ty)
+    return tl.where(turned, cos, 1.0)[None, :], sin[None, :]
 
+
+@triton.jit
+def norm_rope(
+    pairs, dtype: tl.constexpr, weight_ptr, cos, sin, out_ptr, eps,
+    HEADS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """Normalise and turn one token's channels, loaded as pairs of that dtype, and store them at its row."""
+    offs_h, offs_p = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_P)[None, :]
+    mask = (offs_h < HEADS) & (offs_p < PAIRS)
+    real, imag = split_pairs(pairs, dtype)
     inverse = tl.rsqrt(tl.sum(real * real + imag * imag) / (2 * HEADS * PAIRS) + eps)
+    # only now: loaded before the sum, the weights would take registers from rows on their way
+    weights = load_pairs(weight_ptr, offs_h * PAIRS + offs_p, mask)
+    real_weight, imag_weight = split_pairs(weights, weight_ptr.dtype.element_ty)
     real, imag = real * inverse * real_weight, imag * inverse * imag_weight
-    out_ptr += offs_h * (2 * PAIRS) + offs_p[None, :]
+    out_ptr += offs_h * (2 * PAIRS) + offs_p
     tl.store(out_ptr, cast(real * cos - imag * sin, out_ptr.dtype.element_ty), mask=mask)
     tl.store(out_ptr + PAIRS, cast(real * sin + imag * cos, out_ptr.dtype.element_ty), mask=mask)
 
@@ -69,31 +74,36 @@ def _norm_rope_write(
     query_ptr, key_ptr, value_ptr, query_weight_ptr, key_weight_ptr, turn_ptr,
     key_page_ptr, value_page_ptr, slot_ptr, out_ptr,
     stride_pb, stride_pp, eps,
-    OPERANDS: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr,
+    HAS_QUERY: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    # one program per token and operand, its row in registers, so that each waits for memory once; with key and value in
-    # one program the compiler loaded the value only after the key's sum
+    # one program per token: its query, key and value, its turn and its slot are all on their way before one is used.
+    # The value is stored first, which frees its registers for the norms
     CHANNELS: tl.constexpr = 2 * HEADS * PAIRS
-    place, frame = tl.program_id(0), tl.program_id(1)
-    batch, operand = (tl.program_id(2) // OPERANDS).to(tl.int64), tl.program_id(2) % OPERANDS
+    query_dtype: tl.constexpr = query_ptr.dtype.element_ty
+    key_dtype: tl.constexpr = key_ptr.dtype.element_ty
+    place, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     row = ((batch * tl.num_programs(1) + frame) * tl.num_programs(0) + place) * CHANNELS
+    slot = tl.load(slot_ptr + frame).to(tl.int64)
+    offs_h, offs_p = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_P)[None, :]
+    offs, mask = offs_h * PAIRS + offs_p, (offs_h < HEADS) & (offs_p < PAIRS)
+    if HAS_QUERY:
+        query = load_pairs(query_ptr + row, offs, mask)
+    key = load_pairs(key_ptr + row, offs, mask)
+    offs_c = tl.arange(0, BLOCK_C)
+    value = tl.load(value_ptr + row + offs_c, mask=offs_c < CHANNELS, other=0.0)
     turn_ptr += place.to(tl.int64) * (2 * PLACE_PAIRS)
-    if operand == QUERY:
-        norm_rope(query_ptr + row, query_weight_ptr, turn_ptr, out_ptr + row, eps,
-                  HEADS, PAIRS, PLACE_PAIRS, BLOCK_H, BLOCK_P)  # fmt: skip
-    else:
-        slot = tl.load(slot_ptr + frame).to(tl.int64)
-        page = batch * stride_pb + slot * stride_pp + place.to(tl.int64) * CHANNELS
-        if slot >= 0:
-            if operand == KEY:
-                norm_rope(key_ptr + row, key_weight_ptr, turn_ptr, key_page_ptr + page, eps,
-                          HEADS, PAIRS, PLACE_PAIRS, BLOCK_H, BLOCK_P)  # fmt: skip
-            else:  # VALUE
-                offs_c = tl.arange(0, BLOCK_C)
-                value = tl.load(value_ptr + row + offs_c, mask=offs_c < CHANNELS, other=0.0)
-                value = cast(value, value_page_ptr.dtype.element_ty)
-                tl.store(value_page_ptr + page + offs_c, value, mask=offs_c < CHANNELS)
+    cos, sin = load_place_turn(turn_ptr, PAIRS, PLACE_PAIRS, BLOCK_P)
+
+    page = batch * stride_pb + slot * stride_pp + place.to(tl.int64) * CHANNELS
+    value = cast(value, value_page_ptr.dtype.element_ty)
+    tl.store(value_page_ptr + page + offs_c, value, mask=(offs_c < CHANNELS) & (slot >= 0))
+    if HAS_QUERY:
+        norm_rope(query, query_dtype, query_weight_ptr, cos, sin, out_ptr + row, eps,
+                  HEADS, PAIRS, BLOCK_H, BLOCK_P)  # fmt: skip
+    if slot >= 0:
+        norm_rope(key, key_dtype, key_weight_ptr, cos, sin, key_page_ptr + page, eps,
+                  HEADS, PAIRS, BLOCK_H, BLOCK_P)  # fmt: skip
 
 
 def norm_rope_write(
@@ -125,23 +135,42 @@ def norm_rope_write(
     Raises:
         ValueError: if a tensor, or a page, is not contiguous, or key and value pages differ in strides.
     """
-    batch, frames, tokens, heads, dim = key.shape
     require_contiguous(
         query=query, key=key, value=value, query_weight=query_weight, key_weight=key_weight, place_turn=place_turn,
-        slots=slots, **{"a page of key_pages": key_pages[0, 0], "a page of value_pages": value_pages[0, 0]},
+        slots=slots,
     )  # fmt: skip
-    if key_pages.stride() != value_pages.stride():
-        found = f"{key_pages.stride()} and {value_pages.stride()}"
-        raise ValueError(f"key_pages and value_pages must have the same strides, got {found}")
     out = None if query is None else torch.empty_like(query)
-    operands = 2 if query is None else 3
-    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
-    _norm_rope_write[(tokens, frames, batch * operands)](
+    prepared = prepare(
+        key.shape, place_turn.shape[1], key_pages.shape, key_pages.stride(), value_pages.stride(), eps,
+        None if query is None else query.dtype, key.dtype, value.dtype, query_weight.dtype, key_weight.dtype,
+        place_turn.dtype, key_pages.dtype, value_pages.dtype, slots.dtype,
+    )  # fmt: skip
+    prepared(
         key if query is None else query, key, value, query_weight, key_weight, place_turn,
         key_pages, value_pages, slots, key if out is None else out,
-        key_pages.stride(0), key_pages.stride(1), eps,
-        OPERANDS=operands, HEADS=heads, PAIRS=dim // 2, PLACE_PAIRS=place_turn.shape[1],
-        BLOCK_H=block_h, BLOCK_P=block_p, BLOCK_C=triton.next_power_of_2(heads * dim),
-        num_warps=count_warps(2 * block_h * block_p), enable_fp_fusion=True,
     )  # fmt: skip
     return out
+
+
+@keep
+def prepare(
+    shape: torch.Size, place_pairs: int, pages: torch.Size, key_strides: tuple[int, ...],
+    value_strides: tuple[int, ...], eps: float, query_dtype: torch.dtype | None, *dtypes: torch.dtype,
+) -> Prepared:  # fmt: skip
+    """The launch for keys [B, F, S, H, D] and pages of these shapes and strides, of these dtypes."""
+    batch, frames, tokens, heads, dim = shape
+    for name, strides in (("key_pages", key_strides), ("value_pages", value_strides)):
+        if not is_dense(pages[2:], strides[2:]):
+            found = f"shape {list(pages[2:])}, strides {strides[2:]}"
+            raise ValueError(f"a page of {name} must be contiguous, got {found}")
+    if key_strides != value_strides:
+        raise ValueError(f"key_pages and value_pages must have the same strides, got {key_strides} and {value_strides}")
+    block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
+    constants = {
+        "HAS_QUERY": query_dtype is not None, "HEADS": heads, "PAIRS": dim // 2, "PLACE_PAIRS": place_pairs,
+        "BLOCK_H": block_h, "BLOCK_P": block_p, "BLOCK_C": triton.next_power_of_2(heads * dim),
+    }  # fmt: skip
+    return Prepared(
+        _norm_rope_write, (tokens, frames, batch), (*key_strides[:2], float(eps)), constants,
+        num_warps=count_warps(2 * block_h * block_p), enable_fp_fusion=True,
+    )  # fmt: skip

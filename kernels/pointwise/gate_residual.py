@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import cast, require_contiguous, require_contiguous_channels
+from ..prepared import Prepared, keep
 
 
 @triton.jit
@@ -53,17 +54,21 @@ def gate_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """
     require_contiguous(x=x, update=update)
     require_contiguous_channels(gate=gate)
-    batch, frames, tokens, channels = x.shape
     out = torch.empty_like(x)
+    prepare(x.shape, gate.stride(), x.dtype, update.dtype, gate.dtype)(x, update, gate, out)
+    return out
+
+
+@keep
+def prepare(shape: torch.Size, gate_strides: tuple[int, ...], *dtypes: torch.dtype) -> Prepared:
+    """The launch for x [B, F, S, C] and a gate of these strides, of these dtypes."""
+    batch, frames, tokens, channels = shape
     # 512 divides every C in use, and 64 threads hold it 16 bytes each, so the gate is loaded once and stays with its
     # thread; four tokens keep nine such loads of a thread in flight, 8 KB a program
     block_c = min(triton.next_power_of_2(channels), 512)
     block_s = 2048 // block_c
-    _gate_residual[(triton.cdiv(tokens, block_s) * triton.cdiv(channels, block_c), frames, batch)](
-        x, update, gate, out,
-        gate.stride(0), gate.stride(1),
-        frames, tokens,
-        CHANNELS=channels, BLOCK_S=block_s, BLOCK_C=block_c,
+    return Prepared(
+        _gate_residual, (triton.cdiv(tokens, block_s) * triton.cdiv(channels, block_c), frames, batch),
+        (*gate_strides[:2], frames, tokens), {"CHANNELS": channels, "BLOCK_S": block_s, "BLOCK_C": block_c},
         num_warps=2, enable_fp_fusion=True,
     )  # fmt: skip
-    return out

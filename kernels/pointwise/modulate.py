@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import cast, require_contiguous, require_contiguous_channels, row_tile
+from ..prepared import Prepared, keep
 
 
 @triton.jit
@@ -57,14 +58,22 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tens
     """
     require_contiguous(x=x)
     require_contiguous_channels(scale=scale, shift=shift)
-    batch, frames, tokens, channels = x.shape
     out = torch.empty_like(x)
+    prepared = prepare(x.shape, scale.stride(), shift.stride(), eps, x.dtype, scale.dtype, shift.dtype)
+    prepared(x, scale, shift, out)
+    return out
+
+
+@keep
+def prepare(
+    shape: torch.Size, scale_strides: tuple[int, ...], shift_strides: tuple[int, ...], eps: float, *dtypes: torch.dtype
+) -> Prepared:
+    """The launch for x [B, F, S, C], scale and shift of these strides, of these dtypes."""
+    batch, frames, tokens, channels = shape
     block_s, block_c, num_warps = row_tile(channels)
-    _modulate[(triton.cdiv(tokens, block_s), frames, batch)](
-        x, scale, shift, out,
-        scale.stride(0), scale.stride(1), shift.stride(0), shift.stride(1),
-        frames, tokens, eps,
-        CHANNELS=channels, BLOCK_S=block_s, BLOCK_C=block_c,
+    return Prepared(
+        _modulate, (triton.cdiv(tokens, block_s), frames, batch),
+        (*scale_strides[:2], *shift_strides[:2], frames, tokens, float(eps)),
+        {"CHANNELS": channels, "BLOCK_S": block_s, "BLOCK_C": block_c},
         num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    return out

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import cast, require_contiguous, row_tile
+from ..prepared import Prepared, keep
 
 
 @triton.jit
@@ -50,14 +51,17 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
         ValueError: if x or weight is not contiguous.
     """
     require_contiguous(x=x, weight=weight)
-    channels = x.shape[-1]
-    rows = x.numel() // channels
     out = torch.empty_like(x)
-    block_r, block_c, num_warps = row_tile(channels)
-    _rms_norm[(triton.cdiv(rows, block_r),)](
-        x, weight, out,
-        rows, eps,
-        CHANNELS=channels, BLOCK_R=block_r, BLOCK_C=block_c,
+    prepare(x.numel(), x.shape[-1], eps, x.dtype, weight.dtype)(x, weight, out)
+    return out
+
+
+@keep
+def prepare(count: int, channels: int, eps: float, *dtypes: torch.dtype) -> Prepared:
+    """The launch for ``count`` numbers in rows of that many channels, of these dtypes."""
+    rows, (block_r, block_c, num_warps) = count // channels, row_tile(channels)
+    return Prepared(
+        _rms_norm, (triton.cdiv(rows, block_r),), (rows, float(eps)),
+        {"CHANNELS": channels, "BLOCK_R": block_r, "BLOCK_C": block_c},
         num_warps=num_warps, enable_fp_fusion=True,
     )  # fmt: skip
-    return out

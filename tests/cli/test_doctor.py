@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from flexkern import backends, demo
+from flexkern.backends.choice import Choice
 from flexkern.cli import doctor, main, requirements
 
 
@@ -38,6 +40,29 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     assert "triton not available: the package triton is not installed" in out
     assert "flash-attn not available: the package flash-attn is not installed" in out
     assert "triton       not there: " in out and "cpu          broken: ZeroDivisionError: " in out
+
+
+def test_doctor_tells_what_auto_takes_and_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    said = list(doctor.tell_auto(doctor.examine_auto()))
+    assert said[0] == "cpu, heads of 128 in bfloat16: sdpa (auto, since device 'cpu' is not a CUDA GPU)"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    wanted = {"cuda:0": "the Hopper attention kernel", "cuda:1": "measured on no GPU"}
+    chosen = lambda *, device, **model: Choice(name="triton", why=f"auto; {wanted[device]}")
+    monkeypatch.setattr("flexkern.backends.choice.choose_backend", chosen)
+    one, two = list(doctor.tell_auto(doctor.examine_auto()))[:2]
+    assert one == "cuda:0, heads of 128 in bfloat16: triton (auto; the Hopper attention kernel)"
+    assert two == "cuda:1, heads of 128 in bfloat16: triton (auto; measured on no GPU)"
+
+
+@pytest.mark.triton(3, 4)
+def test_doctor_names_the_file_of_kept_tiles(monkeypatch, tmp_path):
+    monkeypatch.setattr("flexkern.kernels.attention.kept.kept_file", lambda: tmp_path / "tiles.json")
+    assert doctor.examine_auto()["tiles"] is None
+    (tmp_path / "tiles.json").write_text("{}")
+    *_, last = doctor.tell_auto(doctor.examine_auto())
+    assert last == f"tiles kept by flexkern warmup --tune: {tmp_path}/tiles.json"
 
 
 def test_doctor_describes_gpus(monkeypatch):

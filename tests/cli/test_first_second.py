@@ -35,7 +35,7 @@ def asked(*words: str) -> tuple[str, ...]:
         ("presets", "0", ("numpy",)), ("render --help", "0", ("numpy",)), ("render --sedd 3", "2", ("numpy",)),
         ("render --model self-forcing --help", "0", ("numpy",)), ("render --frames 0", "2", ("numpy",)),
         ("render --model causvid --sedd 3", "2", ("numpy",)), ("render --preset fle", "2", ("numpy",)),
-        ("inspect", "2", ()), ("metrics --help", "0", ("numpy",)),
+        ("inspect", "2", ()), ("metrics --help", "0", ("numpy",)), ("warmup --help", "0", ("numpy",)),
     ],
 )  # fmt: skip
 def test_nothing_heavy_is_loaded_for_what_needs_no_work(words, status, loaded):

@@ -18,6 +18,7 @@ from flexkern.cli.policies import with_policies
 from flexkern.cli.presets import PLAIN, Presets, describe
 from flexkern.cli.render import Render
 from flexkern.cli.sheet import Sheet
+from flexkern.cli.warmup import Warmup
 from flexkern.policies import PRESETS, get_preset
 from flexkern.policies.presets import POLICIES
 from flexkern.session import Session
@@ -46,11 +47,11 @@ def test_what_comes_twice_is_refused_by_name(flexkern_, words):
     assert re.fullmatch(rf"flexkern: error: [^\n]*{REPEATED[words]}[^\n]*: give it once\n", err), err
 
 
-@pytest.mark.parametrize("command", [Render, Inspect, Metrics, Sheet, Presets, Doctor])
+@pytest.mark.parametrize("command", [Render, Inspect, Metrics, Sheet, Presets, Warmup, Doctor])
 def test_every_option_of_help_is_known_to_the_words(flexkern_, command, monkeypatch):
     """So that none can come twice: names, aliases and pairs are those that the parser itself has."""
     monkeypatch.setenv("COLUMNS", "300")
-    known = spellings(with_policies(command, []) if command is Render else command)
+    known = spellings(with_policies(command, []) if command in (Render, Warmup) else command)
     text = flexkern_(command.__name__.lower(), "--help")[1]
     rows = re.findall(r"(?:^|  )[^\w-]*(--[a-z][\w.-]*(?:, --[a-z][\w.-]*)*)", text, re.MULTILINE)
     listed = {word for row in rows for word in row.split(", ")}
@@ -172,13 +173,13 @@ def test_a_preset_is_shown_in_words(flexkern_):
     status, out, _ = flexkern_("presets", "flex")
     assert status == 0
     for words in (
-        "Bands of fewer than 0.25 turns in training are slowed by s, those of 1 or more stay as trained.",
+        "Bands of fewer than 0.25 cycles in training are slowed by s, those of 1 or more stay as trained.",
         "A frame sees 21 latent frames in all, its own chunk included; the first 3 frames of the video stay",
         "The noise of a frame is correlated by -0.7 with that of the frame before (antiphase noise).",
         "A new prompt leaves what is remembered as it is.",
     ):
         assert words in out
-    assert re.search(r"^\* --position.alpha 0.25 +turns in training", out, re.MULTILINE)
+    assert re.search(r"^\* --position.alpha 0.25 +cycles in training", out, re.MULTILINE)
     assert re.search(r"^\* --switch.recent 12 ", flexkern_("presets", "longlive")[1], re.MULTILINE)  # as the window
     assert "--position.jitter-sigma" in out[out.index("Without effect in flex") :]
 

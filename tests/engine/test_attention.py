@@ -229,7 +229,7 @@ ONES = {"query_frames": [1], "key_frames": [1], "pairs": "split"}
         ({"value": VALUE[:, :5]}, ValueError, r"value must have the shape of key.+ got \[2, 5, 2, 64\]"),
         ({"query": QUERY.clone().requires_grad_()}, NotImplementedError, "query requires a gradient.+torch.no_grad"),
         ({"tokens": None}, ValueError, "tokens must be given"),
-        ({"tokens": 4}, ValueError, "whole frames of 4 tokens, got 15 and 20 tokens"),
+        ({"tokens": 4}, ValueError, "whole frames of 4 tokens each, got 15 and 20 tokens"),
         ({"tokens": 0}, ValueError, "tokens must be an integer of at least 1, got 0"),
         ({"tokens": 5.0}, ValueError, "tokens must be an integer of at least 1, got 5.0"),
         ({"pairs": "wan"}, ValueError, "pairs must be 'interleaved' .+ or 'split' .+, got 'wan'"),
@@ -237,14 +237,14 @@ ONES = {"query_frames": [1], "key_frames": [1], "pairs": "split"}
         ({"turn": turn_of()}, ValueError, "pairs must be given .+'interleaved' .pair by pair.+ or 'split'"),
         ({"query_frames": [1, 2, 3]}, ValueError, "query_frames and key_frames go together"),
         (ONES | TURN, ValueError, "either turn or query_frames"),
-        (ONES, ValueError, "query and key must hold 1 and 1 frames of 5 tokens, got 15 and 20 tokens$"),
-        (ONES | {"tokens": None}, ValueError, "hold 1 and 1 frames of as many tokens, got 15 and 20 tokens"),
+        (ONES, ValueError, "query and key must hold 1 and 1 frames of 5 tokens each, got 15 and 20 tokens$"),
+        (ONES | {"tokens": None}, ValueError, "hold 1 and 1 frames of one number of tokens each, got 15 and 20 tokens"),
         (PLACED | {"query_frames": [1.0]}, TypeError, r"query_frames must list integers.+, got \[1.0\]"),
         (PLACED | {"query_frames": 3}, TypeError, "query_frames must list integers.+, got 3"),
         (PLACED | {"key_frames": torch.ones(2, 2).long()}, TypeError, "key_frames must list integers"),
         (PLACED | {"key_frames": torch.ones(2).bool()}, TypeError, "key_frames must list integers"),
-        (PLACED | {"key_frames": [0, -1]}, ValueError, r"key_frames must list indices of frames >= 0.+ got \[0, -1\]"),
-        (PLACED | {"key_frames": ()}, ValueError, "key_frames must list indices of frames >= 0, at least one"),
+        (PLACED | {"key_frames": [0, -1]}, ValueError, r"key_frames must list .+ frames in time, >= 0.+ got \[0, -1\]"),
+        (PLACED | {"key_frames": ()}, ValueError, "key_frames must list .+, >= 0 and at least one"),
         (PLACED | {"policy": "flux"}, ValueError, "no preset 'flux'.+did you mean 'flex'"),
         (PLACED | {"policy": ""}, ValueError, "no preset ''"),
         (PLACED | {"policy": get_preset("flex").retention}, TypeError, "policy must be .+, got SinkWindow"),
@@ -260,14 +260,22 @@ ONES = {"query_frames": [1], "key_frames": [1], "pairs": "split"}
         (PLACED | {"is_causal": True, "bias": torch.zeros(3, 3)}, ValueError, r"bias must be \[F, R\] = \[3, 4\], got"),
         ({"attn_mask": torch.ones(15, 20).bool()}, NotImplementedError, r"attn_mask is by token.+pass bias.+\[F, R\]"),
         ({"dropout_p": 0.1}, NotImplementedError, "dropout_p must be 0, got 0.1"),
-        (TURN | {"turn": turn_of(read=5)}, ValueError, "must hold 3 and 5 frames of 5 tokens, got 15 and 20 tokens"),
+        (TURN | {"turn": turn_of(read=5)}, ValueError, "hold 3 and 5 frames of 5 tokens each, got 15 and 20 tokens"),
         (TURN | {"turn": turn_of(3)}, ValueError, r"turn must be \[F, R, 1 or H, T, 2\] = .+ got \[3, 4, 3, 12, 2\]"),
         (TURN | {"turn": turn_of()[0]}, ValueError, r"turn must be .+ got \[4, 1, 12, 2\]"),
         (TURN | {"turn": turn_of().double()}, ValueError, "turn must be torch.float32 on cpu, got torch.float64"),
         (TURN | {"turn": torch.ones(FRAMES, R, 1, 33, 2)}, ValueError, "T = 12, .+ or T = 32, .+ got T = 33"),
         (TURN | {"turn": turn_of()[:, :, :, :8]}, ValueError, "T = 12, the temporal pairs of head dim 64 .+ got T = 8"),
         ({"logit_scale": torch.ones(4)}, ValueError, r"logit_scale must be \[F\] = \[3\], got \[4\]"),
-        ({"bias": torch.zeros(FRAMES, 3)}, ValueError, "must hold 3 and 3 frames of 5 tokens, got 15 and 20 tokens"),
+        ({"bias": torch.full((FRAMES, R), float("nan"))}, ValueError, "bias must be finite, or -inf to hide a frame"),
+        ({"bias": torch.full((FRAMES, R), float("inf"))}, ValueError, r"bias must be finite, .+ got nan or \+inf"),
+        (TURN | {"turn": turn_of() * float("nan")}, ValueError, "turn must be finite"),
+        (TURN | {"logit_scale": torch.full((FRAMES,), float("inf"))}, ValueError, "logit_scale must be finite"),
+        (TURN | {"logit_scale": [1.0] * FRAMES}, TypeError, r"logit_scale must be one number, or a .+ \[F\], got list"),
+        (TURN | {"logit_scale": float("nan")}, ValueError, "logit_scale must be finite, got nan"),
+        (TURN | {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+        (TURN | {"scale": "0.1"}, TypeError, "scale must be one number, got str: '0.1'"),
+        ({"bias": torch.zeros(FRAMES, 3)}, ValueError, "hold 3 and 3 frames of 5 tokens each, got 15 and 20 tokens"),
         (TURN | {"bias": torch.zeros(FRAMES, 3)}, ValueError, r"bias must be \[F, R\] = \[3, 4\], got \[3, 3\]"),
         ({"bias": [[0.0]]}, TypeError, "bias must be a tensor, got list"),
         ({"bias": torch.zeros(FRAMES, R).half()}, ValueError, "bias must be torch.float32 on cpu, got torch.float16"),
@@ -299,8 +307,10 @@ def test_errors_of_paged_attention():
         call(slots=inputs["slots"][:0])
     with pytest.raises(ValueError, match="slots must be integers, got torch.float32"):
         call(slots=inputs["slots"].float())
-    with pytest.raises(TypeError, match="slots must list integers"):
+    with pytest.raises(TypeError, match="slots must list integers, the indices of pages, got"):
         call(slots=["4", "0"])
+    with pytest.raises(ValueError, match=r"slots must list indices of pages, >= 0 .+, got \[0, -1\]"):
+        call(slots=[0, -1])
     with pytest.raises(ValueError, match="value_pages must be contiguous"):
         call(value_pages=inputs["value_pages"].transpose(0, 1).contiguous().transpose(0, 1))
     with pytest.raises(ValueError, match="key_pages must hold frames of 5 tokens as query does, got 4"):

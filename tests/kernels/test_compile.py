@@ -20,6 +20,8 @@ GOOD = {
 }  # fmt: skip
 SPECIALISED = GOOD | {"function": "_frame_attention_hopper", "loops": [GOOD["loops"][0] | {"covered": 66}]}
 PLAIN = GOOD | {"function": "_modulate", "counts": {"length": 300}, "loops": []}
+ROWS = PLAIN | {"function": "_norm_rope_write", "num_warps": 1, "registers": 130}
+CROWDED_ROWS = ROWS | {"registers": 155}
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +77,7 @@ def test_good_code_passes():
     assert not objections(HOPPER, SPECIALISED, "489")
     assert not objections(HOPPER, SPECIALISED | {"meetings": ["0x1", "0x2, 0x80", "0x7, 0x100"]}, "489")
     assert not objections(Case(kernel="modulate", arch=80), PLAIN, "")
+    assert not objections(Case(kernel="norm_rope_write", arch=90), ROWS, "")
     assert not objections(Case(kernel="frame_attention", arch=90, dtype="float32"), GOOD | {"loops": [], "stack": 99})
 
 
@@ -93,6 +96,7 @@ def test_good_code_passes():
         (Case(kernel="modulate", arch=90), PLAIN | {"spill_stores": 8, "spill_loads": 8, "stack": 8}, "spills 8"),
         (HOPPER, SPECIALISED | {"loops": [{**SPECIALISED["loops"][0], "covered": 60}]}, "6 exponentials"),
         (HOPPER, SPECIALISED | {"meetings": ["0x1", "0x2, 0x80", "0x7, 0x100", "0x8, 0x80"]}, "named barrier 8"),
+        (Case(kernel="norm_rope_write", arch=90), CROWDED_ROWS, "let 12 programs on an SM, 15 are wanted"),
         (HOPPER, {"function": "frame_attention", "error": "CompilationError: at 3:1"}, "does not compile"),
     ],
 )

@@ -11,14 +11,12 @@ from hopper_mutants import DEADLOCKS, MUTANTS, OTHERS, RACES
 
 from flexkern.kernels.attention.hopper import frame_attention_hopper
 from flexkern.kernels.attention.hopper_variants import BEST_ARGUED, SELECTED, VARIANTS, Variant, get_variant
-from flexkern.kernels.attention.portable import frame_attention
-from flexkern.kernels.attention.tiles import Config
 from flexkern.testing import assert_as_accurate
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="fragments are merged by Triton's interpreter")
 # played like the kernel itself
 OWN = ("common", "attention.work", "attention.hopper_ring", "attention.hopper_device")
-SHARED = ("attention.launch", "attention.hopper_variants")
+SHARED = ("prepared", "attention.launch", "attention.hopper_variants")
 EVERY = [  # every combination of switches that a variant may have
     Variant(signal=signal, one_arrive=one, ping_pong=turns, early_free=early, stages=stages)
     for signal in ("mbarrier", "named")
@@ -133,11 +131,6 @@ def test_variants_are_refused_by_name_and_by_sense():
         ValueError, match="no variant 'turn' of the Hopper kernel, did you mean 'turns': there is plain, "
     ):
         get_variant("turn")
-    tile = dict(block_m=128, block_n=128, num_warps=4, num_stages=2)
-    with pytest.raises(ValueError, match="no variant 'fast'"):
-        Config(**tile, path="hopper", variant="fast")
-    with pytest.raises(ValueError, match="'turns' is one of path 'hopper', got path 'triton'"):
-        Config(**tile, variant="turns")
     with pytest.raises(ValueError, match="no variant 'fast'"):
         frame_attention_hopper(**make_inputs(1, 1, 16, 1, 64, 1, 1, torch.bfloat16), variant="fast")
     for switches, says in (
@@ -148,16 +141,6 @@ def test_variants_are_refused_by_name_and_by_sense():
     ):
         with pytest.raises(ValueError, match=says):
             Variant(**switches)
-
-
-def test_frame_attention_passes_the_variant_on(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "flexkern.kernels.attention.hopper.frame_attention_hopper", lambda *_, **options: seen.update(options)
-    )
-    config = Config(block_m=128, block_n=128, num_warps=4, num_stages=2, path="hopper", variant=BEST_ARGUED)
-    frame_attention(**make_inputs(1, 1, 16, 1, 64, 1, 1, torch.bfloat16), config=config)
-    assert seen["variant"] == BEST_ARGUED
 
 
 SOURCES = [(ROOT / "kernels" / f"{name.replace('.', '/')}.py").read_text() for name in (*OWN[2:], "attention.hopper")]

@@ -10,14 +10,16 @@ import pytest
 for package in ("av", "cv2", "matplotlib", "tyro", "tqdm"):
     pytest.importorskip(package, reason='needs pip install "flexkern[metrics]"')
 
+import matplotlib.figure
 import matplotlib.image
 import tyro
 from footage import CHUNK, FPS, clean, repeat
+from matplotlib.text import Text
 
 from flexkern.cli.metrics import Metrics
 from flexkern.cli.sheet import Sheet
 from flexkern.metrics import contact_sheet, inspect_video, measure, pictures_at, read_pictures
-from flexkern.metrics.plot import clock
+from flexkern.metrics.plot import clock, plot_curves
 from flexkern.metrics.sheet import moments
 from flexkern.render import VideoWriter
 
@@ -78,7 +80,11 @@ def test_pictures_stream_through():
 @pytest.mark.parametrize(
     ("pictures", "options", "message"),
     [
-        (clean()[:23], {"fps": 12}, f"a video must hold two chunks of {CHUNK} pictures at least, got 23"),
+        (
+            clean()[:23],
+            {"fps": 12},
+            f"at least two chunks of {CHUNK} pictures, {2 * CHUNK} in all, got 23",
+        ),
         (clean()[:30], {}, "pictures do not say how many are shown per second: pass fps"),
         (clean()[:30], {"fps": 0}, "pictures do not|fps must be above 0"),
         (clean()[:30, ..., 0], {"fps": 12}, r"pictures must be uint8 \[T, H, W, 3\], got uint8 \[30, 64, 96\]"),
@@ -135,6 +141,42 @@ def test_metrics_refuses_in_one_line(words, message, capsys):
     status, said, wrong = run(Metrics, *words, capsys=capsys)
     assert status == 2 and said == "" and wrong.startswith("flexkern: error:") and message in wrong
     assert wrong.count("\n") == 1
+
+
+def test_a_video_that_cannot_be_measured_is_named_before_the_others_are(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("flexkern.metrics.measure", lambda *_, **__: pytest.fail("a video was measured"))
+    out, short = tmp_path / "out", tmp_path / "brief.mp4"
+    with VideoWriter(short, 96, 64, fps=FPS) as writer:
+        writer.write(clean()[:10])
+    for words, message in (
+        ([short], "brief.mp4: a video must hold at least two chunks of 12 pictures, 24 in all, got 10"),
+        (["--chunk", 0], f"{files[0]}: a chunk must hold at least 1 picture, got 0"),
+        (["--horizon", "nan"], "--horizon must be seconds above 0, got nan"),
+        (["--sink", 0], "--sink must be at least 1 picture, got 0"),
+        ([tmp_path], f"{tmp_path} is a folder, not a video"),
+    ):
+        status, said, wrong = run(Metrics, files[0], *words, "--out", out, capsys=capsys)
+        assert status == 2 and said == "" and message in wrong and not out.exists()
+    status, _, wrong = run(Metrics, files[0], "--out", short, capsys=capsys)
+    assert status == 2 and f"--out must be a folder, and {short} is a file" in wrong
+
+
+def test_names_and_titles_are_text_in_pictures(files, tmp_path, monkeypatch):
+    """matplotlib hides labels that begin with an underscore, and reads mathematics between dollars."""
+    shown = []
+
+    def keep(figure, *_, **__):
+        shown.append([text.get_text() for text in figure.findobj(Text) if text.get_text()])
+        figure.canvas.draw()  # mathematics is parsed here
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
+    names, title = ("_under", "$x^2$"), r"$\frac{$ and _x_"
+    report = measure(clean()[:30], fps=12)
+    plot_curves(tmp_path / "curves.png", dict.fromkeys(names, report), title=title)
+    contact_sheet(tmp_path / "sheet.png", dict(zip(names, files, strict=True)), title=title)
+    for texts in shown:
+        assert {*names, title} <= set(texts)
+    assert len(shown) == 2
 
 
 def test_a_sheet_has_a_row_per_video_and_a_column_per_moment(files, tmp_path, capsys):

@@ -33,6 +33,20 @@ def test_other_modes_of_eight_bits_are_read(tmp_path):
         assert read_image(path, 32, 32).shape == (1, 1, 32, 32, 3)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_are_refused(tmp_path, mode):
+    """What colour stands behind them nobody sees; an alpha that is 255 everywhere says nothing."""
+    image, path = Image.new("RGBA", (64, 48), (255, 0, 255, 255)), tmp_path / "hole.png"
+    image.putpixel((5, 7), (255, 0, 255, 254))
+    if mode == "P":
+        image.convert("RGB").quantize(4).save(path, transparency=0)
+    else:
+        image.convert(mode).save(path)
+    for read in (validate_image, lambda path: read_image(path, 48, 64)):
+        with pytest.raises(ValueError, match="hole.png has transparent pixels, and a video has none: flatten it"):
+            read(path)
+
+
 @pytest.mark.parametrize(("kind", "words"), [(np.float32, "floats"), (np.int32, "integers of 32 bits")])
 def test_values_whose_white_is_unknown_are_refused(tmp_path, kind, words):
     Image.fromarray((RAMP / 65535 * 3).astype(kind)).save(tmp_path / "x.tif")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -17,6 +18,7 @@ from flexkern.model.schedule import Schedule
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.policies import get_preset
 from flexkern.render import Order, PromptSwitch, prepare, run
+from flexkern.render.job import first_wait
 
 CAT = (PromptSwitch(at=0, prompt="a cat"),)
 BOTH = (*CAT, PromptSwitch(at=2.5, prompt="a dog", cut=True))
@@ -31,6 +33,15 @@ FULL = Order(
     writes="latents",
     image=Path("cat.png"),
 )
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "said"),
+    [("triton", "cuda:0", "compiling or loading kernels"), ("triton", "cpu", "chunk 0"), ("sdpa", "cuda", "chunk 0")],
+)
+def test_the_first_chunk_says_what_it_waits_for(backend, device, said):
+    model = SimpleNamespace(device=torch.device(device))
+    assert first_wait(SimpleNamespace(chunks=0, engine=SimpleNamespace(backend_name=backend, model=model))) == said
 
 
 @pytest.mark.parametrize("order", [PLAIN, FULL])

@@ -39,7 +39,7 @@ def watched(clock, steps, pictures=120, made=0, **options):
     """What a render of chunks of 3 pictures shows, each of which takes 4 seconds."""
     stream = options.pop("stream", io.StringIO())
     watch = Watch(stream=stream, clock=clock, **options)
-    watch.begin(pictures=pictures, made=made, chunk=0)
+    watch.begin(pictures=pictures, made=made, waits_for="chunk 0")
     for index in range(steps):
         clock.now += 4
         watch.wrote(chunk(index, colour=index), 3)
@@ -83,7 +83,7 @@ def test_the_preview_is_the_newest_picture_once_a_second_at_most(clock, tmp_path
     save = Image.Image.save
     monkeypatch.setattr(Image.Image, "save", lambda self, where: saved.append(Path(where).name) or save(self, where))
     watch = Watch(preview=path, clock=clock, progress=False)
-    watch.begin(pictures=300, made=0, chunk=0)
+    watch.begin(pictures=300, made=0, waits_for="chunk 0")
     for index in range(10):
         clock.now += 0.3
         watch.wrote(chunk(index, colour=index), 3)
@@ -95,7 +95,7 @@ def test_a_preview_that_cannot_be_written_stops_nothing(clock, tmp_path):
     (tmp_path / "gone").mkdir()
     watch = Watch(preview=tmp_path / "gone" / "now.jpg", clock=clock, progress=False)
     (tmp_path / "gone").rmdir()
-    watch.begin(pictures=3, made=0, chunk=0)
+    watch.begin(pictures=3, made=0, waits_for="chunk 0")
     watch.wrote(chunk(0), 3)
 
 

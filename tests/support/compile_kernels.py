@@ -35,6 +35,7 @@ ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may ask for
 # functions that must use the matrix units
 MULTIPLIES = ("_frame_attention", "_frame_attention_hopper")
+ROWS_IN_FLIGHT = 15  # tokens of norm_rope_write at 12 heads of 128 in bfloat16, 9 KB each, that an SM must hold at once
 OUR_BARRIERS = 6  # the first named barrier that hopper_ring.py takes
 COLUMNS = ("function", "triton", "num_warps", "registers", "stack", "spill_stores", "spill_loads", "shared")
 PROGRAMS = {80: 108, 89: 128, 90: 132, 100: 148, 120: 170}  # multiprocessors of A100, 4090, H200, B200, 5090
@@ -98,6 +99,7 @@ def frame_attention(launcher, case: Case) -> None:
     launcher(
         query, pages(case), pages(case), torch.empty(READ, dtype=torch.int32), turn(case, frames, READ, groups),
         torch.empty(frames), bias, want_lse=case.variant == "lse",
+        **({"path": "portable"} if case.kernel == "frame_attention" else {}),  # whether or not it is selected there
         **({"variant": case.variant} if case.variant in PENDING else {}),
     )  # fmt: skip
 
@@ -177,6 +179,8 @@ def facts_of_case(case: Case) -> list[dict]:
         for name, answer in (("arch_of", case.arch), ("multiprocessors", PROGRAMS[case.arch])):
             if hasattr(loaded, name):
                 setattr(loaded, name, lambda device, answer=answer: answer)
+    if case.kernel == "frame_attention":
+        importlib.import_module("shipped.attention.select").forget()
     launcher = getattr(module, case.kernel)
     facts = compile_launch(lambda: LAUNCH[case.kernel](launcher, case), case.arch)
     return [dataclasses.asdict(fact) for fact in {fact.function: fact for fact in facts}.values()]
@@ -206,6 +210,10 @@ def objections(case: Case, fact: dict, lengths: str | None = None) -> list[str]:
         bare = [loop["MUFU.EX2"] - loop["covered"] for loop in loops]
         wrong += [f"{number} exponentials in a loop with no product under way" for number in bare if number]
         wrong += [f"Triton takes named barrier {number}" for number in taken_barriers(fact) if number >= OUR_BARRIERS]
+    if fact["function"] == "_norm_rope_write" and (case.dtype, case.variant) == ("bfloat16", ""):
+        fit = 65536 // (-(-fact["registers"] // 8) * 8 * 32 * fact["num_warps"])
+        if fit < ROWS_IN_FLIGHT:
+            wrong.append(f"{fact['registers']} registers let {fit} programs on an SM, {ROWS_IN_FLIGHT} are wanted")
     if lengths is not None and not same_length(lengths, loop_lengths(fact)):
         wrong.append(f"loops of {loop_lengths(fact)} instructions, {lengths} in {TABLE.name}")
     return wrong

@@ -9,6 +9,7 @@ overwritten too early or read too soon shows in the numbers. What it does not se
 (by barriers of the four warps), and layouts.
 """
 
+import inspect
 import random
 import re
 import sys
@@ -200,6 +201,7 @@ class Kernel:
 
     def __init__(self, player: "Player", function: Callable):
         self.player, self.function = player, function
+        self.arg_names = list(inspect.signature(function).parameters)
 
     def __call__(self, *args, **options):
         return self.function(*args, **options)
@@ -215,6 +217,17 @@ class Kernel:
                 self.player.issued.append(self.player.stage.issued)
 
         return launch
+
+
+class Descriptor:
+    """How blocks of a tensor are copied."""
+
+    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: None):
+        self.base, self.shape, self.block = base, shape, block_shape
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        return self.base.view(self.shape)
 
 
 class Player:
@@ -330,7 +343,6 @@ class Player:
             fence_async_shared=self.fence, mbarrier=barriers, warpgroup_mma=self.mma, warpgroup_mma_wait=self.mma_wait,
             tma=SimpleNamespace(async_copy_global_to_shared=self.copy),
         )  # fmt: skip
-        descriptor = lambda tensor, block, layout: SimpleNamespace(tensor=tensor, block=block)
         jit = lambda function: Kernel(self, function)
         gluon = SimpleNamespace(jit=jit, constexpr_function=jit, language=language)
         return {
@@ -345,9 +357,7 @@ class Player:
             "triton.experimental": SimpleNamespace(gluon=gluon),
             "triton.experimental.gluon": gluon,
             "triton.experimental.gluon.language.nvidia.hopper": hopper,
-            "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(
-                TensorDescriptor=SimpleNamespace(from_tensor=descriptor)
-            ),
+            "triton.experimental.gluon.nvidia.hopper": SimpleNamespace(TensorDescriptor=Descriptor),
         }
 
 

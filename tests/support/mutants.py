@@ -11,6 +11,7 @@ TESTS = {
     "kernels/attention/portable.py": ["kernels/test_frame_attention.py"],
     "kernels/attention/launch.py": ["kernels/test_frame_attention.py"],
     "kernels/attention/work.py": ["kernels/test_frame_attention.py"],
+    "kernels/prepared.py": ["kernels/test_prepared.py"],
 }
 
 MUTANTS = [
@@ -91,7 +92,7 @@ MUTANTS = [
         "x - (tl.sum(x, 1) / CHANNELS)[:, None]",
     ),
     # shift read with the strides of scale
-    ("kernels/pointwise/modulate.py", "shift.stride(0), shift.stride(1)", "scale.stride(0), scale.stride(1)"),
+    ("kernels/pointwise/modulate.py", "*shift_strides[:2]", "*scale_strides[:2]"),
     # the batch of scale is forgotten
     ("kernels/pointwise/modulate.py", "scale_ptr + batch * stride_cb", "scale_ptr"),
     # not 1 + scale
@@ -118,9 +119,9 @@ MUTANTS = [
     # the last token of a frame is not written
     ("kernels/pointwise/gate_residual.py", "(offs_s < tokens)", "(offs_s < tokens - 1)"),
     # every batch gets the gate of the first
-    ("kernels/pointwise/gate_residual.py", "gate.stride(0), gate.stride(1)", "0, gate.stride(1)"),
+    ("kernels/pointwise/gate_residual.py", "*gate_strides[:2]", "0, gate_strides[1]"),
     # every frame gets the gate of the first
-    ("kernels/pointwise/gate_residual.py", "gate.stride(0), gate.stride(1)", "gate.stride(0), 0"),
+    ("kernels/pointwise/gate_residual.py", "*gate_strides[:2]", "gate_strides[0], 0"),
     # only the first block of channels is written
     ("kernels/pointwise/gate_residual.py", "% column_blocks * BLOCK_C", "% column_blocks * 0"),
     # rounded twice
@@ -154,8 +155,8 @@ MUTANTS = [
     # the query takes the key's weight
     (
         "kernels/pages/norm_rope_write.py",
-        "query_weight_ptr, turn_ptr, out_ptr + row",
-        "key_weight_ptr, turn_ptr, out_ptr + row",
+        "query_weight_ptr, cos, sin, out_ptr + row",
+        "key_weight_ptr, cos, sin, out_ptr + row",
     ),
     # page 0 is not written
     ("kernels/pages/norm_rope_write.py", "if slot >= 0:", "if slot > 0:"),
@@ -171,10 +172,26 @@ MUTANTS = [
     ("kernels/pages/norm_rope_write.py", "slot * stride_pp", "frame * stride_pp"),
     # every batch writes the pages of the first
     ("kernels/pages/norm_rope_write.py", "batch * stride_pb + slot", "slot"),
+    # the value of page 0 is not written
+    (
+        "kernels/pages/norm_rope_write.py",
+        "mask=(offs_c < CHANNELS) & (slot >= 0)",
+        "mask=(offs_c < CHANNELS) & (slot > 0)",
+    ),
     # values through the key's weightless path: not copied exactly
     (
         "kernels/pages/norm_rope_write.py",
         "value = cast(value, ",
         "value = cast(value.to(tl.float32) * 1.0001, ",
     ),
+    # a compiled kernel that expects aligned pointers gets others
+    ("kernels/prepared.py", "return begins % 16 == 0", "return True"),
+    # one device's kernel is launched on another
+    ("kernels/prepared.py", "self.compiled.get(current_device())", "next(iter(self.compiled.values()))"),
+    # constants in the order in which they were named
+    ("kernels/prepared.py", "(constants[name] for name in kernel.arg_names[-len(constants) :])", "constants.values()"),
+    # descriptors keep the tensor that they were made for
+    ("kernels/prepared.py", "update(self.fields, base=tensor)", "update({**self.fields, 'base': self.fields['base']})"),
+    # a launch is made again for every call
+    ("kernels/prepared.py", "make(*key) if torch.compiler.is_compiling() else kept(*key)", "make(*key)"),
 ]

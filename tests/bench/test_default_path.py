@@ -1,0 +1,34 @@
+"""What the default takes, and which attention kernel a row was made by, without a GPU."""
+
+import bench_frame_attention as bench
+import correctness
+import default_path
+import harness
+import pytest
+import roofs
+import torch
+
+ROOF = roofs.Roofs(matmul_tflop_s=790.0, copy_gb_s=4300.0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the queue runs it there")
+def test_the_default_is_rendered_and_what_else_runs_is_caught(monkeypatch, capsys):
+    assert default_path.main() == 0
+    out = capsys.readouterr().out
+    assert out.count("backend sdpa: auto, since device 'cpu' is not a CUDA GPU") == 2
+    assert out.endswith("the default is the fast path\n")
+    monkeypatch.setattr(default_path, "AUTO", "reference")
+    monkeypatch.setattr(default_path, "NEAR", 0.0)
+    assert default_path.main() == 1
+    out = capsys.readouterr().out
+    assert "head dim 64: backend reference, expected {'sdpa'}" in out and "is off from that of sdpa by" in out
+
+
+def test_a_row_says_which_kernel_ran(tmp_path):
+    case = bench.build(bench.TINY, ("triton", "portable", "hopper"))
+    rows = {row.provider: row for row in harness.compare(case, ROOF, budget_ms=1.0)}
+    assert rows["triton"].path == rows["portable"].path == "portable 128x128 w4 s1 pointers x1"
+    assert rows["hopper"].path == "" and rows["hopper"].note.startswith("absent: ")
+    harness.save(list(rows.values()), tmp_path / "rows.csv")
+    assert {row.path for row in harness.load(tmp_path / "rows.csv")} == {"", rows["triton"].path}
+    assert correctness.judge("frame_attention", case, "portable", 1).path == rows["portable"].path
