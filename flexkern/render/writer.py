@@ -37,6 +37,7 @@ BT709 = 1  # of primaries, transfer and matrix alike, in ITU-T H.273
 SAME_EVERYWHERE = "cpu-independent=1"  # else bits vary with the vector code x264 finds, in AVX-512 from run to run
 CODECS = {"mp4": "libx264", "mov": "prores_ks"}
 PIXELS = {"mp4": "yuv420p", "mov": "yuv422p10le"}
+BLOCKS = 32, 16  # width, height: of other sizes FFmpeg's ProRes reads past the edge, and bytes differ from run to run
 PIPED = "+frag_keyframe+delay_moov+default_base_moof"  # nothing is rewritten
 MOVFLAGS = "+hybrid_fragmented+delay_moov"  # delay_moov: the edit list that lets B-frames start at time 0
 
@@ -77,6 +78,9 @@ def validate_encoder(
     """
     if width < 2 or height < 2 or width % 2 or height % 2:
         raise ValueError(f"width and height must be even, yuv420p halves them, got {width}x{height}")
+    if form == "mov" and (width % BLOCKS[0] or height % BLOCKS[1]):
+        blocks = f"width a multiple of {BLOCKS[0]}, and height of {BLOCKS[1]}"
+        raise ValueError(f"for ProRes {blocks} are needed, got {width}x{height}: write pictures, as FOLDER/%06d.png")
     if not 0 <= crf <= 51:
         raise ValueError(f"crf must be in 0..51, got {crf}")
     rate, av, memory = exact_rate(fps), load_av(), io.BytesIO()

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import flexkern.render
+from flexkern import demo
 from flexkern.session import Session
 
 RED = "a red disc and a blue square on dark green, fast"
@@ -118,15 +119,15 @@ def test_a_video_that_was_stopped_goes_on(flexkern_, steps):
 
 
 @pytest.mark.parametrize("name", ["a.mov", "shots/%03d.png"])
-def test_other_outputs_go_on_too(flexkern_, steps, name):
+def test_other_outputs_go_on_too(flexkern_, steps, monkeypatch, name):
+    monkeypatch.setattr(demo, "ZOOM", 8)  # ProRes takes multiples of 32
     write({"seed": 0, "out": name, "frames": 12})
     steps.do[0, 2] = KeyboardInterrupt()
     assert flexkern_("render", "night.json", *QUIET)[0] == 130
     steps.do.clear()
     steps.made.clear()
-    assert (
-        flexkern_("render", "night.json", *QUIET)[0] == 0 and "skipped" in flexkern_("render", "night.json", *QUIET)[2]
-    )
+    assert flexkern_("render", "night.json", *QUIET)[0] == 0
+    assert "skipped" in flexkern_("render", "night.json", *QUIET)[2]
     files = sorted(Path(name).parent.glob(f"*{Path(name).suffix}"))
     first = [path.read_bytes() for path in files]
     assert flexkern_("render", "night.json", "--overwrite", *QUIET)[0] == 0
