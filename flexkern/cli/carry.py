@@ -93,8 +93,8 @@ def render_all(batches: Sequence[Batch], command: Flags) -> int:
 
 
 def is_several(batches: Sequence[Batch], command: Flags) -> bool:
-    """Whether what is done is skipped, and what fails survived: for several videos, and for job files."""
-    return command.job is not None or sum(len(batch.orders) for batch in batches) > 1
+    """Whether what is done is skipped, and what fails survived: for several videos, lists of prompts and job files."""
+    return command.job is not None or command.data_path is not None or sum(len(batch.orders) for batch in batches) > 1
 
 
 def skips(order: "Order", batch: Batch) -> bool:

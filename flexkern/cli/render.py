@@ -83,7 +83,7 @@ class Render(Flags):
         validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}))
         if STDOUT in targets and len(targets) > 1:
             raise ValueError(f"stdout takes one video, got {len(targets)}")
-        if len(targets) == 1 and self.job is None and targets[0] != STDOUT:
+        if len(targets) == 1 and self.job is None and self.data_path is None and targets[0] != STDOUT:
             validate_new(targets[0], overwrite=self.overwrite)
         batches: list[Batch] = []
         for plan in plans:
