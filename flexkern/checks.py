@@ -8,6 +8,8 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
 
 def check_fields(instance: Any) -> None:
     """Check that every field of a dataclass instance holds what its annotation says.
@@ -38,6 +40,11 @@ def require(ok: bool, message: str) -> None:
 def is_index(value: Any, low: int = 0) -> bool:
     """Whether value is an integer (numpy's included, bool excluded) of at least low."""
     return _fits(value, int) and value >= low
+
+
+def is_float32(value: Any) -> bool:
+    """Whether value is a number (numpy's included, bool excluded) that stays finite in float32."""
+    return _fits(value, float) and abs(value) <= LARGEST_FLOAT32
 
 
 def did_you_mean(got: Any, known: Iterable[str]) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from flexkern.checks import require
+from flexkern.checks import is_float32, require
 from flexkern.cli.policies import DEMO
 from flexkern.cli.research import Research
 
@@ -130,7 +130,7 @@ class Flags:
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed must be a whole number >= 0 and below 2^64, got {self.seed}")
         for scale in self.lora_scale:
-            require(math.isfinite(scale), f"--lora-scale must be a finite number, got {scale}")
+            require(is_float32(scale), f"--lora-scale must be a finite number in float32, got {scale:g}")
         if self.output_folder is not None and self.out is not None and self.out != Path(self.out.name):
             raise ValueError(f"--out must be a name where --output-folder is given, got {self.out}")
 
