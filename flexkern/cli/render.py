@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from flexkern.checks import did_you_mean
 from flexkern.cli.errors import note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
-from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
+from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family, without_effect
 from flexkern.cli.research import Research, read_research
 from flexkern.cli.videos import chosen_videos, timed, validate_targets
 from flexkern.policies import get_preset
@@ -70,7 +70,10 @@ class Render(Flags):
         self.model = chosen_model(self.model, self.config_path, self.weights)
         base = base_preset(self.preset, self.model, research)
         overrides = chosen_overrides(self, base, research)
-        videos = chosen_videos(self, get_preset(base.name, overrides), research)
+        preset = get_preset(base.name, overrides)
+        if idle := without_effect(preset, overrides, research):
+            note(idle)
+        videos = chosen_videos(self, preset, research)
         weights = self.chosen_weights()
 
         import torch

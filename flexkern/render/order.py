@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from flexkern.checks import check_fields, did_you_mean, require
-from flexkern.policies import Preset, get_preset
+from flexkern.policies import Preset, get_preset, idle_fields
 from flexkern.render.latents import validate_latents_target
 from flexkern.render.script import PromptSwitch, parse_script, validate_cuts, validate_script
 from flexkern.render.writer import validate_target
@@ -64,6 +64,11 @@ class Order:
     def method(self) -> Preset:
         """The preset with its overrides."""
         return get_preset(self.preset, self.overrides)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The overrides that change nothing, such as noise.window where the noise has none."""
+        return tuple(name for name in idle_fields(self.method) if name in self.overrides)
 
     @property
     def prompts(self) -> tuple[str, ...]:

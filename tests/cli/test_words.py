@@ -208,6 +208,20 @@ def test_options_without_effect_have_none(name):
         assert same == (option in apart[2]), dotted
 
 
+IDLE = "--position.cut-position 5 --noise.weight 0.5 --position.riflex-band 3 --noise.window 7 --switch.no-keep-sink"
+
+
+def test_options_without_effect_are_named_in_a_note(flexkern_, monkeypatch):
+    monkeypatch.setattr(Session, "step", lambda session: pytest.fail("work was done"))
+    words = "render --frames 3 --out no/such/v.mp4 --preset flex".split()
+    told = "riflex-band --position.cut-position --noise.weight --noise.window --switch.keep-sink"
+    note = f"flexkern: without effect in flex: --position.{told.replace(' ', ', ')}; see flexkern presets flex\n"
+    err = flexkern_(*words, *IDLE.split(), "--position.alpha", 0.2, "--retention.sink", 2)[2]
+    assert err.startswith(note) and err.count("\n") == 2
+    assert "effect" not in flexkern_(*words, "--noise.kind", "freenoise", "--noise.window", 8)[2]
+    assert "effect" not in flexkern_(*words, "--position.index", "slot", "--position.cut-position", 5)[2]
+
+
 def test_the_help_of_positions_says_what_its_letters_are(flexkern_, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     text = " ".join(flexkern_("render", "--help")[1].translate({ord(bar): " " for bar in "│|"}).split())

@@ -51,6 +51,15 @@ def test_an_order_travels_as_json(order):
     assert arrived.to_dict() == order.to_dict()
 
 
+def test_overrides_without_effect_are_known():
+    assert PLAIN.idle == () and FULL.idle == ("noise.rho",)  # this preset's noise is iid
+    chosen = replace(FULL, overrides=FULL.overrides | {"noise.kind": "ar1", "position.mode": "pi"})
+    assert chosen.idle == ()
+    assert replace(
+        chosen, overrides={"position.table": (1.0,), "position.mode": "pi", "position.ramp": "smooth"}
+    ).idle == ("position.ramp",)
+
+
 def test_what_has_a_default_may_be_left_out():
     written = {"script": {"0": "a cat"}, "pictures": 9, "target": "v.mp4", "preset": "flex"}
     assert Order.from_dict(written) == PLAIN  # JSON knows no numbers as keys
