@@ -77,7 +77,8 @@ class Flags:
     """file of prompts over time, YAML or JSON: [{at: seconds, prompt: text, cut: true or false}], or {seconds: prompt};
     times are seconds, or text such as 1:30 and 60s"""
     data_path: Annotated[Path | None, option("FILE", "--prompt-file-path")] = None
-    """text file of prompts, one a line, or JSON lines; each becomes a video in --output-folder"""
+    """text file of prompts, one a line, JSON lines, or CSV with a column called prompt; each becomes a video in
+    --output-folder"""
     extended_prompt_path: Annotated[Path | None, option("FILE")] = None
     """text file of longer prompts, one for each of --data-path; they are shown in place of those"""
     num_samples: Annotated[int | None, option("INT")] = None

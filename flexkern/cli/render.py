@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean
-from flexkern.cli.errors import note, refuse, refusing, translated
+from flexkern.cli.errors import in_flags, note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family, without_effect
 from flexkern.cli.research import Research, read_research
@@ -151,7 +151,7 @@ class Render(Flags):
             validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
         found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
         validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), str(parts.backend), *parts.notes, *self.not_needed(parts)):
+        for line in (str(parts), str(parts.backend), *map(in_flags, parts.notes), *self.not_needed(parts)):
             note(line)
         engine = Engine.from_parts(parts)
         if parts.saves_embeddings:

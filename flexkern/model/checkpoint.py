@@ -36,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+NAME_LORA = "name one as lora to use it"  # the end of a note, which the command line says in its own words
 DEFAULT = "self-forcing"  # the family of a checkpoint whose name says none
 
 
@@ -351,9 +352,9 @@ def _notes(checkpoint: Checkpoint, family: Family, found: Found) -> list[str]:
         height, width = trained.picture_size
         notes.append(f"{family.name} was trained with pictures of {height}x{width}")
     if not checkpoint.loras and found.loras:
-        notes.append(
-            f"{', '.join(map(str, found.loras))} is a LoRA; it is used with --lora PATH only, lora=PATH in Python"
-        )
+        several = len(found.loras) > 1
+        what = "are LoRAs and are" if several else "is a LoRA and is"
+        notes.append(f"{' and '.join(map(str, found.loras))} {what} not used; {NAME_LORA}")
     return notes
 
 

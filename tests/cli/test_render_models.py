@@ -145,7 +145,7 @@ def test_prompts_by_time_need_no_encoder_at_the_switch(command, disk):
         length = ("--num_output_frames", 9, "--latents", f"{name}.safetensors")
         status, _, err = command("render", "--model", "longlive", *given, *SMALL, *length, *prompts)
         assert status == 0, err
-    assert "lora.pt is a LoRA; it is used with --lora PATH only" in err
+    assert "lora.pt is a LoRA and is not used; add --lora PATH to use one\n" in err
     a, b = (load_file(f"{name}.safetensors")["latents"] for name in "ab")
     assert torch.equal(a[:, :3], b[:, :3]) and not torch.equal(a[:, 6:], b[:, 6:])
 

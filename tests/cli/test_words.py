@@ -213,13 +213,22 @@ IDLE = "--position.cut-position 5 --noise.weight 0.5 --position.riflex-band 3 --
 
 def test_options_without_effect_are_named_in_a_note(flexkern_, monkeypatch):
     monkeypatch.setattr(Session, "step", lambda session: pytest.fail("work was done"))
-    words = "render --frames 3 --out no/such/v.mp4 --preset flex".split()
+    words = ["render", "--frames", "3", "--out", "no/such/v.mp4", "--preset", "flex"]
     told = "riflex-band --position.cut-position --noise.weight --noise.window --switch.keep-sink"
     note = f"flexkern: without effect in flex: --position.{told.replace(' ', ', ')}; see flexkern presets flex\n"
     err = flexkern_(*words, *IDLE.split(), "--position.alpha", 0.2, "--retention.sink", 2)[2]
     assert err.startswith(note) and err.count("\n") == 2
     assert "effect" not in flexkern_(*words, "--noise.kind", "freenoise", "--noise.window", 8)[2]
     assert "effect" not in flexkern_(*words, "--position.index", "slot", "--position.cut-position", 5)[2]
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"), [("rendr", "; did you mean 'render'?"), ("Presets", "; did you mean 'presets'?"), ("xyz", "")]
+)
+def test_a_command_that_is_none_is_told_by_the_nearest(flexkern_, word, guess):
+    known = "render, inspect, metrics, sheet, presets, bench, doctor"
+    told = f"flexkern: error: there is no command {word!r}: expected one of {known}{guess}\n"
+    assert flexkern_(word, "--frames", 3) == (2, "", told)
 
 
 def test_the_help_of_positions_says_what_its_letters_are(flexkern_, monkeypatch):

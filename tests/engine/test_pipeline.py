@@ -231,7 +231,7 @@ def test_a_bare_file_gives_an_engine_that_takes_embeddings(disk):
 
 def test_a_lora_that_lies_beside_is_only_told_of(disk):
     file = disk / "longlive/longlive_models/models/longlive_base.pt"
-    with pytest.warns(UserWarning, match=r"lora.pt is a LoRA; it is used with --lora PATH only, lora=PATH in Python"):
+    with pytest.warns(UserWarning, match="lora.pt is a LoRA and is not used; name one as lora to use it"):
         Engine.from_pretrained(file, pixels=False)
 
 
