@@ -39,7 +39,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("steps", "first_steps"):
-            if (steps := getattr(self, name)) is not None:
+            if isinstance(steps := getattr(self, name), tuple | list):
                 object.__setattr__(self, name, tuple(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps))
         check_fields(self)
         require(self.shift > 0, f"shift must be > 0, got {self.shift}")

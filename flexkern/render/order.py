@@ -9,7 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from flexkern.checks import check_fields, did_you_mean, require
+from flexkern.checks import check_fields, did_you_mean, python_numbers, require
 from flexkern.policies import Preset, get_preset, idle_fields
 from flexkern.render.latents import validate_latents_target
 from flexkern.render.script import PromptSwitch, parse_script, validate_cuts, validate_script
@@ -56,7 +56,8 @@ class Order:
         what, suffix = NAMED[self.writes]
         named = self.target.suffix.lower() == suffix
         require(named, f"{what} must be named {suffix}, got {self.target.name!r}")
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in self.overrides.items()}
+        given = {name: python_numbers(value) for name, value in self.overrides.items()}
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         object.__setattr__(self, "overrides", tuples)
         validate_cuts(self.method, self.script)
 
