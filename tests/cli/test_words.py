@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from flexkern import __version__
+from flexkern.cli import COMMANDS
 from flexkern.cli.argv import FOREIGN, spellings
 from flexkern.cli.doctor import Doctor
 from flexkern.cli.inspect import Inspect
@@ -226,8 +227,7 @@ def test_options_without_effect_are_named_in_a_note(flexkern_, monkeypatch):
     ("word", "guess"), [("rendr", "; did you mean 'render'?"), ("Presets", "; did you mean 'presets'?"), ("xyz", "")]
 )
 def test_a_command_that_is_none_is_told_by_the_nearest(flexkern_, word, guess):
-    known = "render, inspect, metrics, sheet, presets, bench, doctor"
-    told = f"flexkern: error: there is no command {word!r}: expected one of {known}{guess}\n"
+    told = f"flexkern: error: there is no command {word!r}: expected one of {', '.join(COMMANDS)}{guess}\n"
     assert flexkern_(word, "--frames", 3) == (2, "", told)
 
 
