@@ -48,6 +48,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.policies.position",
             "flexkern.policies.retention",
             "flexkern.policies.noise",
+            "flexkern.policies.effect",
         ],
     ),
     "model": (

@@ -18,10 +18,11 @@ BOUNDS = {  # name of a bound: in words, and whether a value is within it
     "exclusiveMinimum": ("more than", gt),
     "maximum": ("at most", le),
 }
+LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 def check_fields(instance: Any) -> None:
-    """Check that every field of a dataclass instance holds what its annotation says.
+    """Check that every field of a dataclass instance holds what its annotation says, and make its numbers Python's own.
 
     Understood: int, float (an int will do, inf and nan will not), bool, str, None, classes, ``Literal``, mappings (not
     what is in them), ``tuple[x, ...]``, ``tuple[x, y]`` and unions of these.
@@ -38,6 +39,7 @@ def check_fields(instance: Any) -> None:
             error = ValueError if words else TypeError
             name = f"{type(instance).__name__}.{field.name}"
             raise error(f"{name} must be {_describe(hint)}, got {value!r}{did_you_mean(value, words)}")
+        object.__setattr__(instance, field.name, python_numbers(value))
 
 
 def check_bounds(instance: Any) -> None:
@@ -74,9 +76,36 @@ def require(ok: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def python_numbers(value: Any) -> Any:
+    """The value with Python's own numbers, which JSON knows, in place of NumPy's; tuples and lists are looked into."""
+    if isinstance(value, tuple | list):
+        return type(value)(map(python_numbers, value)) if type(value) in (tuple, list) else value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
+
+
+def whole(name: str, value: Any, low: int = 0) -> int:
+    """The value as an int. Raises ValueError, naming it, unless it is a whole number (no bool) of at least low."""
+    require(is_index(value, low), f"{name} must be a whole number >= {low}, got {value!r}")
+    return int(value)
+
+
+def whole_pair(name: str, value: Any) -> tuple[int, int]:
+    """The value as two ints. Raises ValueError, naming it, unless it is a height and a width of at least 1."""
+    fits = isinstance(value, tuple | list) and len(value) == 2 and all(is_index(side, 1) for side in value)
+    require(fits, f"{name} must be (height, width), two whole numbers >= 1, got {value!r}")
+    return int(value[0]), int(value[1])
+
+
 def is_index(value: Any, low: int = 0) -> bool:
     """Whether value is an integer (numpy's included, bool excluded) of at least low."""
     return _fits(value, int) and value >= low
+
+
+def is_float32(value: Any) -> bool:
+    """Whether value is a number (numpy's included, bool excluded) that stays finite in float32."""
+    return _fits(value, float) and abs(value) <= LARGEST_FLOAT32
 
 
 def did_you_mean(got: Any, known: Iterable[str]) -> str:

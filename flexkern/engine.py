@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from flexkern.backends.choice import AUTO, Choice, open_backend
-from flexkern.finite import NotFiniteError, all_finite, validate_finite
+from flexkern.checks import require, whole, whole_pair
+from flexkern.finite import HANDED_IN, OF_ENCODER, NotFiniteError, all_finite, validate_finite
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
 from flexkern.model.lora import Loras
@@ -48,8 +49,8 @@ class Engine:
         horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
 
     Raises:
-        ValueError: The chunk or the horizon is empty, or the backend cannot run on the model's device, or with its
-            heads or dtype.
+        ValueError: chunk, first_chunk, size or horizon are no whole numbers >= 1, another argument is of another kind,
+            or the backend cannot run on the model's device, or with its heads or dtype.
 
     Attributes:
         backend_name: The backend that runs, a key of ``flexkern.backends.BACKENDS``.
@@ -62,12 +63,13 @@ class Engine:
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
         first_chunk: int | None = None, horizon: int = HORIZON,
     ):  # fmt: skip
-        for name, value in (("chunk", chunk), ("horizon", horizon)):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1 frame, got {value}")
-        self.model, self.chunk, self.size, self.horizon = model, chunk, size, horizon
-        self.first_chunk = first_chunk or chunk
-        self.schedule = schedule or Schedule()
+        self.model, self.size = model, whole_pair("size", size)
+        self.chunk, self.horizon = whole("chunk", chunk, 1), whole("horizon", horizon, 1)
+        self.first_chunk = self.chunk if first_chunk is None else whole("first_chunk", first_chunk, 1)
+        self.schedule = Schedule() if schedule is None else schedule
+        require(isinstance(self.schedule, Schedule), f"schedule must be a Schedule, got {schedule!r}")
+        for name, call in (("text_encoder", text_encoder), ("encoder", encoder), ("decoder", decoder)):
+            require(call is None or callable(call), f"{name} must be callable, got {call!r}")
         self.backend, self.backend_choice = open_backend(
             backend, model.device, head_dim=model.config.head_dim, dtype=model.dtype
         )  # fmt: skip
@@ -208,16 +210,24 @@ class Engine:
         """The text encoder's output [B, L, text_dim] for a prompt; a tensor is returned as it is.
 
         Raises:
-            ValueError: The prompt is text and there is no text encoder, or the encoder refuses it.
+            ValueError: It is neither text nor an embedding, it is text and there is no text encoder, or the encoder
+                refuses it.
+            NotFiniteError: What the text encoder makes of it is not finite.
         """
         if isinstance(prompt, Tensor):
+            require(prompt.is_floating_point(), f"an embedding must be floating point, got {prompt.dtype}")
             return prompt
+        texts = isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
+        wanted = "a text, several, or an embedding (a tensor [B, L, text_dim])"
+        require(texts, f"prompt must be {wanted}, got {type(prompt).__name__}: {prompt!r:.80}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if self.text_encoder is None:
             raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
         if not prompts:
             raise ValueError("prompt must be a string or at least one, got none")
-        return ordinary(self.text_encoder(prompts))
+        embedding = ordinary(self.text_encoder(prompts))
+        validate_finite(f"the embedding of {prompt!r:.80}", embedding, advice=OF_ENCODER)
+        return embedding
 
     @torch.inference_mode()
     def encode(self, prompt: Prompt) -> Sequence[tuple[Tensor, ...]]:
@@ -228,7 +238,7 @@ class Engine:
             NotFiniteError: The embedding, or what the model makes of it, is not finite.
         """
         embedding = self.embed(prompt).to(self.model.device)
-        validate_finite(f"the embedding of {prompt!r:.80}" if isinstance(prompt, str) else "the embedding", embedding)
+        validate_finite("the embedding", embedding, advice=HANDED_IN)
         text = self.model.text_keys(embedding, self.backend)
         if not all_finite(*(tensor for layer in text for tensor in layer)):
             layer = next(index for index, tensors in enumerate(text) if not all_finite(*tensors))
@@ -252,7 +262,7 @@ class Engine:
             first_chunk: Frames of the first chunk; the engine's by default.
 
         Raises:
-            ValueError: Before any work: preset, size or prompt do not fit the model.
+            ValueError: Before any work: an argument is of another kind, or preset, size or prompt do not fit the model.
         """
         return Session(
             self, prompt, preset=preset, seed=seed, frames=frames, size=size, noise=noise, first_chunk=first_chunk
@@ -260,6 +270,12 @@ class Engine:
 
 
 def frames_for(seconds: float, fps: float, pictures_per_frame: int = 1) -> int:
-    """Latent frames for at least ``seconds`` of video; the first gives one picture, others ``pictures_per_frame``."""
+    """Latent frames for at least ``seconds`` of video; the first gives one picture, others ``pictures_per_frame``.
+
+    Raises ValueError for a time without end, or a rate that is none.
+    """
+    require(math.isfinite(seconds), f"seconds must be a finite number, got {seconds}")
+    require(math.isfinite(fps) and fps > 0, f"fps must be a finite number > 0, got {fps}")
+    whole("pictures_per_frame", pictures_per_frame, 1)
     pictures = max(1, math.ceil(seconds * fps - 1e-9))
     return 1 + -(-(pictures - 1) // pictures_per_frame)

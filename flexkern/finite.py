@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 OVERFLOWS = "float16 ends at 65504: try bfloat16 or float32 (dtype, --dtype)"
-DAMAGED = "the weights may be damaged, or a LoRA's scale too large: try float32, or without the LoRA"
+DAMAGED = "the weights may be damaged, or a LoRA's scale too large: try {}"
+HANDED_IN = "it was handed in so: look at what made it"
+OF_ENCODER = "the text encoder's weights are damaged or lost too many bits: try those in bfloat16"
 
 
 class NotFiniteError(ValueError):
@@ -32,7 +34,8 @@ class NotFiniteError(ValueError):
         layer: str | None = None, advice: str | None = None,
     ):  # fmt: skip
         self.what, self.dtype, self.chunk, self.step, self.layer = what, dtype, chunk, step, layer
-        advice = advice or (OVERFLOWS if dtype == torch.float16 else DAMAGED)
+        precise = "without the LoRA, or other weights" if dtype == torch.float32 else "float32, or without the LoRA"
+        advice = advice or (OVERFLOWS if dtype == torch.float16 else DAMAGED.format(precise))
         name = str(dtype).removeprefix("torch.")
         verb = "are" if what.split(" of ")[0].endswith(("latents", "pictures")) else "is"
         super().__init__(f"{what} {verb} not finite in {name}{f': {began}' if began else ''}; {advice}")

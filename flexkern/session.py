@@ -18,7 +18,8 @@ from torch import Tensor
 
 from flexkern.backends import Backend
 from flexkern.cache import FrameCache
-from flexkern.finite import Watch, validate_finite
+from flexkern.checks import require, whole, whole_pair
+from flexkern.finite import HANDED_IN, Watch, validate_finite
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import Decoder, Encoder, VideoModel
 from flexkern.model.schedule import Schedule
@@ -79,13 +80,13 @@ class Session:
         frames: int | None = None, size: tuple[int, int] | None = None, noise: Noise | None = None,
         first_chunk: int | None = None,
     ):  # fmt: skip
-        self.engine, self.preset, self.target = engine, get_preset(preset), frames
-        self.size = tuple(size or engine.size)
-        self.first_chunk = first_chunk or engine.first_chunk
-        if frames is not None and frames < 1:
-            raise ValueError(f"frames must be at least 1, got {frames}")
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0, got {seed!r}")
+        self.engine, self.preset = engine, get_preset(preset)
+        self.size = engine.size if size is None else whole_pair("size", size)
+        self.first_chunk = engine.first_chunk if first_chunk is None else whole("first_chunk", first_chunk, 1)
+        self.target = frames = None if frames is None else whole("frames", frames, 1)
+        seed = whole("seed", seed)
+        draws = noise is None or all(callable(getattr(noise, name, None)) for name in ("initial", "renoise"))
+        require(draws, f"noise must have initial() and renoise(), got {noise!r}; a preset's is its field noise.kind")
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
         bands, heads = band_split(config.head_dim)[0], config.num_heads
@@ -186,9 +187,12 @@ class Session:
             continuation.
 
         Raises:
-            ValueError: The shape does not fit, or there is no encoder for pictures.
+            ValueError: It is no such tensor, its shape does not fit, or there is no encoder for pictures.
             NotFiniteError: What is given, or what encoder or decoder make of it, is not finite.
         """
+        floating = isinstance(given, Tensor) and (given.is_floating_point() or given.dtype == torch.uint8)
+        got = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        require(floating, f"latents must be a floating-point tensor, pictures one of uint8, got {got}")
         self.validate_chunks()
         latents = given
         if given.dtype == torch.uint8:
@@ -208,7 +212,11 @@ class Session:
                 f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
                 f"{self.first_chunk}), got {latents.shape[1]} frames"
             )
-        validate_finite("the given latents" if latents is given else "the latents of the given pictures", latents)
+        if latents is given:
+            validate_finite("the given latents", latents, advice=HANDED_IN)
+        else:
+            advice = "its weights may be damaged" if latents.dtype == torch.float32 else "try it in float32"
+            validate_finite("the latents of the given pictures", latents, advice=f"the encoder made them: {advice}")
         latents, first = ordinary(latents.to(self.engine.model.device)), self.next_frame
         for block in latents.split(sizes, dim=1):
             frames = list(range(self.next_frame, self.next_frame + block.shape[1]))

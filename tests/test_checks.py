@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 import pytest
 
 from flexkern.checks import check_fields
@@ -15,13 +16,25 @@ class Example:
     names: tuple[str, ...] = ()
     values: Mapping[str, object] | None = None
     path: Path | None = None
+    share: float = 0.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @pytest.mark.parametrize(
     "fields", [{}, {"names": ("a", "b", "c")}, {"values": {}}, {"path": Path("x"), "size": (1, 2)}]
 )
 def test_what_the_annotation_says_passes(fields):
-    check_fields(Example(**fields))
+    Example(**fields)
+
+
+def test_numbers_of_numpy_become_pythons_own():
+    one = Example(size=(numpy.int64(4), numpy.int32(6)), share=numpy.float32(0.5))
+    assert [type(value) for value in (*one.size, one.share)] == [int, int, float] and one == Example(share=0.5)
+    assert type(Example(share=1).share) is int and Example(names=("a",)).names == ("a",)
+    with pytest.raises(TypeError, match="Example.share must be a finite number"):
+        Example(share=numpy.bool_(True))
 
 
 @pytest.mark.parametrize(
@@ -38,4 +51,4 @@ def test_what_the_annotation_says_passes(fields):
 )
 def test_what_it_does_not_say_is_refused(fields, words):
     with pytest.raises(TypeError, match=words):
-        check_fields(Example(**fields))
+        Example(**fields)

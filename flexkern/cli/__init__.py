@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkern import __version__
+from flexkern.checks import did_you_mean
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
 
 # modules; the one that is named is loaded
@@ -56,6 +57,9 @@ def run_command(argv: Sequence[str]) -> int:
             validate_words(named, argv[1:])
             command = tyro.cli(named, prog=f"flexkern {argv[0]}", args=argv[1:])
         else:
+            if argv and not argv[0].startswith("-"):
+                known = f"expected one of {', '.join(COMMANDS)}"
+                raise ValueError(f"there is no command {argv[0]!r}: {known}{did_you_mean(argv[0], COMMANDS)}")
             listed: dict[str, Any] = {name: stand_in(name) for name in COMMANDS}
             about = "Video of any length from autoregressive diffusion models."
             tyro.extras.subcommand_cli_from_dict(listed, prog="flexkern", description=about, args=argv)

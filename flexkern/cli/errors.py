@@ -93,6 +93,13 @@ def translated(part: str, why: str) -> str:
     return f"{why}: {FLAGS[part]}"
 
 
+def in_flags(told: str) -> str:
+    """A note on a checkpoint in words of the command line."""
+    from flexkern.model.checkpoint import NAME_LORA
+
+    return told.replace(NAME_LORA, "add --lora PATH to use one")
+
+
 def note(text: str) -> None:
     """Something worth knowing, on stderr."""
     print(f"flexkern: {text}", file=sys.stderr)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
-from flexkern.checks import require
+from flexkern.checks import is_float32, require
 from flexkern.cli.policies import DEMO
 from flexkern.cli.research import Research
 
@@ -91,7 +91,8 @@ class Flags:
     """file of prompts over time, YAML or JSON: [{at: seconds, prompt: text, cut: true or false}], or {seconds: prompt};
     times are seconds, or text such as 1:30 and 60s"""
     data_path: Annotated[Path | None, option("FILE", "--prompt-file-path")] = None
-    """text file of prompts, one a line, or JSON lines; each becomes a video in --output-folder"""
+    """text file of prompts, one a line, JSON lines, or CSV with a column called prompt; each becomes a video in
+    --output-folder"""
     extended_prompt_path: Annotated[Path | None, option("FILE")] = None
     """text file of longer prompts, one for each of --data-path; they are shown in place of those"""
     num_samples: Annotated[int | None, option("INT")] = None
@@ -168,7 +169,7 @@ class Flags:
         if self.seed is not None and not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed must be a whole number >= 0 and below 2^64, got {self.seed}")
         for scale in self.lora_scale:
-            require(math.isfinite(scale), f"--lora-scale must be a finite number, got {scale}")
+            require(is_float32(scale), f"--lora-scale must be a finite number in float32, got {scale:g}")
         if self.out == Path("-") and (self.num_samples or 1) > 1:
             raise ValueError("--out - takes one video, --num-samples makes several")
         if self.output_folder is not None and self.out is not None and self.out != Path(self.out.name):

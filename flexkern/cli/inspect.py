@@ -3,7 +3,7 @@
 import json
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from flexkern.model.wan import WanConfig
 
 Lines = Iterator[tuple[str, str]]
+LACKS = "lacks a transformer: "
 PROMPT = "a cat walks on grass"
 NEEDED = {
     "VAE": "Wan2.1_VAE.pth or vae/; without it only --latents FILE",
@@ -47,6 +48,8 @@ class Inspect:
         told = [(held.path, dict(report(held.kind, held.path))) for held in found if held.kind]
         told += [(held.path, dict(unreadable(held.why))) for held in found if not held.kind]
         kinds = {held.kind for held in found}
+        if transformers := [held.path for held in found if held.kind == "transformer"]:
+            told = [*with_transformer(transformers[0], told)]
         if "transformer" in kinds and self.path.is_dir():
             told += [(self.path, {"lacks": f"{part}: {NEEDED[part]}"}) for part in NEEDED if part not in kinds]
         if not found:
@@ -59,6 +62,22 @@ class Inspect:
             )
             print("\n\n".join(parts))
         return 0 if found and not any(lines.get("complete", "").startswith("no:") for _, lines in told) else 1
+
+
+def with_transformer(
+    transformer: Path, told: Sequence[tuple[Path, dict[str, str]]]
+) -> Iterator[tuple[Path, dict[str, str]]]:
+    """The parts of a folder, where what is beside its transformer says how the two are used together."""
+    from flexkern.model.find import find_parts
+
+    found = find_parts(transformer)
+    taken = [part.resolve() for part in (found.vae, found.text_encoder) if part]
+    for path, lines in told:
+        use = lines.get("use", "")
+        if use.startswith(LACKS):
+            itself = "the transformer's command finds it"
+            lines = lines | {"use": itself if path.resolve() in taken else use.removeprefix(LACKS)}
+        yield path, lines
 
 
 def unreadable(why: str) -> Lines:
@@ -129,7 +148,7 @@ def use(path: Path, container: str) -> str:
     from flexkern.pipeline import Checkpoint, MissingPart, check
 
     model, others = chosen_model(path, container)
-    command = f"flexkern render --weights {shlex.quote(str(path))} --prompt {shlex.quote(PROMPT)} --model {model}"
+    command = f"flexkern render --weights {copyable(path)} --prompt {shlex.quote(PROMPT)} --model {model}"
     checkpoint, lacks = Checkpoint(weights=path, family=model), list[str]()
     while True:
         prompts = () if "text encoder" in lacks else (PROMPT,)
@@ -154,7 +173,7 @@ def use_as_demo(path: Path, channels: int) -> str:
         demo.validate_weights(path)
     except (ValueError, OSError) as error:
         return f"it cannot be rendered: its latents have {channels} channels, and {one_line(str(error))}"
-    return f"flexkern render --model {shlex.quote(str(path))}"
+    return f"flexkern render --model {copyable(path)}"
 
 
 def chosen_model(path: Path, container: str) -> tuple[str, str]:
@@ -305,7 +324,12 @@ def counted(things: Counter[Any]) -> str:
 
 
 def beside_weights(flag: str, path: Path) -> str:
-    return f"lacks a transformer: add {flag} {shlex.quote(str(path))} to the command that renders one"
+    return f"{LACKS}add {flag} {copyable(path)} to the command that renders the transformer"
+
+
+def copyable(path: Path) -> str:
+    """A path as one word of a shell's command, which no command takes for an option."""
+    return shlex.quote(f"./{path}" if str(path).startswith("-") else str(path))
 
 
 def one_line(text: str) -> str:

@@ -11,7 +11,7 @@ import tyro
 from flexkern.checks import field_docs
 from flexkern.cli.argv import spellings
 from flexkern.cli.research import Research, read_research
-from flexkern.policies import Preset, get_preset
+from flexkern.policies import Preset, get_preset, idle_fields
 from flexkern.policies.presets import POLICIES
 
 DEMO = "demo"  # the model where none is named
@@ -90,6 +90,30 @@ def chosen_overrides(
         changed = [f.name for f in fields(default) if getattr(told, f.name) != getattr(default, f.name)]
         overrides |= {f"{name}.{one}": getattr(told, one) for one in changed}
     return overrides
+
+
+def without_effect(preset: Preset, overrides: Mapping[str, object], research: Research | None) -> str | None:
+    """A note on what was said of a preset that changes no video, None where everything does.
+
+    Args:
+        preset: The method, with these overrides.
+        overrides: As ``chosen_overrides`` gives them.
+        research: Whose keys are told as they stand in the file.
+    """
+    plain = get_preset(preset.name)
+    named = []
+    for name in idle_fields(preset):
+        policy, _, field_name = name.partition(".")
+        if name not in overrides or overrides[name] == getattr(getattr(plain, policy), field_name):
+            continue
+        from_file = research is not None and name in research.policies and research.policies[name] == overrides[name]
+        named.append(research.key(name) if research is not None and from_file else as_option(name))
+    return f"without effect in {preset.name}: {', '.join(named)}; see flexkern presets {preset.name}" if named else None
+
+
+def as_option(name: str) -> str:
+    """A field of a preset, by its dotted name, as one types it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def base_preset(name: str | None, model: str, research: Research | None) -> Preset:

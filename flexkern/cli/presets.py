@@ -7,7 +7,16 @@ from typing import Annotated, Any
 import tyro
 
 from flexkern.cli.errors import refusing
-from flexkern.policies import NoisePolicy, PositionPolicy, Preset, RetentionPolicy, SwitchPolicy, get_preset
+from flexkern.cli.policies import as_option
+from flexkern.policies import (
+    NoisePolicy,
+    PositionPolicy,
+    Preset,
+    RetentionPolicy,
+    SwitchPolicy,
+    get_preset,
+    idle_fields,
+)
 from flexkern.policies.presets import POLICIES, PRESETS
 
 RAMP = "Bands of fewer than {low:g} cycles in training are slowed by s, those of {high:g} or more stay as trained."
@@ -99,52 +108,23 @@ def describe(preset: Preset) -> list[str]:
     follows = False
     for sentence in sentences(preset):
         lines += textwrap.wrap(sentence, 100, initial_indent="  ", subsequent_indent="    ")
-    idle = []
+    idle = idle_fields(preset)
     for policy in POLICIES:
         lines.append("")
         used = getattr(preset, policy)
         for field in fields(used):
-            option = f"--{policy}.{field.name.replace('_', '-')}"
-            if field.name in _idle(used):
-                idle.append(option)
+            option = as_option(f"{policy}.{field.name}")
+            if f"{policy}.{field.name}" in idle:
                 continue
             value = getattr(used, field.name)
             if value is not None and getattr(getattr(given, policy), field.name) is None:
                 option, follows = f"* {option}", True
             lines.append(f"{f'{option} {shown_value(value)}':38} {PLAIN[f'{policy}.{field.name}']}".rstrip())
     stars = ["* follows another value, or the model, unless it is given"] * follows
-    without = textwrap.wrap(f"Without effect in {preset.name}: {', '.join(idle)}", 100, break_on_hyphens=False)
+    without = textwrap.wrap(
+        f"Without effect in {preset.name}: {', '.join(map(as_option, idle))}", 100, break_on_hyphens=False
+    )
     return [*lines, "", *stars, *without, "flexkern render --preset NAME --help says all of each option."]
-
-
-def _idle(policy: Any) -> set[str]:
-    """The fields without effect at the values of the others."""
-    if isinstance(policy, PositionPolicy):
-        slowed = policy.table is None and policy.mode not in ("none", "jitter")
-        used = {
-            "alpha": slowed and policy.mode in ("by_parts", "yarn"),
-            "beta": slowed and policy.mode in ("by_parts", "yarn", "hard"),
-            "ramp": slowed and policy.mode in ("by_parts", "yarn"),
-            "scale_schedule": (slowed or policy.temperature > 0) and policy.scale == "auto",
-            **dict.fromkeys(("scale", "start"), slowed or policy.temperature > 0),
-            "riflex_band": policy.table is None and policy.mode == "riflex",
-            "cut_position": policy.index == "slot",
-        }
-        used |= dict.fromkeys(("jitter_sigma", "jitter_seed"), policy.table is None and policy.mode == "jitter")
-    elif isinstance(policy, NoisePolicy):
-        used = {
-            "rho": policy.kind == "ar1",
-            "rho_schedule": policy.kind in ("ar1", "pyoco_progressive"),
-            "scope": policy.kind not in ("iid", "zero_sum", "freenoise"),
-            "weight": policy.kind in ("alternating", "high_pass", "pyoco_mixed", "pyoco_progressive"),
-            "apply": policy.kind != "iid",
-        }
-        used |= dict.fromkeys(("window", "stride"), policy.kind == "freenoise")
-    elif isinstance(policy, SwitchPolicy):
-        used = {"recent": policy.kind != "keep", "keep_sink": policy.kind == "recache"}
-    else:
-        used = {}
-    return {name for name, needed in used.items() if not needed}
 
 
 def sentences(preset: Preset) -> list[str]:

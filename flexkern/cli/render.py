@@ -11,10 +11,10 @@ from flexkern.checks import did_you_mean
 from flexkern.cli import status
 from flexkern.cli.batch import BAD, Batch, Plan, validate_demo
 from flexkern.cli.carry import carry_out, make_watch, open_log, render_all
-from flexkern.cli.errors import note, refuse, refusing, translated
+from flexkern.cli.errors import in_flags, note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
-from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family
+from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family, without_effect
 from flexkern.cli.research import Research, read_research
 from flexkern.cli.resume import options_from, validate_alone
 from flexkern.cli.videos import chosen_videos, timed, validate_targets
@@ -108,7 +108,10 @@ class Render(Flags):
         self.model = chosen_model(self.model, self.config_path, self.weights)
         base = base_preset(self.preset, self.model, research)
         overrides = chosen_overrides(self, base, research, setting.overrides)
-        videos = chosen_videos(self, get_preset(base.name, overrides), research, setting.inline)
+        preset = get_preset(base.name, overrides)
+        if idle := without_effect(preset, overrides, research):
+            note(idle)
+        videos = chosen_videos(self, preset, research, setting.inline)
         self.chosen_weights()
         return Plan(setting=setting, research=research, base=base, overrides=overrides, videos=videos)
 
@@ -196,7 +199,7 @@ class Render(Flags):
             validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
         found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
         validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), str(parts.backend), *parts.notes, *self.not_needed(parts)):
+        for line in (str(parts), str(parts.backend), *map(in_flags, parts.notes), *self.not_needed(parts)):
             note(line)
 
     def follow_research(self) -> Research | None:

@@ -13,6 +13,7 @@ the video and cannot be followed, and the unknown.
 Source: configs/ of Self-Forcing, LongLive, CausVid and Rolling Forcing.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkern.checks import require
+from flexkern.model.schedule import Schedule
 
 INFINITE = "longlive-infinite"
 FAMILY = {  # key: field of Family or Schedule
@@ -69,6 +71,7 @@ TRAINING = (  # patterns of keys that only training reads; a distilled model run
     "dtype", "teacher_forcing", "backward_simulation", "warmup*", "num_workers", "resume*", "auto_resume", "is_causal",
     "config_name", "config_path", "profile*", "debug", "global_rank", "distributed", "world_size",
 )  # fmt: skip
+ABSENT = "???"  # in OmegaConf's files, for what a command line is to say
 MATTER = (  # patterns of keys that would change the video
     "*relative_rope*", "rope_*", "*attn*", "*attention*", "*sink*", "*cache*", "*window*", "*overlap*", "*rollout*",
     "*quant*", "*fp8*", "*fp4*", "*solver*", "*sampler*", "*sampling*", "*step*", "*noise*", "*cfg*", "i2v", "*image*",
@@ -116,6 +119,10 @@ class Research:
             parts.append(f"for training only: {few}")
         return f"{self.path}: {'; '.join(parts)}" if parts else None
 
+    def key(self, field: str) -> str:
+        """The key of the file that stands for a field of a preset."""
+        return f"{next(key for key, ours in POLICY.items() if ours == field)} of {self.path}"
+
     def file(self, flag: str) -> Path:
         """The file that it names for an option: as seen from here, else from the configuration or the folder above.
 
@@ -144,7 +151,7 @@ def read_research(path: str | Path) -> Research:
     nested = content.pop("model_kwargs", None) or {}
     if not isinstance(nested, dict):
         raise ValueError(f"{path}: model_kwargs must be a mapping, got {nested!r}")
-    said = {str(key): value for key, value in (content | nested).items() if value is not None}
+    said = {str(key): value for key, value in (content | nested).items() if value not in (None, ABSENT)}
     try:
         return _research(path, said)
     except ValueError as error:
@@ -154,6 +161,7 @@ def read_research(path: str | Path) -> Research:
 def _research(path: Path, said: Mapping[str, Any]) -> Research:
     for key in FORMS.keys() & said.keys():
         kind, words = FORMS[key]
+        _validate_values(key, said[key])
         fits = isinstance(said[key], kind) and (kind is bool or not isinstance(said[key], bool))
         require(fits, f"{key} must be {words}, got {said[key]!r}")
     policies = {ours: said[key] for key, ours in POLICY.items() if key in said}
@@ -176,6 +184,27 @@ def _research(path: Path, said: Mapping[str, Any]) -> Research:
     )
 
 
+def _validate_values(key: str, value: Any) -> None:
+    """Raises ValueError for numbers that are not finite, and for what OmegaConf would put another value in place of."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            _validate_values(f"{key}.{name}", one)
+    for one in value if isinstance(value, list) else (value,):
+        require(not isinstance(one, float) or math.isfinite(one), f"{key} must be finite, got {value}")
+        told = f"{key} is {value!r}, in which OmegaConf would fill in ${{...}}; that is not done here: write it out"
+        require(not isinstance(one, str) or "${" not in one, told)
+
+
+def _validate_schedule(family: Mapping[str, Any]) -> None:
+    """Raises ValueError, with the file's own keys, for what no schedule takes."""
+    names = {ours: key for key, ours in FAMILY.items() if ours != "chunk"}
+    try:
+        Schedule(**{"warp": False} | {ours: family[ours] for ours in names if ours in family})
+    except (ValueError, TypeError) as error:
+        ours, _, rest = str(error).removeprefix("Schedule.").partition(" ")
+        raise ValueError(f"{names.get(ours, ours)} {rest}") from None
+
+
 def _family(said: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of ``Family`` and ``Schedule``."""
     family = {ours: said[key] for key, ours in FAMILY.items() if key in said}
@@ -184,6 +213,7 @@ def _family(said: Mapping[str, Any]) -> dict[str, Any]:
             numbers = all(isinstance(step, int | float) and not isinstance(step, bool) for step in steps)
             require(numbers, f"{key} must be a list of numbers, got {steps!r}")
             family[FAMILY[key]] = tuple(steps)
+    _validate_schedule(family)
     if said.get("independent_first_frame"):
         family["first_chunk"] = 1
     if (shape := said.get("image_or_video_shape")) is not None:

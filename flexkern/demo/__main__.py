@@ -21,6 +21,7 @@ from flexkern.demo.measure import Marks, curves, measure
 from flexkern.demo.picture import contact_sheet, drift_plot
 from flexkern.engine import Engine
 from flexkern.policies import get_preset
+from flexkern.render.signals import quietly
 from flexkern.render.writer import VideoWriter
 
 
@@ -99,4 +100,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    with quietly("flexkern.demo"):
+        main(tyro.cli(Args, description=__doc__))

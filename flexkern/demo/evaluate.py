@@ -21,6 +21,7 @@ from flexkern.demo import WEIGHTS, load_engine, world
 from flexkern.demo.measure import FIGURES, Marks, measure, summary
 from flexkern.engine import Engine
 from flexkern.policies import get_preset
+from flexkern.render.signals import quietly
 from flexkern.session import Chunk
 
 WORLD = "world"  # the ceiling's name, where presets have theirs
@@ -155,4 +156,5 @@ def evaluate(args: Args) -> dict[str, Marks]:
 
 
 if __name__ == "__main__":
-    evaluate(tyro.cli(Args, description=__doc__))
+    with quietly("flexkern.demo.evaluate"):
+        evaluate(tyro.cli(Args, description=__doc__))

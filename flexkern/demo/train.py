@@ -31,6 +31,7 @@ from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.model.weights import load_transformer
 from flexkern.plan import band_split, place_turns, turns
 from flexkern.policies import PositionPolicy
+from flexkern.render.signals import quietly
 
 CHUNK = 3
 SHIFT = 5.0  # of noise levels towards noise, as at inference
@@ -222,4 +223,5 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    with quietly("flexkern.demo.train"):
+        train(tyro.cli(Args, description=__doc__))

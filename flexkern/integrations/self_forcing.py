@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from flexkern.backends.choice import AUTO, open_backend
+from flexkern.checks import whole
 from flexkern.noise import PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -132,10 +133,9 @@ class Patch:
     """What was replaced in a pipeline, and how to undo it. Leaving it as a context manager undoes it."""
 
     def __init__(self, pipeline: Any, upstream: Upstream, preset: str | Preset, seed: int | None, backend: str):
-        self.pipeline, self.upstream, self.seed = pipeline, upstream, seed
+        self.pipeline, self.upstream = pipeline, upstream
+        self.seed = seed = None if seed is None else whole("seed", seed)
         self.preset = get_preset(preset).for_horizon(upstream.horizon).resolve()
-        if seed is not None and (not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"seed must be a whole number >= 0, or None, got {seed!r}")
         model = recognise(pipeline, upstream)
         weight, attn = model.patch_embedding.weight, model.blocks[0].self_attn
         self.preset.retention.keep([], pipeline.num_frame_per_block)  # refuses a window that is too small

@@ -36,6 +36,7 @@ DTYPES: dict[str, torch.dtype] = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
+NAME_LORA = "name one as lora to use it"  # the end of a note, which the command line says in its own words
 DEFAULT = "self-forcing"  # the family of a checkpoint whose name says none
 
 
@@ -351,10 +352,16 @@ def _notes(checkpoint: Checkpoint, family: Family, found: Found) -> list[str]:
         height, width = trained.picture_size
         notes.append(f"{family.name} was trained with pictures of {height}x{width}")
     if not checkpoint.loras and found.loras:
-        notes.append(
-            f"{', '.join(map(str, found.loras))} is a LoRA; it is used with --lora PATH only, lora=PATH in Python"
-        )
+        notes.append(f"{_are_loras([str(path) for path in found.loras])} not used; {NAME_LORA}")
     return notes
+
+
+def _are_loras(names: Sequence[str]) -> str:
+    """The beginning of a sentence on them."""
+    if len(names) == 1:
+        return f"{names[0]} is a LoRA and is"
+    shown = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    return f"{', '.join(shown[:-1])} and {shown[-1]} are LoRAs and are"
 
 
 def _load_text(parts: Parts) -> WanTextEncoder | SavedEmbeddings | KnownPrompts | None:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
+from flexkern.checks import is_float32, require
 from flexkern.model.files import find_files, read_files, read_json, select_group, some_of
 from flexkern.model.intact import raise_absent
 from flexkern.model.merge import Update
@@ -37,6 +38,7 @@ FORMS = {  # what only the tensors of another form are called
     "IA3": r".*\.(ia3_l.*|on_input)",
     "VeRA": r".*\.vera_.*",
 }
+DAMAGED = "the file is damaged, or its training diverged"
 SUPPORTED = "supported: LoRA (down, up, alpha) and differences (diff, diff_b, diff_m)"
 
 LoraPath: TypeAlias = str | Path
@@ -61,15 +63,20 @@ def listed(loras: Loras | None, scale: float = 1.0) -> tuple[Lora, ...]:
 
     Raises:
         TypeError: Says what an entry must be.
+        ValueError: A scale is not finite in float32, in which LoRAs are added, or one LoRA is there twice.
     """
     if loras is None:
         return ()
     entries: list[Any] = [loras] if isinstance(loras, str | Path) or _is_pair(loras) else list(loras)
-    found = []
+    found, seen = [], set()
     for entry in entries:
         if not isinstance(entry, str | Path) and not _is_pair(entry):
             raise TypeError(f"a LoRA must be a path, or a path and a finite scale, got {entry!r}")
         path, own = (entry, 1.0) if isinstance(entry, str | Path) else entry
+        fine = is_float32(scale) and is_float32(float(own) * scale)
+        require(fine, f"the scale of the LoRA {path} must be finite in float32, got {own:g} times {scale:g}")
+        require(Path(path).resolve() not in seen, f"the LoRA {path} is given twice: give it once, with the scales' sum")
+        seen.add(Path(path).resolve())
         found.append(Lora(Path(path), float(own) * scale))
     return tuple(found)
 
@@ -100,7 +107,7 @@ def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, list[Updat
 
     Raises:
         FileNotFoundError: No LoRA is there.
-        ValueError: It holds something else as well, or half of a pair.
+        ValueError: It holds something else as well, half of a pair, or an alpha or a scale that is not finite.
         NotImplementedError: It is another form (rsLoRA, DoRA, LoHa, LoKr, ...).
     """
     path = Path(path)
@@ -131,9 +138,14 @@ def _pieces(state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tens
     strange: list[str] = []
     for key, tensor in state.items():
         match = TENSOR.fullmatch(clean_lora_name(key))
-        if match is None or (not tensor.is_floating_point() and match["other"] != "alpha"):
+        half = match is not None and (match["half"] or match["old"]) and match["leaf"] != "bias"
+        hollow = half and (tensor.dim() < 2 or not tensor.numel())  # of no rank
+        if match is None or hollow or (not tensor.is_floating_point() and match["other"] != "alpha"):
             strange.append(key)
             continue
+        if match["other"] == "alpha" and not (tensor.numel() == 1 and math.isfinite(tensor.item())):
+            got = f"{tensor.item():g}" if tensor.numel() == 1 else f"{list(tensor.shape)}"
+            raise ValueError(f"{path}: {key} must be one finite number, got {got}; {DAMAGED}")
         role = match["other"] or HALVES.get(match["half"], match["half"]) or match["old"]
         role = "up_bias" if match["leaf"] == "bias" else role
         module = unflattened(match["module"])
@@ -151,14 +163,20 @@ def _updates(
     modules: Mapping[str, Mapping[str, Tensor]], adapter: Mapping[str, Any], path: Path, lora_scale: float
 ) -> dict[str, list[Update]]:
     updates: dict[str, list[Update]] = {}
+    general = adapter.get("lora_alpha")
+    if general is not None and not is_float32(general):
+        raise ValueError(f"{path}: lora_alpha must be a finite number, got {general!r}; {DAMAGED}")
 
     def add(target: str, up: Tensor, down: Tensor | None, scale: float) -> None:
+        if not is_float32(scale):
+            of = "" if down is None else f": {lora_scale:g} times alpha over the rank {down.shape[0]}"
+            raise ValueError(f"{path}: the scale of {target} is {scale:g}{of}; expected one that is finite in float32")
         updates.setdefault(target, []).append(Update(up, down, scale, str(path)))
 
     for module, held in modules.items():
         if "down" in held:
             rank = held["down"].shape[0]
-            scale = lora_scale * float(held.get("alpha", adapter.get("lora_alpha", rank))) / rank
+            scale = lora_scale * float(held.get("alpha", rank if general is None else general)) / rank
             add(f"{module}.weight", held["up"], held["down"], scale)
             if "up_bias" in held:
                 add(f"{module}.bias", held["up_bias"], None, scale)
@@ -171,7 +189,8 @@ def _updates(
 
 def _adapter_config(file: Path, content: Mapping[Any, Any], metadata: Mapping[str, str]) -> dict[str, Any]:
     """What PEFT (a file beside), diffusers (metadata) or a training script (a top level number) says of the LoRA."""
-    adapter = {"lora_alpha": content["alpha"]} if "alpha" in content else {}
+    alpha = content.get("alpha")
+    adapter = {} if alpha is None else {"lora_alpha": alpha.item() if isinstance(alpha, Tensor) else alpha}
     said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     adapter |= {name.rpartition(".")[2]: value for name, value in said.items()}
     return adapter | (read_json(file.with_name("adapter_config.json")) if file.stem == "adapter_model" else {})

@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from flexkern.model.files import some_of
+
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 SCALES = re.compile(r"(.+)\.(scale_weight|weight_scale)")
 UNUSED = re.compile(r"(.+\.)?(scaled_fp8|scale_input|input_scale|comfy_quant)")  # markers, and scales of activations
@@ -56,14 +58,20 @@ def split_scales(state: Mapping[str, Tensor], where: str | Path) -> tuple[dict[s
     """The weights alone, and the scale of each that has one, by the weight's name.
 
     Raises:
-        ValueError: A scale is that of no tensor, or a weight is not floating point.
+        ValueError: A scale is that of no tensor, a weight has two scales or lacks the one that it should have, or is
+            not floating point.
         NotImplementedError: Weights are quantised otherwise.
     """
     refuse_quantized(state, where)
     weights = {key: tensor for key, tensor in state.items() if not UNUSED.fullmatch(key)}
-    scales: dict[str, Tensor] = {}
+    named: dict[str, str] = {}
     for key in [key for key in weights if SCALES.fullmatch(key)]:
-        scales[SCALES.sub(r"\1.weight", key)] = weights.pop(key)
+        of = SCALES.sub(r"\1.weight", key)
+        if of in named:
+            raise ValueError(f"{where} holds two scales of {of}, {named[of]} and {key}; expected one")
+        named[of] = key
+    scales = {of: weights.pop(key) for of, key in named.items()}
+    _validate_scaled(weights, scales, (*named.values(), *(key for key in state if UNUSED.fullmatch(key))), where)
     for key, scale in scales.items():
         if key not in weights:
             raise ValueError(f"{where} holds a scale of {key}, and no such tensor")
@@ -72,6 +80,20 @@ def split_scales(state: Mapping[str, Tensor], where: str | Path) -> tuple[dict[s
             got = f"{list(scale.shape)} for a weight {list(weights[key].shape)}"
             raise NotImplementedError(f"{where} is quantised in blocks: the scale of {key} is {got}; {SUPPORTED}")
     return weights, scales
+
+
+def _validate_scaled(
+    weights: Mapping[str, Tensor], scales: Mapping[str, Tensor], signs: tuple[str, ...], where: str | Path
+) -> None:
+    """Raises ValueError for float8 matrices without a scale in a file that has scales, as its ``signs`` tell.
+
+    A plain cast to float8 has no such tensors. Norms and biases, which no form scales, are what they say.
+    """
+    bare = [key for key, tensor in weights.items() if tensor.dtype in FLOAT8 and tensor.dim() > 1 and key not in scales]
+    lacking = [key for key in bare if key.endswith(".weight")]
+    if signs and lacking:
+        told = f"holds float8 with scales, as {signs[0]} tells, and lacks the scales of {some_of(lacking)}"
+        raise ValueError(f"{where} {told}; get the file again, or convert it anew")
 
 
 def dequantized(weight: Tensor, scale: Tensor, device: str | torch.device) -> Tensor:

@@ -35,14 +35,16 @@ class Schedule:
     fresh: bool = True
     """whether noise between steps is drawn anew; else it is the noise that the last prediction implies"""
     context_timestep: float = 0.0
-    """timestep of the clean pass that fills the cache (``context_noise``)"""
+    """timestep, 0 to 1000, of the clean pass that fills the cache (``context_noise``)"""
 
     def __post_init__(self) -> None:
         for name in ("steps", "first_steps"):
-            if (steps := getattr(self, name)) is not None:
+            if isinstance(steps := getattr(self, name), tuple | list):
                 object.__setattr__(self, name, tuple(steps[:-1] if len(steps) > 1 and steps[-1] == 0 else steps))
         check_fields(self)
         require(self.shift > 0, f"shift must be > 0, got {self.shift}")
+        context = self.context_timestep
+        require(0 <= context <= 1000, f"context_timestep must be a timestep from 0 to 1000, got {context}")
         for name in ("steps", "first_steps"):
             if (steps := getattr(self, name)) is None:
                 continue

@@ -1,5 +1,6 @@
 """Policies: pure functions that decide positions, retention and noise, and presets that combine them. NumPy only."""
 
+from .effect import idle_fields
 from .noise import NoisePolicy, NoiseSource
 from .position import Phases, PositionPolicy
 from .presets import PRESETS, LoopPolicy, Preset, SwitchPolicy, get_preset
@@ -19,4 +20,5 @@ __all__ = [
     "SinkWindow",
     "SwitchPolicy",
     "get_preset",
+    "idle_fields",
 ]

@@ -10,8 +10,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from flexkern.checks import check_fields, did_you_mean, require
-from flexkern.policies import Preset, get_preset
+from flexkern.checks import check_fields, did_you_mean, python_numbers, require
+from flexkern.policies import Preset, get_preset, idle_fields
 from flexkern.render.encoding import Encoding, read_encoding
 from flexkern.render.latents import validate_latents_target
 from flexkern.render.outputs import validate_output
@@ -60,7 +60,8 @@ class Order:
         else:
             named = self.target.suffix.lower() == ".safetensors"
             require(named, f"latents must be named .safetensors, got {self.target.name!r}")
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in self.overrides.items()}
+        given = {name: python_numbers(value) for name, value in self.overrides.items()}
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         object.__setattr__(self, "overrides", tuples)
         validate_cuts(self.method, self.script)
 
@@ -68,6 +69,11 @@ class Order:
     def method(self) -> Preset:
         """The preset with its overrides."""
         return get_preset(self.preset, self.overrides)
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The overrides that change nothing, such as noise.window where the noise has none."""
+        return tuple(name for name in idle_fields(self.method) if name in self.overrides)
 
     @property
     def prompts(self) -> tuple[str, ...]:

@@ -1,12 +1,23 @@
 """Ctrl-C, SIGTERM and SIGHUP: they stop a render, but never in the middle of a picture."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextmanager
+def quietly(program: str) -> Iterator[None]:
+    """Ctrl-C ends the program with one line on stderr and the status that a shell gives it, without a traceback."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
 
 
 @contextmanager

@@ -45,6 +45,9 @@ def read_text(path: str | Path, what: str = "file") -> str:
     if path.is_dir():
         raise ValueError(f"{path} is a folder, expected a {what}")
     content = path.read_bytes()
+    if wide := _unmarked_utf16(content):
+        how = f"save it as UTF-8, such as with iconv -f {wide} -t UTF-8"
+        raise ValueError(f"{path} looks like {wide} without a byte order mark: {how}")
     encoding = next((name for mark, name in MARKS.items() if content.startswith(mark)), "utf-8")
     try:
         text = content.decode(encoding)
@@ -54,6 +57,18 @@ def read_text(path: str | Path, what: str = "file") -> str:
     if "\0" in text:
         raise ValueError(f"{path} is not text: it holds bytes of zero")
     return text
+
+
+def _unmarked_utf16(content: bytes) -> str | None:
+    """The form of UTF-16 that text without a byte order mark seems to have: every other byte of Latin letters is 0."""
+    pairs, odd = divmod(len(content), 2)
+    if odd or not pairs or content.startswith(tuple(MARKS)):
+        return None
+    zeros = content[::2].count(0), content[1::2].count(0)
+    few, many = min(zeros), max(zeros)
+    if many <= pairs / 4 or few > many / 8:
+        return None
+    return "UTF-16LE" if zeros[1] == many else "UTF-16BE"
 
 
 def split_lines(text: str) -> list[str]:

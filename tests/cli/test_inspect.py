@@ -295,3 +295,25 @@ def test_json_says_what_the_lines_say(tiny, tmp_path, capsys):
     told = {part.pop("path"): part for part in json.loads(capsys.readouterr().out)}
     assert status == 1 and told[f"{tmp_path}/self_forcing.safetensors"]["complete"] == "yes"
     assert "web page" in told[f"{tmp_path}/vae.pth"]["complete"]
+
+
+def test_a_name_with_a_dash_in_front_can_be_copied(inspect_, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_file(tiny, "-self-forcing.safetensors")
+    _, places, _ = inspect_("./-self-forcing.safetensors")
+    words = shlex.split(next(iter(places.values()))["use"].partition("with them: ")[2])
+    assert words[2:4] == ["--weights", "./-self-forcing.safetensors"]
+
+
+@pytest.mark.parametrize("layout", ["causvid", "self-forcing"])
+def test_parts_of_a_folder_say_how_they_are_used_with_its_transformer(inspect_, tmp_path, monkeypatch, layout):
+    layouts.LAYOUTS[layout](tmp_path / layout)
+    layouts.save_text(next((tmp_path / layout).rglob("Wan2.1_VAE.pth")).parent)
+    save_file({"blocks.0.ffn.0.diff_b": torch.ones(512)}, tmp_path / layout / "style.safetensors")
+    monkeypatch.chdir(tmp_path)
+    status, places, _ = inspect_(layout)
+    uses = {lines["is"].split()[0]: lines["use"] for lines in places.values()}
+    assert status == 0 and uses.keys() == {"transformer", "VAE", "text", "LoRA"}
+    assert uses["transformer"].startswith("flexkern render --weights ")
+    assert uses["VAE"] == uses["text"] == "the transformer's command finds it"
+    assert uses["LoRA"] == f"add --lora {layout}/style.safetensors to the command that renders the transformer"

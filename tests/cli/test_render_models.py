@@ -149,7 +149,7 @@ def test_prompts_by_time_need_no_encoder_at_the_switch(command, disk):
         length = ("--num_output_frames", 9, "--latents", f"{name}.safetensors")
         status, _, err = command("render", "--model", "longlive", *given, *SMALL, *length, *prompts)
         assert status == 0, err
-    assert "lora.pt is a LoRA; it is used with --lora PATH only" in err
+    assert "lora.pt is a LoRA and is not used; add --lora PATH to use one\n" in err
     a, b = (load_file(f"{name}.safetensors")["latents"] for name in "ab")
     assert torch.equal(a[:, :3], b[:, :3]) and not torch.equal(a[:, 6:], b[:, 6:])
 
@@ -237,7 +237,10 @@ REFUSED = {
     "latents": ("@@ --latents l.pt", "latents must be named .safetensors, got 'l.pt'"),
     "no config": ("@@ --config_path none.yaml", "there is no configuration none.yaml"),
     "a bad config": ("@@ --config_path bad.yaml", "bad.yaml: num_frame_per_block must be a whole number, got 'three'"),
-    "bad steps": ("@@ --config_path steps.yaml", r"steps must fall from at most 1000 to above 0, got \[500, 900\]"),
+    "bad steps": (
+        "@@ --config_path steps.yaml",
+        r"denoising_step_list must fall from at most 1000 to above 0, got \[500, 900\]",
+    ),
     "a file as folder": ("@@ --data_path p.txt --output_folder p.txt", "--output-folder p.txt is not a folder"),
     "below a file": ("@@ --data_path p.txt --output_folder p.txt/x", "--output-folder p.txt/x cannot be made in p.txt"),
     "many prompts": ("@@ --data_path p.txt", "makes several videos: give --output-folder as well"),

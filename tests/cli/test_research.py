@@ -231,6 +231,19 @@ WRONG = {
     "seed: true": "seed must be a whole number, got True",
     "model_kwargs: 3": "model_kwargs must be a mapping, got 3",
     "lora_ckpt: [a]": "lora_ckpt must be a text",
+    "context_noise: -1": "context_noise must be a timestep from 0 to 1000, got -1",
+    "model_kwargs: {context_noise: 2000}": "context_noise must be a timestep from 0 to 1000, got 2000",
+    "context_noise: .nan": "context_noise must be finite, got nan",
+    "timestep_shift: .inf": "timestep_shift must be finite, got inf",
+    "timestep_shift: -5": "timestep_shift must be > 0, got -5",
+    "denoising_step_list: [1000, .nan]": "denoising_step_list must be finite, got [1000, nan]",
+    "denoising_step_list_first_chunk: [10, 20]": "denoising_step_list_first_chunk must fall from at most 1000",
+    "denoising_step_list: 1000": "denoising_step_list must be a list of numbers, got 1000",
+    "adapter: {rank: 4, alpha: .inf}": "adapter.alpha must be finite, got inf",
+    "output_folder: ${oc.env:HOME}/vids": "output_folder is '${oc.env:HOME}/vids', in which OmegaConf would fill in ${",
+    "seed: ${other}": "seed is '${other}', in which OmegaConf",
+    "denoising_step_list: ['${a}', 3]": "denoising_step_list is ['${a}', 3], in which OmegaConf",
+    "adapter: {rank: '${a}'}": "adapter.rank is '${a}', in which OmegaConf",
     "- 1": "expected a mapping of keys to values, got list",
 }
 
@@ -241,6 +254,19 @@ def test_wrong_values_are_refused(tmp_path, text):
     with pytest.raises(ValueError) as error:
         read_research(tmp_path / "c.yaml")
     assert "c.yaml" in str(error.value) and WRONG[text] in str(error.value)
+
+
+def test_what_is_left_to_a_command_line_is_not_said(tmp_path):
+    (tmp_path / "c.yaml").write_text("output_folder: ???\nseed: ???\nsomething: ${other}\nnum_frame_per_block: 1\n")
+    found = read_research(tmp_path / "c.yaml")
+    assert not found.flags and found.family == {"chunk": 1} and found.unknown == ("something",)
+
+
+def test_a_key_without_effect_is_named(begun):
+    (job,), _, err = begun("global_sink: false\nsink_size: 1\n", *WEIGHTS, *LATENTS, "--prompt", "a cat")
+    assert job.session.preset.retention.sink == 1
+    assert "flexkern: without effect in flex: global_sink of c.yaml; see flexkern presets flex\n" in err
+    assert "without effect" not in begun("global_sink: true\n", *WEIGHTS, *LATENTS, "--prompt", "a cat")[2]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from flexkern import __version__
+from flexkern.cli import COMMANDS
 from flexkern.cli.argv import FOREIGN, spellings
 from flexkern.cli.doctor import Doctor
 from flexkern.cli.inspect import Inspect
@@ -77,7 +78,8 @@ DROPPED = {
     "--i2v": "--i2v needs --image as well",
     "--lora-scale 0.5": "--lora-scale is given once for each --lora, or not at all: got 0 of --lora and 1 of --lora-sc",
     "--lora a --lora b --lora-scale 1": "got 2 of --lora and 1 of --lora-scale",
-    "--lora a --lora-scale nan": "--lora-scale must be a finite number, got nan",
+    "--lora a --lora-scale nan": "--lora-scale must be a finite number in float32, got nan",
+    "--lora a --lora-scale 1e39": "--lora-scale must be a finite number in float32, got 1e.39",
     "--model tiny.safetensors --config_path c.yaml": "--config-path is for checkpoints",
     "--num_samples 0": "--num-samples must be at least 1, got 0",
     "--seed 18446744073709551616": r"seed must be a whole number >= 0 and below 2\^64",
@@ -205,6 +207,28 @@ def test_options_without_effect_have_none(name):
         drawn = [[source.initial(range(i, i + 4)) for i in range(0, 40, 4)] for source in noises]
         same = (phases[0].key == phases[1].key).all() and all((a == b).all() for a, b in zip(*drawn, strict=True))
         assert same == (option in apart[2]), dotted
+
+
+IDLE = "--position.cut-position 5 --noise.weight 0.5 --position.riflex-band 3 --noise.window 7 --switch.no-keep-sink"
+
+
+def test_options_without_effect_are_named_in_a_note(flexkern_, monkeypatch):
+    monkeypatch.setattr(Session, "step", lambda session: pytest.fail("work was done"))
+    words = ["render", "--frames", "3", "--out", "no/such/v.mp4", "--preset", "flex"]
+    told = "riflex-band --position.cut-position --noise.weight --noise.window --switch.keep-sink"
+    note = f"flexkern: without effect in flex: --position.{told.replace(' ', ', ')}; see flexkern presets flex\n"
+    err = flexkern_(*words, *IDLE.split(), "--position.alpha", 0.2, "--retention.sink", 2)[2]
+    assert err.startswith(note) and err.count("\n") == 2
+    assert "effect" not in flexkern_(*words, "--noise.kind", "freenoise", "--noise.window", 8)[2]
+    assert "effect" not in flexkern_(*words, "--position.index", "slot", "--position.cut-position", 5)[2]
+
+
+@pytest.mark.parametrize(
+    ("word", "guess"), [("rendr", "; did you mean 'render'?"), ("Presets", "; did you mean 'presets'?"), ("xyz", "")]
+)
+def test_a_command_that_is_none_is_told_by_the_nearest(flexkern_, word, guess):
+    told = f"flexkern: error: there is no command {word!r}: expected one of {', '.join(COMMANDS)}{guess}\n"
+    assert flexkern_(word, "--frames", 3) == (2, "", told)
 
 
 def test_the_help_of_positions_says_what_its_letters_are(flexkern_, monkeypatch):

@@ -4,6 +4,8 @@ import csv
 import dataclasses
 import json
 import math
+import runpy
+import sys
 
 import av
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from flexkern import demo
 from flexkern.demo import evaluate, world
 from flexkern.demo.__main__ import Args, chosen_scenes, main
 from flexkern.demo.evaluate import WORLD, Spread, held_out_scenes, windows
@@ -164,3 +167,19 @@ def test_an_unknown_preset_is_refused_before_any_work(weights, tmp_path):
     with pytest.raises(ValueError, match="no preset 'flux'"):
         main(Args(out=tmp_path / "none", presets=["flux"], weights=weights))
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("module", ["flexkern.demo", "flexkern.demo.evaluate", "flexkern.demo.train"])
+def test_ctrl_c_is_one_quiet_line(module, monkeypatch, capsys, tmp_path):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(demo, "load_engine", interrupted)
+    monkeypatch.setattr(torch, "manual_seed", interrupted)
+    for name in [name for name in sys.modules if name == module or name == f"{module}.__main__"]:
+        if name != "flexkern.demo":
+            monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(module, run_name="__main__")
+    assert stopped.value.code == 130 and capsys.readouterr().err == f"{module}: interrupted\n"

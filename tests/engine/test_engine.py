@@ -1,15 +1,18 @@
 """The loop against the published cache semantics (support/upstream.py), and what a session promises beyond them."""
 
+import json
+import math
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import upstream
 from both_loops import SIZE, Recorded, assert_equal_to, both, drive, prompt_of
 
-from flexkern.engine import Engine
+from flexkern.engine import Engine, frames_for
 from flexkern.model.schedule import SCHEDULES, Schedule
 from flexkern.noise import ResearchNoise
 from flexkern.policies import Blend, Kept, get_preset
@@ -134,7 +137,7 @@ def test_the_horizon_of_the_model_is_that_of_its_videos(model):
     follows, says = make(5), make(21, **{"position.train_len": 5})
     assert torch.equal(follows, says) and not torch.equal(follows, make(21))
     assert torch.equal(make(240, **{"position.train_len": 5}), says)
-    with pytest.raises(ValueError, match="horizon must be at least 1 frame, got 0"):
+    with pytest.raises(ValueError, match="horizon must be a whole number >= 1, got 0"):
         Engine(model, horizon=0)
 
 
@@ -276,7 +279,13 @@ def test_first_chunk_of_one_frame(engine):
     [
         (dict(preset="flux"), "no preset 'flux'.*did you mean"),
         (dict(size=(5, 6)), "multiple of 2x2, got 5x6"),
-        (dict(frames=0), "frames must be at least 1"),
+        (dict(frames=0), "frames must be a whole number >= 1, got 0"),
+        (dict(frames=2.5), "frames must be a whole number >= 1, got 2.5"),
+        (dict(seed=True), "seed must be a whole number >= 0, got True"),
+        (dict(seed=1.0), "seed must be a whole number >= 0, got 1.0"),
+        *((dict(first_chunk=n), f"first_chunk must be a whole number >= 1, got {n}") for n in (-1, 0, 2.5, True)),
+        *((dict(size=s), r"size must be \(height, width\), two") for s in ((36.0, 36), 36, "36x36", (36,), (0, 36), 0)),
+        (dict(noise="iid"), r"noise must have initial\(\) and renoise\(\), got 'iid'"),
         (dict(seed=-1), "seed must be a whole number >= 0, got -1"),
         (dict(preset=get_preset("flex", {"retention.sink": 6, "retention.window": 8})), "window must hold the sink"),
         (dict(preset=get_preset("flex", {"position.scale_schedule": "static"})), "needs the length of the video"),
@@ -286,6 +295,53 @@ def test_first_chunk_of_one_frame(engine):
 def test_refuses_before_any_work(engine, options, message):
     with pytest.raises(ValueError, match=message):
         engine.session(prompt_of(1), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *((dict(chunk=n), f"chunk must be a whole number >= 1, got {n}") for n in (0, 2.5, True)),
+        *((dict(first_chunk=n), f"first_chunk must be a whole number >= 1, got {n}") for n in (0, -2, 1.5)),
+        (dict(horizon=1.5), "horizon must be a whole number >= 1, got 1.5"),
+        *((dict(size=s), r"size must be \(height, width\), two whole") for s in ("36x36", (36,), (36.0, 36), 36, None)),
+        (dict(schedule="causvid"), "schedule must be a Schedule, got 'causvid'"),
+        (dict(decoder=3), "decoder must be callable, got 3"),
+    ],
+)
+def test_an_engine_refuses_what_its_sessions_could_not_use(model, options, message):
+    with pytest.raises(ValueError, match=message):
+        Engine(model, **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, ["a", None], numpy.zeros((1, 4, 48)), torch.zeros(1, 4, 48).long()])
+def test_what_is_no_prompt_is_refused(engine, prompt):
+    with pytest.raises(ValueError, match="prompt must be a text, several, or an embedding|must be floating point, got"):
+        engine.session(prompt)
+
+
+def test_what_is_given_to_begin_with_is_latents_or_pictures(engine):
+    session = engine.session(prompt_of(1))
+    for given in (torch.zeros(1, 3, 16, *SIZE).long(), numpy.zeros((1, 3, 16, *SIZE)), None):
+        with pytest.raises(ValueError, match="latents must be a floating-point tensor, pictures one of uint8, got"):
+            session.prefill(given)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(model):
+    three, one = numpy.int64(3), numpy.int32(1)
+    engine = Engine(model, size=tuple(map(numpy.int64, SIZE)), chunk=three, first_chunk=one, horizon=numpy.int16(21))
+    options = dict(preset=get_preset("flex", {"retention.sink": three}), seed=three, frames=numpy.int64(4))
+    session, plain = engine.session(prompt_of(1), **options), Engine(model, size=SIZE, first_chunk=1)
+    same = plain.session(prompt_of(1), preset=get_preset("flex", {"retention.sink": 3}), seed=3, frames=4)
+    for made, expected in zip(session, same, strict=True):
+        assert torch.equal(made.latents, expected.latents)
+    json.dumps(session.preset.describe())
+    assert {type(value) for value in (session.target, session.first_chunk, *session.size, engine.chunk)} == {int}
+
+
+def test_the_length_of_no_time_is_refused():
+    for seconds, fps in ((math.inf, 16), (math.nan, 16), (1, 0), (1, math.inf)):
+        with pytest.raises(ValueError, match="must be a finite number"):
+            frames_for(seconds, fps)
 
 
 def test_errors_name_what_was_expected(model, engine):

@@ -1,6 +1,7 @@
 """From a checkpoint to an engine: refused before anything is loaded, or the engine that ``flexkern render`` runs."""
 
 import json
+import shutil
 import warnings
 
 import pytest
@@ -231,7 +232,7 @@ def test_a_bare_file_gives_an_engine_that_takes_embeddings(disk):
 
 def test_a_lora_that_lies_beside_is_only_told_of(disk):
     file = disk / "longlive/longlive_models/models/longlive_base.pt"
-    with pytest.warns(UserWarning, match=r"lora.pt is a LoRA; it is used with --lora PATH only, lora=PATH in Python"):
+    with pytest.warns(UserWarning, match="lora.pt is a LoRA and is not used; name one as lora to use it"):
         Engine.from_pretrained(file, pixels=False)
 
 
@@ -278,3 +279,17 @@ def test_a_family_is_told_by_the_name_of_file_or_folder(disk):
     assert Checkpoint(weights=disk / "self-forcing/any.pt").chosen_family().name == "self-forcing"
     chosen = Checkpoint(weights="any.pt", family=FAMILIES["causvid"].override(shift=3.0), chunk=1).chosen_family()
     assert (chosen.name, chosen.schedule.shift, chosen.chunk, chosen.first_chunk) == ("causvid", 3.0, 1, 1)
+
+
+def test_loras_beside_the_weights_are_told_in_whole_sentences(disk, tmp_path):
+    folder = shutil.copytree(disk / "self-forcing", tmp_path / "self-forcing")
+    told = {
+        2: "{0} and {1} are LoRAs and are not used; name",
+        6: "{0}, {1}, {2} and 3 more are LoRAs and are not used; ",
+    }
+    for count, words in told.items():
+        paths = [folder / f"style{i}.safetensors" for i in range(count)]
+        for path in paths:
+            save_file({"blocks.0.ffn.0.diff_b": torch.ones(512)}, path)
+        (note,) = check(Checkpoint(weights=folder), pixels=False).notes
+        assert note.startswith(words.format(*paths)), note

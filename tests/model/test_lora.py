@@ -1,5 +1,6 @@
 """LoRAs of every trainer change the tensors that they mean, several add up, and other forms are called by name."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -161,3 +162,55 @@ def test_other_forms_are_refused_by_name(form, tmp_path):
     save_file({OTHERS[form]: torch.ones(2, 2)}, tmp_path / "other.safetensors")
     with pytest.raises(NotImplementedError, match=f"other.safetensors is a {form} .*; supported: LoRA"):
         merged(tmp_path / "other.safetensors")
+
+
+LIMIT = float(torch.finfo(torch.float32).max)
+WRONG_SCALES = {  # alpha, or PEFT's lora_alpha, or the caller's scale: what is told
+    "nan": (float("nan"), 1.0, "lora_unet_blocks_0_ffn_0.alpha must be one finite number, got nan"),
+    "infinite": (float("inf"), 1.0, "lora_unet_blocks_0_ffn_0.alpha must be one finite number, got inf"),
+    "product too large": (
+        LIMIT,
+        16.0,
+        r"the scale of blocks.0.ffn.0.weight is [\d.e+]+: 16 times alpha over the rank 4",
+    ),
+    "given too large": (1.0, 1e39, "must be finite in float32, got 1 times 1e"),
+    "given nan": (1.0, float("nan"), "must be finite in float32, got 1 times nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SCALES)
+def test_a_scale_that_is_not_finite_is_told_with_its_file_and_key(tiny, tmp_path, case):
+    alpha, scale, told = WRONG_SCALES[case]
+    file = tmp_path / "k.safetensors"
+    down, up = low_rank(tiny)["blocks.0.ffn.0"]
+    save_file(flattened({"blocks.0.ffn.0": (down, up)}, alpha=alpha), file)
+    with pytest.raises(ValueError, match=f"k.safetensors.*{told}"):
+        merged(file, scale)
+
+
+@pytest.mark.parametrize("alpha", [float("nan"), "many"])
+def test_so_is_the_alpha_of_an_adapter(tiny, tmp_path, alpha):
+    save_file(peft({"blocks.0.ffn.0": low_rank(tiny)["blocks.0.ffn.0"]}), tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": alpha}))
+    with pytest.raises(ValueError, match=f": lora_alpha must be a finite number, got '?{alpha}"):
+        merged(tmp_path)
+
+
+def test_halves_without_a_rank_are_refused(tiny, tmp_path):
+    for down, up in ((torch.ones(0, 256), torch.ones(512, 0)), (torch.ones(256), torch.ones(512))):
+        save_file(
+            {"blocks.0.ffn.0.lora_A.weight": down, "blocks.0.ffn.0.lora_B.weight": up}, tmp_path / "l.safetensors"
+        )
+        with pytest.raises(
+            ValueError, match="l.safetensors is not a plain LoRA.*holds 2: blocks.0.ffn.0.lora_A.weight"
+        ):
+            merged(tmp_path / "l.safetensors")
+
+
+def test_one_that_is_given_twice_is_refused(three):
+    folder = three[0]
+    one = folder / "one.safetensors"
+    (folder / "link.safetensors").symlink_to(one)
+    for twice in ([one, one], [(one, 0.5), str(one)], [one, folder / "link.safetensors"]):
+        with pytest.raises(ValueError, match="is given twice: give it once, with the scales' sum"):
+            Checkpoint(weights=FILE, lora=twice)

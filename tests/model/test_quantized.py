@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from state_dicts import low_rank, peft, prefixed, scaled_float8, to_diffusers
 
+from flexkern.cli.inspect import report
 from flexkern.model.find import identify
 from flexkern.model.weights import load_transformer, validate_transformer
 
@@ -117,3 +118,53 @@ def test_scales_that_do_not_fit_are_refused(tiny, tmp_path):
     save_file(tiny | {"blocks.0.nothing.scale_weight": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="holds a scale of blocks.0.nothing.weight, and no such tensor"):
         load_transformer(file)
+
+
+def without(state, *endings):
+    return {key: tensor for key, tensor in state.items() if not key.endswith(endings)}
+
+
+MARKED = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+DROPPED = {
+    "all, with the marker": lambda state: without(state | MARKED, ".scale_weight"),
+    "one, with the marker": lambda state: without(state | MARKED, f"{NAME}.scale_weight"),
+    "one, of neighbours": lambda state: without(state, f"{NAME}.scale_weight"),
+    "all, with marks of layers": lambda state: (
+        without(state, ".scale_weight") | {f"{NAME}.comfy_quant": bytes_of(), f"{NAME}.scale_input": torch.ones(())}
+    ),
+}
+
+
+@pytest.mark.parametrize("case", DROPPED)
+def test_a_scale_that_is_missing_is_told_from_headers_and_never_taken_as_one(tiny, tmp_path, case):
+    stored, _ = scaled_float8(tiny, in_blocks)
+    file = tmp_path / "dropped.safetensors"
+    save_file(DROPPED[case](stored), file)
+    for way in (validate_transformer, load_transformer):
+        with pytest.raises(
+            ValueError,
+            match=rf"dropped.safetensors holds float8 with .* tells, and lacks the scales of (1: {NAME}.weight;|20: )",
+        ):
+            way(file)
+    lines = dict(report("transformer", file))
+    assert lines["complete"].startswith("no: ") and "lacks the scales of" in lines["complete"] and "use" not in lines
+
+
+def test_two_scales_of_a_weight_are_both_named(tiny, tmp_path):
+    stored, _ = scaled_float8(tiny, in_blocks)
+    file = tmp_path / "two.safetensors"
+    save_file(stored | {f"{NAME}.weight_scale": torch.tensor([123.0])}, file)
+    for way in (validate_transformer, load_transformer):
+        with pytest.raises(
+            ValueError, match=rf"two scales of {NAME}.weight, {NAME}.scale_weight and {NAME}.weight_scale"
+        ):
+            way(file)
+
+
+def test_vectors_in_float8_beside_scaled_matrices_are_what_they_say(tiny, tmp_path):
+    stored, exact = scaled_float8(tiny, in_blocks)
+    key = "blocks.0.self_attn.norm_q.weight"
+    small = {key: tiny[key].to(torch.float8_e4m3fn)}
+    save_file(stored | small | MARKED, tmp_path / "norms.safetensors")
+    state = load_transformer(tmp_path / "norms.safetensors", dtype=torch.float32).state_dict()
+    assert torch.equal(state[key], small[key].float()) and torch.equal(state[f"{NAME}.weight"], exact[f"{NAME}.weight"])

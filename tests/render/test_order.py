@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import av
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -49,6 +50,26 @@ def test_an_order_travels_as_json(order):
     arrived = Order.from_dict(json.loads(json.dumps(order.to_dict())))
     assert arrived == order and arrived.method == order.method and hash(arrived) == hash(order)
     assert arrived.to_dict() == order.to_dict()
+
+
+def test_overrides_without_effect_are_known():
+    assert PLAIN.idle == () and FULL.idle == ("noise.rho",)  # this preset's noise is iid
+    chosen = replace(FULL, overrides=FULL.overrides | {"noise.kind": "ar1", "position.mode": "pi"})
+    assert chosen.idle == ()
+    assert replace(
+        chosen, overrides={"position.table": (1.0,), "position.mode": "pi", "position.ramp": "smooth"}
+    ).idle == ("position.ramp",)
+
+
+def test_numbers_of_numpy_travel_as_json(tmp_path):
+    numbers = {
+        "retention.sink": np.int64(6),
+        "noise.rho": np.float32(-0.5),
+        "position.table": [np.float64(1), np.int64(2)],
+    }
+    order = replace(PLAIN, pictures=np.int64(5), seed=np.int32(3), overrides=numbers)
+    assert Order.from_dict(json.loads(json.dumps(order.to_dict()))) == order
+    assert json.loads(json.dumps(order.method.describe()))["retention.sink"] == 6
 
 
 def test_what_has_a_default_may_be_left_out():

@@ -140,6 +140,10 @@ def test_a_pipe_is_a_file(tmp_path):
         ("p.json", '{"prompt": "a"}\n{"prompt": "b"}', [["a"], ["b"]], []),
         ("p.json", '{"prompts": ["a", "b"]}', [["a", "b"]], []),
         ("p.NDJSON", '{"text": "a"}', [["a"]], []),
+        ("p.csv", "prompt\na\nb\n", [["a"], ["b"]], []),
+        ("p.csv", 'Prompt\n"a, ""b"""\n\nc\n', [['a, "b"'], ["c"]], []),
+        ("p.CSV", "id;caption;seed\r\n1;a, b;0\r\n2;c;1\r\n", [["a, b"], ["c"]], ["id", "seed"]),
+        ("p.tsv", "text\tn\na, b\t1\n", [["a, b"]], ["n"]),
     ],
 )  # fmt: skip
 def test_lists_of_prompts_are_text_or_json(tmp_path, name, text, videos, unused):
@@ -170,6 +174,17 @@ def test_lists_of_prompts_are_text_or_json(tmp_path, name, text, videos, unused)
         ("p.json", "[]", "holds no prompt"),
         ("p.yaml", "0: a", "p.yaml is YAML, which holds prompts over time"),
         ("p.txt", b"a\0b", "p.txt is not text: it holds bytes of zero"),
+        (
+            "p.txt",
+            "a cat\u00e9\n".encode("utf-16-le"),
+            "p.txt looks like UTF-16LE without a .*: save it as UTF-8, such",
+        ),
+        ("p.jsonl", '{"prompt": "a"}'.encode("utf-16-be"), "p.jsonl looks like UTF-16BE without a byte order mark"),
+        ("p.csv", "a cat\na dog\n", r'p.csv is a table .* name the column .*prompt \| caption.*; got \["a cat"\]'),
+        ("p.csv", "prompt\na cat, a dog\n", "p.csv, line 2 has 2 cells, the first line 1: put quotes around text"),
+        ("p.csv", "id,prompt\n1,\n", "p.csv, line 2 holds no prompt"),
+        ("p.csv", "prompt\n", "p.csv holds no prompt below its first line, 'prompt'"),
+        ("p.csv", 'prompt\n"a cat\n', "p.csv, line 2: unexpected end of data"),
     ],
 )
 def test_what_is_no_list_of_prompts_is_refused(tmp_path, name, text, words):
