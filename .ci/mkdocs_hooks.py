@@ -81,6 +81,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.integrations.self_forcing",
             "flexkern.integrations.longlive",
             "flexkern.integrations.diffusers",
+            "flexkern.integrations.vae",
         ],
     ),
     "backends": (

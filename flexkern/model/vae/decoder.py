@@ -8,6 +8,7 @@ How many pictures are computed together follows from the memory that it may take
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -64,12 +65,18 @@ class WanDecoder(ChunkDecoder):
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, *, dtype: torch.dtype | None = None, memory: int | None = None
+        cls,
+        module: nn.Module,
+        *,
+        normalised: bool = True,
+        dtype: torch.dtype | None = None,
+        memory: int | None = None,
     ) -> "WanDecoder":
         """The decoder with the weights of a VAE that is in memory, on its device.
 
         Args:
             module: diffusers' AutoencoderKLWan, or Wan's own VAE.
+            normalised: Whether latents come as a transformer makes them; False for those that AutoencoderKLWan takes.
             dtype: Of what is computed. Default: the module's.
             memory: As above.
 
@@ -78,6 +85,8 @@ class WanDecoder(ChunkDecoder):
             ValueError: It is another module.
         """
         held = held_by(module)
+        if not normalised:
+            held = replace(held, mean=[0.0] * len(held.mean), std=[1.0] * len(held.std))
         weight = held.state["post_quant_conv.weight"]
         return cls(load_net(held, dtype=dtype or weight.dtype, device=weight.device), memory=memory)
 
@@ -119,8 +128,8 @@ class WanDecoder(ChunkDecoder):
         found = next((pictures for pictures in steps if peak(pictures) <= allowed), None)
         if found is None and self.memory is not None:
             size = f"{height * self.spatial}x{width * self.spatial}"
-            needed = f"{peak(1) / 1e9:.2f} GB for {batch} video{'s' * (batch > 1)} of {size}"
-            raise ValueError(f"memory must be at least {needed}, one picture at a time, got {allowed / 1e9:.2f} GB")
+            needed = f"{peak(1) / 1e9:.3g} GB for {batch} video{'s' * (batch > 1)} of {size}"
+            raise ValueError(f"memory must be at least {needed}, one picture at a time, got {allowed / 1e9:.3g} GB")
         return found or 1
 
     def peak_bytes(self, pictures: int, *, batch: int, height: int, width: int) -> int:
