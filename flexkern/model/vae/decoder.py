@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import some_of
 from flexkern.model.vae.net import DecoderNet, Past, Sizes
+from flexkern.model.vae.ops import to_bytes
 from flexkern.model.vae.weights import held_by, load_net, read_vae
 
 ON_CPU = 4 * 2**30  # bytes that a decoder takes on a CPU if it can; on a GPU it is a quarter of the GPU's memory
@@ -148,6 +149,12 @@ class WanDecoder(ChunkDecoder):
         held, working = count_elements(self.net.sizes, pictures)
         elements = batch * height * width * (held + working)
         return weights + elements * self.dtype.itemsize
+
+    def _write(self, pictures: Tensor, out: Tensor) -> None:
+        if out.dtype == torch.uint8:
+            to_bytes(pictures, out)
+        else:
+            super()._write(pictures, out)
 
     def _allowed(self) -> int:
         if self.device.type != "cuda":

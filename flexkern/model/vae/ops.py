@@ -1,13 +1,19 @@
 """What the decoder computes besides convolutions, products and attention: norms, and the buffers they are written to.
 
+On a GPU the kernels of ``flexkern.kernels.vae`` compute it, where the installed Triton has them; elsewhere torch does.
+
     N(x) = x / max(|x|, 1e-12) * sqrt(C) * gamma        over the channels of a place
 
 Numerics: float32 (float64 for float64), one rounding where a result is written.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flexkern.backends import why_not
 
 BEFORE = 2  # frames that a causal convolution of three sees besides the present one
 
@@ -50,6 +56,10 @@ def add_norm_silu(
         gamma: [C, ...].
         past: [B, 2, H, W, C], None for zeros.
     """
+    if fused(x.device):
+        from flexkern.kernels.vae.add_norm_silu import add_norm_silu as launch
+
+        return launch(x, addend, gamma.flatten(), past)
     total = x if addend is None else x.add_(addend)
     buffer = _begin(total, past)
     new = buffer[:, BEFORE:]
@@ -84,4 +94,15 @@ def to_bytes(x: Tensor, out: Tensor) -> None:
         x: [..., 3].
         out: uint8, of the same shape.
     """
-    out.copy_(((x.float().clamp(-1, 1) + 1) * 127.5).round())
+    if fused(x.device):
+        from flexkern.kernels.vae.to_bytes import to_bytes as launch
+
+        launch(x, out)
+    else:
+        out.copy_(((x.float().clamp(-1, 1) + 1) * 127.5).round())
+
+
+@cache
+def fused(device: torch.device) -> bool:
+    """Whether the kernels run there."""
+    return device.type == "cuda" and why_not("triton", device) is None

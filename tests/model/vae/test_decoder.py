@@ -9,7 +9,7 @@ from safetensors.torch import load, save
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flexkern.model.vae import load_vae
+from flexkern.model.vae import load_vae, ops
 from flexkern.model.vae.decoder import WanDecoder, count_elements, frames_at_once
 from flexkern.model.vae.net import DecoderNet, Past, Sizes, fold_doubling
 
@@ -105,6 +105,19 @@ def test_folding_equals_doubling_and_convolving():
     doubled = F.interpolate(x, scale_factor=2.0, mode="nearest-exact")
     folded = F.conv_transpose2d(x, fold_doubling(weight), stride=2, padding=1)
     assert (folded - F.conv2d(doubled, weight, padding=1)).abs().max() < 1e-5
+
+
+@pytest.mark.triton(3, 4)
+@pytest.mark.parametrize("pictures", [2, 12])
+def test_the_kernels_make_the_same_pictures(pictures, decoder, latents, one_shot, at_once, monkeypatch):
+    at_once(pictures)
+    monkeypatch.setattr(ops, "fused", lambda device: True)
+    stream = decoder.another()
+    made = torch.cat([stream.decode(latents[:, :1]), stream.decode(latents[:, 1:3])], dim=1)
+    assert (made - one_shot[:, :9]).abs().max() < 1e-5
+    stream.reset()
+    pixels = stream(latents[:, :1])
+    assert (pixels - (one_shot[:, :1].movedim(2, -1) + 1) * 127.5).abs().max() < 0.5 + 1e-2
 
 
 class Live(TorchDispatchMode):
