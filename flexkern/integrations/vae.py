@@ -99,16 +99,15 @@ class Patch:
         """Instead of diffusers': z [B, C, F, h, w], not normalised, a whole video."""
         from diffusers.models.autoencoders.vae import DecoderOutput
 
-        self.decoder.reset()
-        sample = self.decoder.decode(self._fitting(z).transpose(1, 2)).transpose(1, 2)
-        self.decoder.reset()
+        sample = self.decoder.decode_video(self._fitting(z).transpose(1, 2)).transpose(1, 2)
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     @torch.no_grad()
     def _decode_to_pixel(self, latent: Tensor, use_cache: bool = False) -> Tensor:
         """Instead of the wrapper's: latent [B, F, C, h, w]; with use_cache it goes on with the video so far."""
-        decoder = self.decoder if use_cache else self.decoder.another()
-        return decoder.decode(self._fitting(latent)).float()
+        latents = self._fitting(latent)
+        pictures = self.decoder.decode(latents) if use_cache else self.decoder.another().decode_video(latents)
+        return pictures.float()
 
     def _clearing(self, original: Callable[[], None]) -> Callable[[], None]:
         def clear_cache() -> None:

@@ -75,11 +75,15 @@ class ChunkDecoder(ABC):
         clamped = pictures.clamp(-1, 1)
         out.copy_(((clamped.float() + 1) * 127.5).round() if out.dtype == torch.uint8 else clamped)
 
+    def validate_latents(self, latents: Tensor) -> None:
+        """Raises ValueError for latents of another form."""
+        if latents.dim() != 5 or latents.shape[2] != self.channels or 0 in latents.shape:
+            raise ValueError(f"latents must be [B, F, {self.channels}, h, w], got {list(latents.shape)}")
+
     @torch.no_grad()
     def _run(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
         past = self._past()
-        if latents.dim() != 5 or latents.shape[2] != self.channels or 0 in latents.shape:
-            raise ValueError(f"latents must be [B, F, {self.channels}, h, w], got {list(latents.shape)}")
+        self.validate_latents(latents)
         batch, frames, _, height, width = latents.shape
         if past not in (None, (batch, height, width)):
             raise ValueError(f"latents so far had B, h, w = {list(past)}, got {[batch, height, width]}")

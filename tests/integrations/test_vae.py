@@ -100,6 +100,14 @@ def test_what_cannot_be_patched_is_left_alone(module, z):
 
 
 def test_memory_is_bounded_by_the_patch(module, z):
+    before = module.decode(z).sample
+    with vae.patch(module) as handle:
+        whole = dict(batch=2, height=3, width=5)
+        tiled = handle.decoder.cut(4, **whole)
+        least = handle.decoder.peak_bytes(1, **whole)
+    assert tiled == (16, 1, 1)
+    with vae.patch(module, memory=least):
+        assert (module.decode(z).sample - before).abs().max() < 1e-5
     with (
         vae.patch(module, memory=10_000),
         pytest.raises(ValueError, match=r"memory must be at least 0.00\d* GB for 2 videos .* got 1e-05 GB"),

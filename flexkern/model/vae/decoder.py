@@ -4,7 +4,8 @@
     pictures = decoder(latents)  # those of the next latent frames, uint8 [B, pictures, height, width, 3]
     decoder.reset()  # before another video
 
-How many pictures are computed together follows from the memory that it may take, and changes nothing about them.
+How many pictures are computed together, and in how many tiles, follows from the memory that it may take, and changes
+nothing about them.
 """
 
 from collections.abc import Iterator
@@ -15,14 +16,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flexkern.finite import all_finite
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import some_of
-from flexkern.model.vae.net import DecoderNet, Past, Sizes
+from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, reach, spans
+from flexkern.model.vae.net import DecoderNet, Past
 from flexkern.model.vae.ops import to_bytes
 from flexkern.model.vae.weights import held_by, load_net, read_vae
 
 ON_CPU = 4 * 2**30  # bytes that a decoder takes on a CPU if it can; on a GPU it is a quarter of the GPU's memory
-BEFORE = 2  # frames that a causal convolution keeps
+MOST_TILES = 16  # to a side
 
 
 class WanDecoder(ChunkDecoder):
@@ -91,6 +94,76 @@ class WanDecoder(ChunkDecoder):
         weight = held.state["post_quant_conv.weight"]
         return cls(load_net(held, dtype=dtype or weight.dtype, device=weight.device), memory=memory)
 
+    @torch.no_grad()
+    def decode_video(self, latents: Tensor) -> Tensor:
+        """A whole video, in tiles where one picture at a time exceeds ``memory``; what came before is forgotten.
+
+        Args:
+            latents: [B, F, C, h, w], all of them.
+
+        Returns:
+            [B, pictures, 3, height, width] in -1..1.
+
+        Raises:
+            ValueError: The latents have another shape, or ``memory`` does not suffice for the smallest tiles.
+        """
+        self.reset()
+        self.validate_latents(latents)
+        batch, count, _, height, width = latents.shape
+        cut = self.cut(count, batch=batch, height=height, width=width)
+        if cut.rows * cut.columns == 1:
+            pictures = self.decode(latents)
+            self.reset()
+            return pictures
+        net, at_once = self.net, frames_at_once(self.net.sizes, cut.pictures)
+        wide = batch, count, height, width, net.sizes.widths[0]
+        features = torch.empty(wide, dtype=self.dtype, device=self.device)
+        for i, frame in enumerate(net.middle(latents.to(self.device), Past())):
+            features[:, i : i + 1] = frame
+        del frame
+        shape = batch, self.temporal * (count - 1) + 1, height * self.spatial, width * self.spatial, 3
+        out, margin, finite = torch.empty(shape, dtype=self.dtype, device=self.device), reach(net.sizes), []
+        for row in spans(height, cut.rows, margin):
+            for column in spans(width, cut.columns, margin):
+                tile, done = features[:, :, row.start : row.stop, column.start : column.stop], 0
+                for made in net.rise(tile, Past(), at_once):
+                    for axis, span in ((2, row), (3, column)):
+                        made = made.narrow(axis, self.spatial * span.first, self.spatial * span.kept)
+                    finite.append(all_finite(made))
+                    place = out[:, done : done + made.shape[1]]
+                    for axis, span in ((2, row), (3, column)):
+                        place = place.narrow(axis, self.spatial * (span.start + span.first), made.shape[axis])
+                    self._write(made, place)
+                    done += made.shape[1]
+        self.finite = torch.stack(finite).all()
+        return out.movedim(-1, 2)
+
+    def cut(self, count: int, *, batch: int, height: int, width: int) -> Cut:
+        """How ``decode_video`` cuts a video of so many latent frames; the arguments are those of ``pictures_at_once``.
+
+        Raises:
+            ValueError: ``memory`` does not suffice.
+        """
+        peak = lambda cut: self.peak_bytes(cut.pictures, batch=batch, height=height, width=width, count=count, cut=cut)
+        whole = [Cut(pictures, 1, 1) for pictures in self._steps(count)]
+        sides = range(1, MOST_TILES + 1)
+        tiles = [Cut(p, r, c) for p in (self.temporal, 1) for r in sides for c in sides if r <= height and c <= width]
+        margin = reach(self.net.sizes)
+        computed = lambda cut: sum(
+            (r.stop - r.start) * (c.stop - c.start)
+            for r in spans(height, cut.rows, margin)
+            for c in spans(width, cut.columns, margin)
+        )
+        tiles = sorted((cut for cut in tiles if cut.rows * cut.columns > 1), key=computed)
+        allowed = self._allowed()
+        for cut in (*whole, *tiles):
+            if peak(cut) <= allowed:
+                return cut
+        if self.memory is None:
+            return Cut(1, 1, 1)
+        least = min((peak(cut) for cut in (*whole, *tiles)), default=0)
+        raise ValueError(self._too_little(least, batch, height, width, f"in {MOST_TILES} tiles to a side"))
+
     def another(self) -> "WanDecoder":
         """A decoder for another video, with the same weights."""
         return WanDecoder(self.net, memory=self.memory)
@@ -122,18 +195,26 @@ class WanDecoder(ChunkDecoder):
         Raises:
             ValueError: ``memory`` was given, and does not suffice for one.
         """
-        most = count * self.temporal
         peak = lambda pictures: self.peak_bytes(pictures, batch=batch, height=height, width=width)
-        allowed = self._allowed() if self.memory is None else self.memory
-        steps = [*range(most, 0, -self.temporal), *sorted({*self.net.sizes.stretch}, reverse=True)]
-        found = next((pictures for pictures in steps if peak(pictures) <= allowed), None)
+        allowed = self._allowed()
+        found = next((pictures for pictures in self._steps(count) if peak(pictures) <= allowed), None)
         if found is None and self.memory is not None:
-            size = f"{height * self.spatial}x{width * self.spatial}"
-            needed = f"{peak(1) / 1e9:.3g} GB for {batch} video{'s' * (batch > 1)} of {size}"
-            raise ValueError(f"memory must be at least {needed}, one picture at a time, got {allowed / 1e9:.3g} GB")
+            raise ValueError(self._too_little(peak(1), batch, height, width, "one picture at a time"))
         return found or 1
 
-    def peak_bytes(self, pictures: int, *, batch: int, height: int, width: int) -> int:
+    def _steps(self, count: int) -> list[int]:
+        """Numbers of pictures to compute together, the largest first."""
+        whole = range(count * self.temporal, 0, -self.temporal)
+        return [*whole, *sorted({*self.net.sizes.stretch} - {self.temporal}, reverse=True)]
+
+    def _too_little(self, needed: int, batch: int, height: int, width: int, how: str) -> str:
+        size = f"{height * self.spatial}x{width * self.spatial}"
+        videos = f"{batch} video{'s' * (batch > 1)} of {size}, {how}"
+        return f"memory must be at least {needed / 1e9:.3g} GB for {videos}, got {self._allowed() / 1e9:.3g} GB"
+
+    def peak_bytes(
+        self, pictures: int, *, batch: int, height: int, width: int, count: int = 0, cut: Cut | None = None
+    ) -> int:
         """The most bytes that tensors take, weights, past and pictures in the making.
 
         Latents, finished pictures and what libraries want as workspace come on top.
@@ -143,12 +224,22 @@ class WanDecoder(ChunkDecoder):
             batch: Videos.
             height: Of a latent frame.
             width: Of a latent frame.
+            count: Latent frames of the video, where it is cut into tiles.
+            cut: Into how many; None for no cut in space.
         """
-        tensors = chain(self.net.parameters(), self.net.buffers())
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        held, working = count_elements(self.net.sizes, pictures)
-        elements = batch * height * width * (held + working)
-        return weights + elements * self.dtype.itemsize
+        sizes = self.net.sizes
+        weights = sum(t.numel() * t.element_size() for t in chain(self.net.parameters(), self.net.buffers()))
+        if cut is None or cut.rows * cut.columns == 1:
+            places, features = height * width, 0
+            elements = places * sum(count_elements(sizes, pictures))
+        else:
+            longest = lambda side, parts: max(s.stop - s.start for s in spans(side, parts, reach(sizes)))
+            places, features = longest(height, cut.rows) * longest(width, cut.columns), count * sizes.widths[0]
+            middle = sum(count_elements(sizes, 1)) - sum(count_elements(sizes, 1, middle=False))
+            first = frames_at_once(sizes, pictures)[0] * sizes.widths[0]  # a copy of the part that is computed
+            tile = places * (sum(count_elements(sizes, pictures, middle=False)) + first)
+            elements = height * width * features + max(tile, height * width * (middle + 9 * sizes.widths[0]))
+        return weights + batch * elements * self.dtype.itemsize
 
     def _write(self, pictures: Tensor, out: Tensor) -> None:
         if out.dtype == torch.uint8:
@@ -157,6 +248,8 @@ class WanDecoder(ChunkDecoder):
             super()._write(pictures, out)
 
     def _allowed(self) -> int:
+        if self.memory is not None:
+            return self.memory
         if self.device.type != "cuda":
             return ON_CPU
         return torch.cuda.get_device_properties(self.device).total_memory // 4
@@ -171,38 +264,3 @@ class WanDecoder(ChunkDecoder):
         batch, count, _, height, width = frames.shape
         pictures = self.pictures_at_once(count, batch=batch, height=height, width=width)
         return self.net(frames, self._kept, frames_at_once(self.net.sizes, pictures))
-
-
-def frames_at_once(sizes: Sizes, pictures: int) -> tuple[int, ...]:
-    """How many frames of each level make at most so many pictures; one at least."""
-    return tuple(max(1, pictures // stretch) for stretch in sizes.stretch)
-
-
-def count_elements(sizes: Sizes, pictures: int) -> tuple[int, int]:
-    """Elements for each place of a latent frame: those that the past takes, and the most that are being computed.
-
-    A block holds its input, its output or the hidden features, the buffer of a convolution, which is two frames longer,
-    and the two frames that replace those of the past. Wherever a level's input is cut into pieces, all of it waits
-    beside them.
-    """
-    at_once = frames_at_once(sizes, pictures)
-    last = len(sizes.widths) - 1
-    held, working, waiting = BEFORE * sizes.latent, 0, 0
-    arriving, inputs, area = at_once[0], sizes.widths[0], 1
-    for level, width in enumerate(sizes.widths):
-        count, doubles = min(at_once[level], arriving), level < last and sizes.doubles_time[level]
-        convolutions = 2 * (sizes.blocks + 1) - 1 + (4 if level == 0 else 0) + (1 if level == last or doubles else 0)
-        held += BEFORE * area * (inputs + convolutions * width)
-        if count < arriving:
-            waiting += arriving * area * inputs
-        widest = max(inputs, width)
-        block = (3 * count + 2 * BEFORE) * widest + (count * widest if inputs != width else 0)
-        looks = 7 * count * width if level == 0 else 0  # query, key, value, and what goes in and out
-        times = 2 if doubles else 1
-        rises = 0
-        if level < last:
-            in_time = (3 * count * times + 2 * BEFORE) * width if doubles else 0
-            rises = max(in_time, times * count * (width + 4 * (width // 2)) + (count * width if doubles else 0))
-        working = max(working, waiting + area * max(block, looks, rises))
-        arriving, inputs, area = times * count, width // 2, 4 * area
-    return held, working

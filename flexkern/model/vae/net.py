@@ -255,9 +255,18 @@ class Decoder(nn.Module):
         """
         first = not past
         for part in z.split(at_once[0], dim=1):
-            x = self.mid_block(Sum(self.conv_in(self.conv_in.read(part, past))), past)
-            yield from self._rise(0, x, past, at_once, first=first)
+            yield from self._rise(0, self.middle(part, past), past, at_once, first=first)
             first = False
+
+    def middle(self, z: Tensor, past: Past) -> Sum:
+        """What the levels begin with: all that looks at a whole frame is done."""
+        return self.mid_block(Sum(self.conv_in(self.conv_in.read(z, past))), past)
+
+    def rise(self, features: Tensor, past: Past, at_once: Sequence[int]) -> Iterator[Tensor]:
+        """The pictures of a whole video from features [B, F, h, w, C] of ``middle``, or from a tile of them."""
+        for i, part in enumerate(features.split(at_once[0], dim=1)):
+            x = Sum(part.clone(memory_format=torch.contiguous_format))
+            yield from self._rise(0, x, past, at_once, first=i == 0)
 
     def _rise(self, index: int, x: Sum, past: Past, at_once: Sequence[int], *, first: bool) -> Iterator[Tensor]:
         """The pictures of a level's input x."""
@@ -322,9 +331,21 @@ class DecoderNet(nn.Module):
 
     def forward(self, latents: Tensor, past: Past, at_once: Sequence[int]) -> Iterator[Tensor]:
         """Pictures [B, T, H, W, colours] of normalised latents [B, F, C, h, w], in pieces; see ``Decoder.forward``."""
+        return self.decoder(self._enter(latents), past, at_once)
+
+    def middle(self, latents: Tensor, past: Past) -> Iterator[Tensor]:
+        """Features [B, 1, h, w, C] of one frame after the other, for ``rise``."""
+        for frame in latents.split(1, dim=1):
+            yield self.decoder.middle(self._enter(frame), past).total()
+
+    def rise(self, features: Tensor, past: Past, at_once: Sequence[int]) -> Iterator[Tensor]:
+        """As ``Decoder.rise``."""
+        return self.decoder.rise(features, past, at_once)
+
+    def _enter(self, latents: Tensor) -> Tensor:
+        """[B, F, C, h, w], normalised -> [B, F, h, w, C], as the decoder takes them."""
         entry = self.post_quant_conv
-        z = F.linear(latents.movedim(2, -1).to(entry.weight.dtype), entry.weight, entry.bias).to(self.dtype)
-        return self.decoder(z, past, at_once)
+        return F.linear(latents.movedim(2, -1).to(entry.weight.dtype), entry.weight, entry.bias).to(self.dtype)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
