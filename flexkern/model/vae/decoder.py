@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from flexkern.finite import all_finite
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import some_of
-from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, reach, spans
+from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, is_countable, reach, spans
 from flexkern.model.vae.net import DecoderNet, Past
 from flexkern.model.vae.ops import to_bytes
 from flexkern.model.vae.weights import held_by, load_net, read_vae
@@ -145,7 +145,7 @@ class WanDecoder(ChunkDecoder):
             ValueError: ``memory`` does not suffice.
         """
         peak = lambda cut: self.peak_bytes(cut.pictures, batch=batch, height=height, width=width, count=count, cut=cut)
-        whole = [Cut(pictures, 1, 1) for pictures in self._steps(count)]
+        whole = [Cut(pictures, 1, 1) for pictures in self._steps(count, batch * height * width)]
         sides = range(1, MOST_TILES + 1)
         tiles = [Cut(p, r, c) for p in (self.temporal, 1) for r in sides for c in sides if r <= height and c <= width]
         margin = reach(self.net.sizes)
@@ -197,15 +197,17 @@ class WanDecoder(ChunkDecoder):
         """
         peak = lambda pictures: self.peak_bytes(pictures, batch=batch, height=height, width=width)
         allowed = self._allowed()
-        found = next((pictures for pictures in self._steps(count) if peak(pictures) <= allowed), None)
+        steps = self._steps(count, batch * height * width)
+        found = next((pictures for pictures in steps if peak(pictures) <= allowed), None)
         if found is None and self.memory is not None:
             raise ValueError(self._too_little(peak(1), batch, height, width, "one picture at a time"))
         return found or 1
 
-    def _steps(self, count: int) -> list[int]:
-        """Numbers of pictures to compute together, the largest first."""
+    def _steps(self, count: int, places: int) -> list[int]:
+        """Numbers of pictures to compute together, the largest first; more than one only where they can be counted."""
         whole = range(count * self.temporal, 0, -self.temporal)
-        return [*whole, *sorted({*self.net.sizes.stretch} - {self.temporal}, reverse=True)]
+        steps = [*whole, *sorted({*self.net.sizes.stretch} - {self.temporal}, reverse=True)]
+        return [pictures for pictures in steps if pictures == 1 or is_countable(self.net.sizes, pictures, places)]
 
     def _too_little(self, needed: int, batch: int, height: int, width: int, how: str) -> str:
         size = f"{height * self.spatial}x{width * self.spatial}"

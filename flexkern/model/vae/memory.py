@@ -10,6 +10,7 @@ from typing import NamedTuple
 from flexkern.model.vae.net import Sizes
 
 BEFORE = 2  # frames that a causal convolution keeps
+MOST = 2**31 - 1  # elements of a tensor that libraries of convolutions count in 32 bits
 
 
 class Span(NamedTuple):
@@ -55,6 +56,20 @@ def spans(length: int, parts: int, margin: int) -> list[Span]:
 def frames_at_once(sizes: Sizes, pictures: int) -> tuple[int, ...]:
     """How many frames of each level make at most so many pictures; one at least."""
     return tuple(max(1, pictures // stretch) for stretch in sizes.stretch)
+
+
+def is_countable(sizes: Sizes, pictures: int, places: int) -> bool:
+    """Whether the largest buffer of a convolution has at most ``MOST`` elements.
+
+    places: of all videos' latent frames, computed together.
+    """
+    inputs = (sizes.widths[0], *(width // 2 for width in sizes.widths))
+    at_once = frames_at_once(sizes, pictures)
+    found = (
+        (count + BEFORE) * 4**level * max(width, before)
+        for level, (count, width, before) in enumerate(zip(at_once, sizes.widths, inputs, strict=False))
+    )
+    return places * max(found) <= MOST
 
 
 def count_elements(sizes: Sizes, pictures: int, *, middle: bool = True) -> tuple[int, int]:

@@ -186,6 +186,9 @@ def test_pictures_at_once_follow_from_the_memory(hollow):
     assert WanDecoder(hollow, memory=peak(4) - 1).pictures_at_once(3, **at_480p) == 2
     assert WanDecoder(hollow, memory=peak(99)).pictures_at_once(3, **at_480p) == 12
     assert WanDecoder(hollow).pictures_at_once(3, **at_480p) == 1  # the default does not refuse
+    # of 84, as many as leave a buffer of (52 + 2) * 480 * 832 * 96 elements, which 32 bits count
+    assert WanDecoder(hollow, memory=10**12).pictures_at_once(21, **at_480p) == 52
+    assert WanDecoder(hollow, memory=10**12).cut(21, **at_480p) == (52, 1, 1)
     with pytest.raises(
         ValueError, match=r"memory must be at least 5.34 GB for 1 video of 480x832, one pic.*, got 1 GB"
     ):
