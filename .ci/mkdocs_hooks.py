@@ -59,7 +59,8 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.model.find",
             "flexkern.model.schedule",
             "flexkern.model.text",
-            "flexkern.model.vae",
+            "flexkern.model.vae.decoder",
+            "flexkern.model.vae.codec",
             "flexkern.model.tiny_decoder",
             "flexkern.model.wan",
         ],
@@ -81,6 +82,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.integrations.self_forcing",
             "flexkern.integrations.longlive",
             "flexkern.integrations.diffusers",
+            "flexkern.integrations.vae",
         ],
     ),
     "backends": (

@@ -70,10 +70,6 @@ def without_tests() -> str:
     return "" if (machine.ROOT / "tests").is_dir() and machine.CHECKOUT else "the tests are not installed"
 
 
-def without_numpy() -> str:
-    return "" if find_spec("numpy") else "numpy is not installed"
-
-
 def python(script: str, *options: str) -> list[str]:
     return [sys.executable, str(machine.BENCH / script), *options]
 
@@ -91,7 +87,7 @@ def make_queue(out: Path) -> list[Item]:
         Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
              command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
         Item(name="default path", doc="a render without any option takes the Hopper kernel",
-             command=python("default_path.py"), estimate=30, limit=75, absent=without_numpy),
+             command=python("default_path.py"), estimate=30, limit=75, absent=without_package("numpy")),
         *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)
           for kernel in KERNELS),
         Item(name="correctness hopper", doc="the warp-specialised kernel: a fault may make it hang",
@@ -106,6 +102,8 @@ def make_queue(out: Path) -> list[Item]:
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),
              estimate=12, limit=45),
+        Item(name="vae", doc="the VAE's decoder, ours and diffusers'; compiling the latter takes longest",
+             command=python("bench_vae.py", *to), estimate=120, limit=200, absent=without_package("diffusers")),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
              estimate=35, limit=100),
         Item(name="hopper", doc="the portable and the warp-specialised kernel at the same shapes",
@@ -117,7 +115,7 @@ def make_queue(out: Path) -> list[Item]:
         *(Item(name=kernel, doc="against torch, torch.compile and a copy", command=python(f"bench_{kernel}.py", *to),
                estimate=22, limit=75) for kernel in KERNELS),
         Item(name="end to end", doc="a chunk of Wan 1.3B with random weights",
-             command=python("bench_end_to_end.py", *to), estimate=50, limit=120, absent=without_numpy),
+             command=python("bench_end_to_end.py", *to), estimate=50, limit=120, absent=without_package("numpy")),
         Item(name="ncu", doc="profile of the hot kernel", estimate=25, limit=90, absent=without("ncu"),
              command=["ncu", "--set", "full", "--kernel-name", "regex:_frame_attention", "--launch-count", "1",
                       *profiled]),

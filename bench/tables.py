@@ -4,7 +4,7 @@ python bench/tables.py             # rewrites what stands between <!-- table: NA
 python bench/tables.py --check     # exits with 1 where that would change a file
 python bench/tables.py --results DIR    # prints the tables of other CSVs, in DIR or in a folder of it; writes nothing
 
-Names: correctness, roofs, attention, tiles, designs, targets, pointwise, end_to_end; compiled and variants, from
+Names: correctness, roofs, attention, tiles, designs, targets, pointwise, end_to_end, vae; compiled and variants, from
 tests/data/compile*.csv.
 """
 
@@ -14,6 +14,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import machine
@@ -98,12 +99,12 @@ def pointwise(rows: dict[str, list[Row]]) -> str:
     return "\n\n".join(found)
 
 
-def end_to_end(rows: dict[str, list[Row]]) -> str:
+def whole_chunks(rows: dict[str, list[Row]]) -> str:
     """A line for each row: what a chunk takes, pictures per second, and the most memory."""
     figure = lambda value, form: "" if math.isnan(value) else format(value, form)
     lines = [
         [row.shape, row.provider, cell(row), figure(row.pictures_s, ".3g"), figure(row.peak_gb, ".1f")]
-        for row in rows["end_to_end"]
+        for row in chain(*rows.values())
         if not row.note.startswith("absent")
     ]
     return grid(["chunk", "backend", "ms", "pictures a second", "peak, GB"], lines) if lines else ""
@@ -184,7 +185,8 @@ TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, 
     "designs": (designs, ("designs",)),
     "targets": (targets, ("designs", *POINTWISE)),
     "pointwise": (pointwise, POINTWISE),
-    "end_to_end": (end_to_end, ("end_to_end",)),
+    "end_to_end": (whole_chunks, ("end_to_end",)),
+    "vae": (whole_chunks, ("vae",)),
 }
 
 

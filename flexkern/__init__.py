@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.finite import NotFiniteError
     from flexkern.functional import attention, frame_turns, paged_attention, turn_place
+    from flexkern.model.vae import WanDecoder
     from flexkern.pipeline import Checkpoint
     from flexkern.session import Session
 
@@ -17,6 +18,7 @@ __all__ = [
     "Engine",
     "NotFiniteError",
     "Session",
+    "WanDecoder",
     "attention",
     "frame_turns",
     "paged_attention",
@@ -28,6 +30,7 @@ _HOMES = {
     "Engine": "flexkern.engine",
     "NotFiniteError": "flexkern.finite",
     "Session": "flexkern.session",
+    "WanDecoder": "flexkern.model.vae",
     "attention": "flexkern.functional",
     "frame_turns": "flexkern.functional",
     "paged_attention": "flexkern.functional",

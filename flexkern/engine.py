@@ -24,6 +24,7 @@ from flexkern.model.families import Family
 from flexkern.model.lora import Loras
 from flexkern.model.protocols import Decoder, Encoder, TextEncoder, VideoModel
 from flexkern.model.schedule import Schedule
+from flexkern.model.vae import VaeBackend
 from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise
 from flexkern.policies import Preset
@@ -94,6 +95,7 @@ class Engine:
         first_chunk: int | None = None,
         size: tuple[int, int] | None = None,
         vae: str | Path | None = None,
+        vae_backend: VaeBackend = "auto",
         text_encoder: TextEncoder | str | Path | None = None,
         tokenizer: str | Path | None = None,
         embeddings: str | Path | None = None,
@@ -120,6 +122,7 @@ class Engine:
             first_chunk: Latent frames of the first chunk.
             size: Height and width of a latent frame.
             vae: Path of a VAE. Default: the one beside the weights, if there is one.
+            vae_backend: What decodes with its weights: flexkern, diffusers, or auto, which takes flexkern where it can.
             text_encoder: Path of a text encoder, or one of your own. Default: the one beside the weights, if any.
             tokenizer: Folder of the tokenizer, where it is not beside the text encoder.
             embeddings: File of saved embeddings, in place of a text encoder.
@@ -153,6 +156,7 @@ class Engine:
             first_chunk=first_chunk,
             size=size,
             vae=vae,
+            vae_backend=vae_backend,
             text_encoder=text_encoder if isinstance(text_encoder, str | Path) else None,
             tokenizer=tokenizer,
             embeddings=embeddings,

@@ -168,3 +168,38 @@ def gate_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
         [B, F, S, C] in x's dtype.
     """
     return x + update * gate.unsqueeze(2)
+
+
+def add_norm_silu(
+    x: Tensor, addend: Tensor | None, gamma: Tensor, past: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Add, normalise, activate, and put the frames before in front: what a causal convolution of the VAE reads.
+
+    Args:
+        x: [B, T, H, W, C].
+        addend: [B, T, H, W, C], None for zero.
+        gamma: [C].
+        past: [B, 2, H, W, C], None for zeros.
+
+    Returns:
+        The sum [B, T, H, W, C]; past, then silu(sum / |sum| * sqrt(C) * gamma), [B, T + 2, H, W, C]; its last two
+        frames.
+    """
+    total = x if addend is None else x + addend
+    length = total.square().sum(-1, keepdim=True).sqrt().clamp_min(1e-12)
+    new = F.silu(total / length * total.shape[-1] ** 0.5 * gamma)
+    past = torch.zeros_like(new[:, :1]).repeat(1, 2, 1, 1, 1) if past is None else past
+    buffer = torch.cat((past, new), dim=1)
+    return total, buffer, buffer[:, -2:]
+
+
+def to_bytes(x: Tensor) -> Tensor:
+    """Colours of -1..1 as bytes: -1 becomes 0 and 1 becomes 255, what lies beyond is clamped.
+
+    Args:
+        x: [..., 3].
+
+    Returns:
+        uint8, of the same shape.
+    """
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -17,6 +17,7 @@ torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; 
 TRITON = {  # test files that import kernels, and what these need
     "bench/test_bench.py": PORTABLE,
     "bench/test_default_path.py": PORTABLE,
+    "kernels/test_add_norm_silu.py": PORTABLE,
     "kernels/test_compile.py": HOPPER,
     "kernels/test_frame_attention.py": PORTABLE,
     "kernels/test_frame_attention_hopper.py": HOPPER,
@@ -26,6 +27,7 @@ TRITON = {  # test files that import kernels, and what these need
     "kernels/test_prepared.py": HOPPER,
     "kernels/test_rms_norm.py": PORTABLE,
     "kernels/test_select.py": PORTABLE,
+    "kernels/test_to_bytes.py": PORTABLE,
 }
 
 

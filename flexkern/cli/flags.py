@@ -29,8 +29,8 @@ NEEDS = (
     ("resume_anyway", "resume"),
 )  # fmt: skip
 NOT_FOR_DEMO = (
-    "vae", "text_encoder", "tokenizer", "embeddings", "lora", "lora_scale", "ema", "no_ema", "dtype", "size", "image",
-    "chunk", "first_chunk", "num_output_frames", "latents", "config_path",
+    "vae", "vae_backend", "text_encoder", "tokenizer", "embeddings", "lora", "lora_scale", "ema", "no_ema", "dtype",
+    "size", "image", "chunk", "first_chunk", "num_output_frames", "latents", "config_path",
 )  # fmt: skip
 LENGTHS = ("seconds", "frames", "num_output_frames")
 SHOWN = ("prompt", "prompts", "data_path")
@@ -57,6 +57,9 @@ class Flags:
     """weight file or folder, in any published layout; a VAE and a text encoder beside the weights are found"""
     vae: Annotated[Path | None, option("PATH")] = None
     """Wan2.1_VAE.pth, a diffusers vae folder, or a tiny decoder (taew2_1); default: the one beside the weights"""
+    vae_backend: Annotated[Literal["auto", "flexkern", "diffusers"] | None, option("NAME")] = None
+    """what decodes with the VAE's weights: flexkern, diffusers, or auto, which takes flexkern wherever it can; default:
+    auto"""
     text_encoder: Annotated[Path | None, option("PATH")] = None
     """models_t5_umt5-xxl-enc-bf16.pth or a transformers folder of UMT5; default: the one beside the weights"""
     tokenizer: Annotated[Path | None, option("PATH")] = None

@@ -271,6 +271,7 @@ class Render(Flags):
             weights=self.weights,
             family=family,
             vae=self.vae,
+            vae_backend=self.vae_backend or "auto",
             text_encoder=self.text_encoder,
             tokenizer=self.tokenizer,
             embeddings=self.embeddings,

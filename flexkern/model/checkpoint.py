@@ -26,7 +26,7 @@ from flexkern.model.lora import Lora, listed
 from flexkern.model.schedule import Schedule
 from flexkern.model.text import WanTextEncoder, load_text_encoder, validate_text_encoder
 from flexkern.model.tiny_decoder import load_tiny_decoder, validate_tiny_decoder
-from flexkern.model.vae import WanVAE, load_vae, validate_vae
+from flexkern.model.vae import VaeBackend, WanVAE, load_vae, validate_vae
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.model.weights import load_transformer, validate_transformer
 
@@ -59,6 +59,8 @@ class Checkpoint:
     """height and width of a latent frame; None: the family's. ``Family.latent_size`` tells it from pixels"""
     vae: str | Path | None = None
     """Wan2.1_VAE.pth, a folder of diffusers' AutoencoderKLWan, or a tiny decoder (taew2_1)"""
+    vae_backend: VaeBackend = "auto"
+    """what decodes with the VAE's weights: flexkern, diffusers, or auto, which takes flexkern wherever it can"""
     text_encoder: str | Path | None = None
     """models_t5_umt5-xxl-enc-bf16.pth, or a folder of transformers' UMT5EncoderModel"""
     tokenizer: str | Path | None = None
@@ -203,6 +205,8 @@ def validate_checkpoint(
         family.validate_image()
         validate_image(image)
         require(kind == "VAE", "an image needs Wan's VAE to encode it; a tiny decoder only decodes")
+    own = kind != "tiny VAE" or checkpoint.vae_backend == "auto"
+    require(own, f"vae_backend {checkpoint.vae_backend!r} is for Wan's VAE, and {vae} is a tiny decoder")
     embeddings, encoder = _find_text(checkpoint, found, prompts, text)
     held, model = validate_transformer(found.transformer, ema=checkpoint.ema, lora=checkpoint.loras)
     model.grid(*family.size)
@@ -246,7 +250,7 @@ def load_parts(parts: Parts) -> Loaded:
     if parts.vae is not None and parts.tiny:
         decoder = load_tiny_decoder(parts.vae, device=device, dtype=precise)
     elif parts.vae is not None:
-        vae = load_vae(parts.vae, device=device, dtype=precise)
+        vae = load_vae(parts.vae, device=device, dtype=precise, backend=checkpoint.vae_backend)
         decoder = vae.decoder
     model = load_transformer(
         parts.transformer,

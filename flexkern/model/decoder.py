@@ -1,7 +1,7 @@
 """What decoders have in common: latents in chunks of any length, pictures out, the past in memory of fixed size."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -45,12 +45,11 @@ class ChunkDecoder(ABC):
         Raises:
             ValueError: The latents have another shape than those so far.
         """
-        to_bytes = lambda x: ((x.float() + 1) * 127.5).round().to(torch.uint8)
-        return self._run(latents, torch.uint8, to_bytes).movedim(2, -1).contiguous()
+        return self._run(latents, torch.uint8)
 
     def decode(self, latents: Tensor) -> Tensor:
         """The same pictures before rounding: [B, pictures, 3, height, width] in -1..1."""
-        return self._run(latents, self.dtype, lambda x: x)
+        return self._run(latents, self.dtype).movedim(-1, 2)
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
@@ -65,25 +64,36 @@ class ChunkDecoder(ABC):
         """Batch, height and width of the latents so far; None before the first."""
 
     @abstractmethod
-    def _step(self, frame: Tensor, first: bool) -> Tensor:
-        """One latent frame [B, C, h, w] -> [B, pictures, 3, height, width] in -1..1."""
+    def _pictures(self, frames: Tensor, *, first: bool) -> Iterator[Tensor]:
+        """Pictures [B, n, height, width, 3] of latent frames [B, F, C, h, w], in pieces: -1..1 and a little beyond.
 
-    @torch.no_grad()
-    def _run(self, latents: Tensor, dtype: torch.dtype, convert: Callable[[Tensor], Tensor]) -> Tensor:
-        past = self._past()
+        first: whether the video begins with them.
+        """
+
+    def _write(self, pictures: Tensor, out: Tensor) -> None:
+        """Write pictures of -1..1 to ``out``, of the same shape: clamped, and as bytes where it holds bytes."""
+        clamped = pictures.clamp(-1, 1)
+        out.copy_(((clamped.float() + 1) * 127.5).round() if out.dtype == torch.uint8 else clamped)
+
+    def validate_latents(self, latents: Tensor) -> None:
+        """Raises ValueError for latents of another form."""
         if latents.dim() != 5 or latents.shape[2] != self.channels or 0 in latents.shape:
             raise ValueError(f"latents must be [B, F, {self.channels}, h, w], got {list(latents.shape)}")
+
+    @torch.no_grad()
+    def _run(self, latents: Tensor, dtype: torch.dtype) -> Tensor:
+        past = self._past()
+        self.validate_latents(latents)
         batch, frames, _, height, width = latents.shape
         if past not in (None, (batch, height, width)):
             raise ValueError(f"latents so far had B, h, w = {list(past)}, got {[batch, height, width]}")
         count = frames * self.temporal - (self.temporal - 1 if past is None else 0)
-        shape = batch, count, 3, height * self.spatial, width * self.spatial
-        pictures = torch.empty(shape, dtype=dtype, device=self.device)
+        shape = batch, count, height * self.spatial, width * self.spatial, 3
+        out = torch.empty(shape, dtype=dtype, device=self.device)
         done, finite = 0, []
-        for i, frame in enumerate(latents.unbind(1)):
-            made = self._step(frame.to(self.device), first=past is None and i == 0)
+        for made in self._pictures(latents.to(self.device), first=past is None):
             finite.append(all_finite(made))  # before clamping and rounding hide it
-            pictures[:, done : done + made.shape[1]] = convert(made.clamp(-1, 1))
+            self._write(made, out[:, done : done + made.shape[1]])
             done += made.shape[1]
         self.finite = torch.stack(finite).all()
-        return pictures
+        return out

@@ -7,7 +7,7 @@ Source: madebyollin/taehv taehv.py (architecture, names, the last rows of a time
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -89,8 +89,13 @@ class TinyDecoder(ChunkDecoder):
         first = self._held.get("3")  # the input of the first block, as high and wide as the latent
         return None if first is None else (first.shape[0], *first.shape[-2:])
 
-    def _step(self, frame: Tensor, first: bool) -> Tensor:
-        x, batch = frame.to(self.dtype), frame.shape[0]
+    def _pictures(self, frames: Tensor, *, first: bool) -> Iterator[Tensor]:
+        for i, frame in enumerate(frames.unbind(1)):
+            yield self._decode(frame.to(self.dtype), first=first and i == 0)
+
+    def _decode(self, x: Tensor, *, first: bool) -> Tensor:
+        """One latent frame [B, C, h, w] -> its pictures."""
+        batch = x.shape[0]
         for i, layer in enumerate(self._net.decoder):
             if isinstance(layer, _Memory):
                 frames = x.unflatten(0, (batch, -1))
@@ -99,7 +104,7 @@ class TinyDecoder(ChunkDecoder):
                 x = layer(x, torch.cat((before.unsqueeze(1), frames[:, :-1]), dim=1).flatten(0, 1))
             else:
                 x = layer(x)
-        pictures: Tensor = x.unflatten(0, (batch, -1)) * 2 - 1
+        pictures: Tensor = x.unflatten(0, (batch, -1)).movedim(2, -1) * 2 - 1
         return pictures[:, self.temporal - 1 :] if first else pictures
 
 

@@ -244,6 +244,7 @@ REFUSED = {
     "a file as folder": ("@@ --data_path p.txt --output_folder p.txt", "--output-folder p.txt is not a folder"),
     "below a file": ("@@ --data_path p.txt --output_folder p.txt/x", "--output-folder p.txt/x cannot be made in p.txt"),
     "many prompts": ("@@ --data_path p.txt", "makes several videos: give --output-folder as well"),
+    "a decoder": ("--vae-backend flexkern", "--vae-backend is for checkpoints: name what --weights are with --model"),
     "for the demo": ("--lora lora.pt", "--lora is for checkpoints: name what --weights are with --model self-forcing"),
 }
 

@@ -170,8 +170,9 @@ class Decoder(ChunkDecoder):
     def _past(self):
         return None
 
-    def _step(self, frame, first):
-        return (frame[:, None, :3] if not first else frame[:, None, :3] * self.bad).clone()
+    def _pictures(self, frames, *, first):
+        for i, frame in enumerate(frames.movedim(2, -1).unbind(1)):
+            yield frame[:, None, ..., :3] * (self.bad if first and i == 0 else 1)
 
 
 @pytest.mark.parametrize("bad", [math.inf, math.nan])

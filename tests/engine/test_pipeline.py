@@ -20,6 +20,7 @@ from flexkern.model import checkpoint as room
 from flexkern.model.families import FAMILIES
 from flexkern.model.schedule import Schedule
 from flexkern.model.text import KnownPrompts, SavedEmbeddings, WanTextEncoder
+from flexkern.model.vae import DiffusersDecoder, WanDecoder
 from flexkern.pipeline import Checkpoint, MissingPart, check, load
 from flexkern.policies import get_preset
 
@@ -44,6 +45,7 @@ def disk(tmp_path_factory):
     torch.save(layouts.peft({"blocks.9.ffn.0": (torch.ones(4, 256), torch.ones(512, 4))}), root / "lora.pt")
     vae = layouts.tiny_vae()
     torch.save({key: tensor for key, tensor in vae.items() if key != "decoder.head.2.bias"}, root / "vae.pth")
+    torch.save({"decoder.1.weight": torch.ones(12, 16, 3, 3)}, root / "tiny.pth")
     three = {"patch_embedding.weight": torch.ones(256, 3, 1, 2, 2), "head.head.weight": torch.ones(12, 256)}
     config = {"in_dim": 3, "out_dim": 3, "dim": 256, "ffn_dim": 512, "num_heads": 2, "num_layers": 2, "text_dim": 48}
     save_file(
@@ -86,6 +88,7 @@ REFUSED = {  # fields of the checkpoint, how it is used, and what is said
     "a LoRA": ({"lora": "lora.pt"}, {}, "lora.pt does not fit .* unknown targets 1: blocks.9.ffn.0.weight"),
     "no EMA": ({"weights": "bare/bare.safetensors", "ema": True}, {"pixels": False}, "does not hold generator_ema"),
     "channels": ({"weights": "three.safetensors"}, {"pixels": False}, "latents of 3 in, 3 out channels; expected 16"),
+    "tiny VAE": ({"vae": "tiny.pth", "vae_backend": "diffusers"}, {}, "vae_backend 'diffusers' is for Wan's VAE, and "),
     "odd size": ({"size": (3, 6)}, {}, "latent frame must be a multiple of 2x2, got 3x6"),
     "an image": ({}, {"image": "red.png"}, "of self-forcing cannot begin with one picture"),
     "no image": ({"chunk": 1}, {"image": "none.png"}, "there is no image .*none.png"),
@@ -115,6 +118,7 @@ def test_what_is_wrong_is_told_before_anything_is_loaded(disk, nothing_is_loaded
     [
         ({"family": "self-forcin"}, ValueError, "no family 'self-forcin': .* did you mean 'self-forcing'"),
         ({"dtype": "fp16"}, ValueError, "Checkpoint.dtype must be 'bfloat16' | 'float16' | 'float32', got 'fp16'"),
+        ({"vae_backend": "x"}, ValueError, "Checkpoint.vae_backend must be 'auto' | 'flexkern' | 'diffusers', got 'x'"),
         ({"lora_scale": float("nan")}, TypeError, "Checkpoint.lora_scale must be a finite number"),
         ({"chunk": 0}, ValueError, "chunk must be at least 1, got 0"),
         ({"size": (60,)}, TypeError, "Checkpoint.size must be a tuple of 2"),
@@ -234,6 +238,13 @@ def test_a_lora_that_lies_beside_is_only_told_of(disk):
     file = disk / "longlive/longlive_models/models/longlive_base.pt"
     with pytest.warns(UserWarning, match="lora.pt is a LoRA and is not used; name one as lora to use it"):
         Engine.from_pretrained(file, pixels=False)
+
+
+@pytest.mark.parametrize("backend, kind", [("auto", WanDecoder), ("diffusers", DiffusersDecoder)])
+def test_the_vae_decodes_with_the_backend_that_is_named(disk, backend, kind):
+    with pytest.warns(UserWarning, match="does not say its family"):
+        engine = Engine.from_pretrained(disk / "wan", text=False, vae_backend=backend, **FULL)
+    assert type(engine.decoder()) is kind and engine.encoder is not None
 
 
 def test_own_parts_take_the_place_of_those_on_disk(disk, monkeypatch):

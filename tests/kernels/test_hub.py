@@ -12,7 +12,7 @@ import torch
 from flexkern.kernels import reference
 
 ROOT = Path(__file__).parent.parent.parent
-LAUNCHERS = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+LAUNCHERS = ["add_norm_silu", "frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm", "to_bytes"]
 
 
 @pytest.fixture

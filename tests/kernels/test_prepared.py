@@ -207,6 +207,21 @@ def tokens(module):
                 for one, other in ((weight, weight), (weight.float(), weight), (weight, weight.float())):
                     yield lambda: module.norm_rope_write(query, x, x, one, other, turn, *written, slots)
 
+def frames(module):
+    for count, height, channels, batch in ((1, 3, 96, 1), (3, 2, 96, 2), (3, 16, 96, 1), (3, 3, 8, 1)):
+        x, past = bf16(batch, count, height, 1, channels), bf16(batch, 2, height, 1, channels)
+        for gamma in (bf16(channels), torch.empty(channels)):
+            for addend in (None, x, bf16(batch, count + 2, height, 1, channels)[:, 2:]):
+                yield lambda: module.add_norm_silu(x, addend, gamma, past)
+                yield lambda: module.add_norm_silu(x, addend, gamma, None)
+
+def colours(module):
+    for count, batch in ((1, 1), (3, 2)):
+        for x in (bf16(batch, count, 2, 8, 3), torch.empty(batch, count, 2, 8, 3)):
+            for more in (0, 2):
+                out = torch.empty(batch, count + more, 2, 8, 3, dtype=torch.uint8)
+                yield lambda: module.to_bytes(x, out[:, more:])
+
 def attention(kernel, *variants):
     module = pointwise[kernel]
     for variant in variants:
@@ -217,6 +232,8 @@ def cases():
     yield from streams(pointwise["modulate"].modulate, 2)
     yield from streams(pointwise["gate_residual"].gate_residual, 1)
     yield from tokens(pointwise["norm_rope_write"])
+    yield from frames(pointwise["add_norm_silu"])
+    yield from colours(pointwise["to_bytes"])
     yield from attention("frame_attention", "", "one frame")
     yield from attention("frame_attention_hopper", "")
 
@@ -246,4 +263,4 @@ def test_the_second_launch_is_that_of_triton(tmp_path):
     script = tmp_path / "launches.py"
     script.write_text(SECOND_LAUNCHES.format(tests=str(Path(__file__).parent.parent / "support")))
     done = subprocess.run([sys.executable, str(script)], env=COMPILING, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and int(done.stdout) == 2 * 84, done.stderr[-3000:]
+    assert done.returncode == 0 and int(done.stdout) == 2 * (84 + 48 + 8), done.stderr[-3000:]

@@ -113,6 +113,18 @@ def norm_rope_write(launcher, case: Case) -> None:
     launcher(query, key, value, weight, weight, torch.empty(TOKENS, pairs, 2), pages(case), pages(case), slots)
 
 
+def add_norm_silu(launcher, case: Case) -> None:
+    channels = int(case.variant.split()[0]) if case.variant.endswith("channels") else 96
+    x, addend, past = (empty(case, 1, frames, 480, 832, channels) for frames in (FRAMES, FRAMES, 2))
+    first = case.variant == "first"
+    launcher(x, None if first else addend, empty(case, channels), None if first else past)
+
+
+def to_bytes(launcher, case: Case) -> None:
+    shape = 1, FRAMES, 480, 832, 3
+    launcher(empty(case, *shape), torch.empty(shape, dtype=torch.uint8))
+
+
 MODULES = {  # of kernels/, that hold the launchers
     "frame_attention": "attention.portable",
     "frame_attention_hopper": "attention.hopper",
@@ -120,6 +132,8 @@ MODULES = {  # of kernels/, that hold the launchers
     "rms_norm": "pointwise.rms_norm",
     "modulate": "pointwise.modulate",
     "gate_residual": "pointwise.gate_residual",
+    "add_norm_silu": "vae.add_norm_silu",
+    "to_bytes": "vae.to_bytes",
 }
 LAUNCH = {
     "frame_attention": frame_attention,
@@ -128,6 +142,8 @@ LAUNCH = {
     "rms_norm": lambda launcher, case: launcher(stream(case), empty(case, HEADS * case.head_dim)),
     "modulate": lambda launcher, case: launcher(stream(case), *gates(case)[:2]),
     "gate_residual": lambda launcher, case: launcher(stream(case), stream(case), gates(case)[2]),
+    "add_norm_silu": add_norm_silu,
+    "to_bytes": to_bytes,
 }
 
 
@@ -148,6 +164,8 @@ SHIPPED = [
     Case(kernel="norm_rope_write", arch=90, dtype="float32"),
     Case(kernel="norm_rope_write", arch=90, variant="recache"),
     Case(kernel="norm_rope_write", arch=90, head_dim=64),
+    Case(kernel="add_norm_silu", arch=90, dtype="float32"),
+    *(Case(kernel="add_norm_silu", arch=90, variant=v) for v in ("first", "192 channels", "384 channels")),
 ]
 
 

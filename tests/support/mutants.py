@@ -8,6 +8,8 @@ TESTS = {
     "kernels/pointwise/modulate.py": ["kernels/test_modulate.py"],
     "kernels/pointwise/gate_residual.py": ["kernels/test_gate_residual.py"],
     "kernels/pages/norm_rope_write.py": ["kernels/test_norm_rope_write.py"],
+    "kernels/vae/add_norm_silu.py": ["kernels/test_add_norm_silu.py"],
+    "kernels/vae/to_bytes.py": ["kernels/test_to_bytes.py"],
     "kernels/attention/portable.py": ["kernels/test_frame_attention.py"],
     "kernels/attention/launch.py": ["kernels/test_frame_attention.py"],
     "kernels/attention/work.py": ["kernels/test_frame_attention.py"],
@@ -194,4 +196,148 @@ MUTANTS = [
     ("kernels/prepared.py", "update(self.fields, base=tensor)", "update({**self.fields, 'base': self.fields['base']})"),
     # a launch is made again for every call
     ("kernels/prepared.py", "make(*key) if torch.compiler.is_compiling() else kept(*key)", "make(*key)"),
+    # the mean counts the padding
+    (
+        "kernels/vae/add_norm_silu.py",
+        "tl.sqrt(CHANNELS * 1.0)",
+        "tl.sqrt(BLOCK_C * 1.0)",
+    ),
+    # a mean of magnitudes instead of squares
+    (
+        "kernels/vae/add_norm_silu.py",
+        "tl.sqrt(tl.sum(x * x, 1))",
+        "tl.sum(tl.abs(x), 1)",
+    ),
+    # a place of zeros is divided by 0
+    (
+        "kernels/vae/add_norm_silu.py",
+        "tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)",
+        "tl.sqrt(tl.sum(x * x, 1))",
+    ),
+    # a tiny place is held back too early
+    (
+        "kernels/vae/add_norm_silu.py",
+        "tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-12)",
+        "tl.maximum(tl.sqrt(tl.sum(x * x, 1)), 1e-3)",
+    ),
+    # no gamma
+    (
+        "kernels/vae/add_norm_silu.py",
+        "[:, None] * gamma[None, :]",
+        "[:, None]",
+    ),
+    # no SiLU
+    (
+        "kernels/vae/add_norm_silu.py",
+        "y = y / (1.0 + tl.exp2(-y * LOG2_E))",
+        "y = y * 1.0",
+    ),
+    # a SiLU in base 2
+    (
+        "kernels/vae/add_norm_silu.py",
+        "-y * LOG2_E",
+        "-y",
+    ),
+    # the sum is not stored
+    (
+        "kernels/vae/add_norm_silu.py",
+        "            tl.store(x_ptr + offs, rounded, mask=mask)\n",
+        "",
+    ),
+    # normalised before the sum is rounded
+    (
+        "kernels/vae/add_norm_silu.py",
+        "x = rounded.to(tl.float32)",
+        "x = x * 1.0",
+    ),
+    # the last place is not written
+    (
+        "kernels/vae/add_norm_silu.py",
+        "(offs_r < places)",
+        "(offs_r < places - 1)",
+    ),
+    # the past is forgotten
+    (
+        "kernels/vae/add_norm_silu.py",
+        "if HAS_PAST:",
+        "if False:",
+    ),
+    # the past stands in the wrong order
+    (
+        "kernels/vae/add_norm_silu.py",
+        "(batch * BEFORE + frame) * step",
+        "(batch * BEFORE + 1 - frame) * step",
+    ),
+    # every video has the past of the first
+    (
+        "kernels/vae/add_norm_silu.py",
+        "past_ptr + (batch * BEFORE + frame)",
+        "past_ptr + (frame)",
+    ),
+    # the batch stride of x stands for the addend's
+    (
+        "kernels/vae/add_norm_silu.py",
+        "batch * stride_ab",
+        "batch * stride_xb",
+    ),
+    # the frame before is kept
+    (
+        "kernels/vae/add_norm_silu.py",
+        "if frame >= count:",
+        "if frame >= count + 1:",
+    ),
+    # rounded twice
+    (
+        "kernels/vae/add_norm_silu.py",
+        "y = y / (1.0",
+        "y = y.to(tl.float16).to(tl.float32) / (1.0",
+    ),
+    # halves go up
+    (
+        "kernels/vae/to_bytes.py",
+        "((x + 1.0) * 127.5 + WHOLE) - WHOLE",
+        "tl.floor((x + 1.0) * 127.5 + 0.5)",
+    ),
+    # cut off instead of rounded
+    (
+        "kernels/vae/to_bytes.py",
+        "((x + 1.0) * 127.5 + WHOLE) - WHOLE",
+        "(x + 1.0) * 127.5",
+    ),
+    # one byte too few
+    (
+        "kernels/vae/to_bytes.py",
+        "(x + 1.0) * 127.5 + WHOLE",
+        "(x + 1.0) * 127.0 + WHOLE",
+    ),
+    # what lies above is not clamped
+    (
+        "kernels/vae/to_bytes.py",
+        "tl.minimum(tl.maximum(x, -1.0), 1.0)",
+        "tl.maximum(x, -1.0)",
+    ),
+    # what lies below is not clamped
+    (
+        "kernels/vae/to_bytes.py",
+        "tl.minimum(tl.maximum(x, -1.0), 1.0)",
+        "tl.minimum(x, 1.0)",
+    ),
+    # the last colour is not written
+    (
+        "kernels/vae/to_bytes.py",
+        "offs < count",
+        "offs < count - 1",
+    ),
+    # every video is the first one
+    (
+        "kernels/vae/to_bytes.py",
+        "x_ptr + batch * stride_xb",
+        "x_ptr",
+    ),
+    # written as if the piece were the whole
+    (
+        "kernels/vae/to_bytes.py",
+        "out_ptr + batch * stride_ob",
+        "out_ptr + batch * stride_xb",
+    ),
 ]

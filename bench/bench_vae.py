@@ -1,0 +1,163 @@
+"""Time the VAE's decoder, ours and diffusers': a chunk of three latents with the past of a chunk, random weights.
+
+python bench/bench_vae.py --save
+
+Needs diffusers. Errors are those of two chunks, against diffusers' decoder in float32; one that exceeds what diffusers'
+own decoder in bfloat16 has is wrong, and not timed. Operations are those that the mathematics needs, with the doubling
+of height and width folded into the convolution after it.
+"""
+
+import copy
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+
+import harness
+import roofs
+import torch
+from bench_end_to_end import allocated
+from diffusers import AutoencoderKLWan
+from harness import Row, Truth
+from roofs import DEVICE
+from torch import Tensor
+
+from flexkern.model.decoder import ChunkDecoder
+from flexkern.model.vae import DiffusersDecoder, WanDecoder, WanVAE
+from flexkern.model.vae.net import Sizes
+
+FRAMES = 3  # latents of a chunk
+ROUNDS = 4
+SIZES = {"480x832": (60, 104), "720x1280": (90, 160)}
+TINY = {"32x48": (4, 6)}
+LAST = torch.channels_last_3d
+
+
+def ours(module: AutoencoderKLWan) -> ChunkDecoder:
+    return WanDecoder.from_module(module)
+
+
+def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = False) -> DiffusersDecoder:
+    """diffusers' decoder in a copy of the module, which it may change."""
+    vae = WanVAE(copy.deepcopy(module), backend="diffusers")
+    if last:
+        for conv in vae.module.modules():
+            if isinstance(conv, torch.nn.Conv3d):
+                conv.weight.data = conv.weight.data.contiguous(memory_format=LAST)
+    if compiled:
+        vae.module.decoder = torch.compile(vae.module.decoder)
+    return DiffusersDecoder(vae)
+
+
+PROVIDERS: dict[str, Callable[[AutoencoderKLWan], ChunkDecoder]] = {
+    "flexkern": ours,
+    "diffusers": theirs,
+    "diffusers, channels last": partial(theirs, last=True),
+    "diffusers, channels last, compiled": partial(theirs, last=True, compiled=True),
+}
+
+
+def count_flops(sizes: Sizes, frames: int, height: int, width: int) -> int:
+    """Floating-point operations of a chunk with a past: two for each product of a weight and a feature.
+
+    Args:
+        sizes: Of the decoder.
+        frames: Latents.
+        height: Of a latent.
+        width: Of a latent.
+    """
+    inputs, places, total = sizes.widths[0], frames * height * width, 0
+    total += places * (sizes.latent**2 + 27 * sizes.latent * inputs)
+    total += places * (4 * 27 * inputs**2 + 4 * inputs**2 + 2 * height * width * inputs)  # two blocks and attention
+    for level, out in enumerate(sizes.widths):
+        total += places * 27 * (inputs * out + (2 * sizes.blocks + 1) * out**2)
+        total += places * inputs * out if inputs != out else 0
+        if level < len(sizes.doubles_time):
+            if sizes.doubles_time[level]:
+                total, places = total + places * 6 * out**2, 2 * places
+            inputs = out // 2
+            total, places = total + places * 16 * out * inputs, 4 * places
+    return 2 * (total + places * 27 * sizes.widths[-1] * sizes.colours)
+
+
+def chunk_ms(decoder: ChunkDecoder, latents: Tensor) -> float:
+    """Milliseconds of the next chunk as bytes, until the GPU is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    decoder(latents)[0, 0, 0, 0, 0].item()
+    return 1000 * (time.perf_counter() - start)
+
+
+def start(make: Callable[[], ChunkDecoder], latents: Tensor) -> tuple[ChunkDecoder, Tensor, float]:
+    """A decoder with a past, the pictures of its first two chunks, and the most that is allocated in a third, in GB.
+
+    Its weights count, other decoders do not. On a CPU it is the peak of the process, all included.
+    """
+    others = allocated()
+    decoder = make()
+    pictures = torch.cat([decoder.decode(latents).float().cpu() for _ in range(2)], dim=1)
+    if DEVICE != "cuda":
+        unit = 1 if sys.platform == "darwin" else 1024
+        return decoder, pictures, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    torch.cuda.reset_peak_memory_stats()
+    decoder(latents)
+    return decoder, pictures, (torch.cuda.max_memory_allocated() - others) / 1e9
+
+
+def bench(module: AutoencoderKLWan, name: str, size: tuple[int, int], names: list[str], rounds: int) -> list[Row]:
+    """A row for each provider at one size. The module is in float32 and stays so."""
+    latents = torch.randn(1, FRAMES, module.config.z_dim, *size, device=DEVICE)
+    exact = start(lambda: theirs(module), latents)[1].double()
+    half = copy.deepcopy(module).bfloat16()
+    truth = Truth(exact=exact, entitled=start(lambda: theirs(half), latents)[1])
+    decoders: dict[str, ChunkDecoder] = {}
+    found: dict[str, tuple[float, str, float]] = {}
+    for provider in names:
+        try:
+            decoders[provider], pictures, peak = start(partial(PROVIDERS[provider], half), latents)
+            error, fault = truth.judge(pictures, 1.05, 2.0)
+        except Exception as failed:  # a peer may fail in any way; the others are still wanted
+            error, peak = math.nan, math.nan
+            fault = f"failed: {type(failed).__name__}: {' '.join(str(failed).split())[:300]}"
+        found[provider] = error, fault, peak
+        if fault:
+            decoders.pop(provider, None)
+    taken: dict[str, list[float]] = {provider: [] for provider in decoders}
+    for i in range(rounds):
+        for provider in list(decoders)[:: 1 if i % 2 == 0 else -1]:
+            taken[provider] += [chunk_ms(decoders[provider], latents) for _ in range(2)]
+    sizes, roof = WanDecoder.from_module(module).net.sizes, roofs.measure_roofs()
+    pictures_made, flops = FRAMES * sizes.stretch[0], count_flops(sizes, FRAMES, *size)
+    around = harness.conditions(lambda: [decoder(latents) for decoder in list(decoders.values())[:1]])
+    rows = []
+    for provider, (error, fault, peak) in found.items():
+        ms_20, ms, ms_80 = harness.quantiles(taken.get(provider, [math.nan]))
+        rate = flops / ms / 1e9
+        figures = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, tflop_s=rate, roof_percent=100 * rate / roof.matmul_tflop_s)
+        about = dict(kernel="vae", provider=provider, error=error, note=fault, peak_gb=peak)
+        about["shape"] = f"{name} {FRAMES} latents bfloat16, random weights"
+        about["pictures_s"] = 1000 * pictures_made / ms
+        rows.append(Row(**about, **figures, **around, **harness.provenance()))
+    return rows
+
+
+def main() -> None:
+    args = harness.arguments(__doc__).parse_args()
+    out, is_tiny = harness.folder(args), args.tiny or DEVICE == "cpu"
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        module = AutoencoderKLWan(base_dim=8 if is_tiny else 96).eval().requires_grad_(False)
+    names = [name for name in PROVIDERS if DEVICE == "cuda" or "compiled" not in name]
+    for name, size in (TINY if is_tiny else SIZES).items():
+        rows = bench(module, name, size, names, 1 if is_tiny else ROUNDS)
+        for row in rows:
+            harness.show(row, as_json=args.json)
+        if out:
+            harness.save(rows, out / "vae.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,117 @@
+"""Our decoder inside diffusers' VAE, or inside the VAE wrapper of Self-Forcing and what descends from it.
+
+    from flexkern.integrations import vae
+    vae.patch(pipe.vae)          # of a WanPipeline; or pipeline.vae, of a CausalInferencePipeline
+    vae.unpatch(pipe.vae)
+
+The weights are those of the VAE; its encoder stays. Source: diffusers 0.42.1, AutoencoderKLWan.decode; Self-Forcing,
+utils/wan_wrapper.py.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexkern.integrations.self_forcing import arguments
+from flexkern.model.vae import WanDecoder
+
+HANDLE = "flexkern_decoder"  # the VAE's attribute that holds its patch
+
+
+def patch(vae: nn.Module, *, memory: int | None = None) -> "Patch":
+    """Decode with ours until ``unpatch``, or the handle's ``undo``.
+
+    Args:
+        vae: diffusers' ``AutoencoderKLWan``, or a ``WanVAEWrapper``; already in its dtype and on its device. Tiling and
+            slicing of diffusers have no effect meanwhile.
+        memory: The most bytes that decoding may take; see ``WanDecoder``.
+
+    Returns:
+        A handle, which may be used as a context manager.
+
+    Raises:
+        NotImplementedError: The VAE of Wan 2.2.
+        ValueError: It is another module, or patched already. Nothing has changed.
+    """
+    return Patch(vae, memory)
+
+
+def unpatch(vae: nn.Module) -> None:
+    """Give the VAE its own decoder back.
+
+    Raises:
+        ValueError: It was not patched.
+    """
+    handle = getattr(vae, HANDLE, None)
+    if handle is None:
+        raise ValueError(f"vae must be one that patch was called with, got an unpatched {type(vae).__name__}")
+    handle.undo()
+
+
+class Patch:
+    """What was replaced in a VAE, and how to undo it. Leaving it as a context manager undoes it."""
+
+    def __init__(self, vae: Any, memory: int | None):
+        if getattr(vae, HANDLE, None) is not None:
+            raise ValueError("the VAE is patched already: call unpatch first")
+        kind = type(vae)
+        self._undo = ExitStack()
+        if hasattr(vae, "config") and hasattr(kind, "decode") and arguments(kind.decode)[:2] == ("z", "return_dict"):
+            self.decoder = WanDecoder.from_module(vae, normalised=False, memory=memory)
+            self._replace(vae, "decode", self._decode)
+        elif hasattr(kind, "decode_to_pixel") and arguments(kind.decode_to_pixel) == ("latent", "use_cache"):
+            self.decoder = WanDecoder.from_module(vae.model, memory=memory)
+            self._replace(vae, "decode_to_pixel", self._decode_to_pixel)
+            self._replace(vae.model, "clear_cache", self._clearing(vae.model.clear_cache))
+        else:
+            expected = "an AutoencoderKLWan, or a WanVAEWrapper with decode_to_pixel(latent, use_cache)"
+            raise ValueError(f"vae must be {expected}, got {kind.__name__}")
+        self._replace(vae, HANDLE, self)
+
+    def undo(self) -> None:
+        """Put everything back. The second call does nothing."""
+        self._undo.close()
+
+    def __enter__(self) -> "Patch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def _replace(self, owner: Any, name: str, value: Any) -> None:
+        """Set the attribute, which only the class has, on the instance."""
+        setattr(owner, name, value)
+        self._undo.callback(delattr, owner, name)
+
+    def _fitting(self, latents: Tensor) -> Tensor:
+        """The latents. Raises ValueError where the VAE was moved after it was patched."""
+        if latents.device != self.decoder.device:
+            raise ValueError(
+                f"the decoder is on {self.decoder.device}, latents on {latents.device}: patch the VAE last"
+            )
+        return latents
+
+    @torch.no_grad()
+    def _decode(self, z: Tensor, return_dict: bool = True) -> Any:
+        """Instead of diffusers': z [B, C, F, h, w], not normalised, a whole video."""
+        from diffusers.models.autoencoders.vae import DecoderOutput
+
+        sample = self.decoder.decode_video(self._fitting(z).transpose(1, 2)).transpose(1, 2)
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    @torch.no_grad()
+    def _decode_to_pixel(self, latent: Tensor, use_cache: bool = False) -> Tensor:
+        """Instead of the wrapper's: latent [B, F, C, h, w]; with use_cache it goes on with the video so far."""
+        latents = self._fitting(latent)
+        pictures = self.decoder.decode(latents) if use_cache else self.decoder.another().decode_video(latents)
+        return pictures.float()
+
+    def _clearing(self, original: Callable[[], None]) -> Callable[[], None]:
+        def clear_cache() -> None:
+            self.decoder.reset()
+            original()
+
+        return clear_cache

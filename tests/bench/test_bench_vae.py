@@ -1,0 +1,56 @@
+"""The VAE's bench on a CPU: rows of every decoder that runs here, and the operations that it counts."""
+
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
+import bench_vae
+from diffusers import AutoencoderKLWan
+
+from flexkern.model.vae.net import DecoderNet, Past, Sizes
+
+PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))
+
+
+@pytest.fixture(scope="module")
+def module():
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=8).eval().requires_grad_(False)
+
+
+def test_a_row_for_every_decoder(module, monkeypatch):
+    def broken(module):
+        raise RuntimeError("no such\nlayout")
+
+    def wrong(module):
+        decoder = bench_vae.ours(module)
+        monkeypatch.setattr(decoder, "decode", lambda latents: type(decoder).decode(decoder, latents) + 0.1)
+        return decoder
+
+    monkeypatch.setitem(bench_vae.PROVIDERS, "broken", broken)
+    monkeypatch.setitem(bench_vae.PROVIDERS, "wrong", wrong)
+    names = ["flexkern", "diffusers", "broken", "wrong"]
+    rows = {row.provider: row for row in bench_vae.bench(module, "16x24", (2, 3), names, 1)}
+    assert list(rows) == names
+    for name in names[:2]:
+        row = rows[name]
+        assert row.note == "" and row.ms > 0 and row.pictures_s == pytest.approx(12_000 / row.ms)
+        assert 0 < row.error < 0.1 and row.peak_gb > 0 and row.roof_percent > 0
+    assert rows["broken"].note == "failed: RuntimeError: no such layout" and math.isnan(rows["broken"].ms)
+    assert rows["wrong"].note.startswith("wrong: mean error") and math.isnan(rows["wrong"].ms)
+    assert {row.shape for row in rows.values()} == {"16x24 3 latents bfloat16, random weights"}
+
+
+@pytest.mark.parametrize("sizes", [PUBLISHED, Sizes(4, (8, 8, 4), 1, (False, True))], ids=["published", "other"])
+def test_operations_are_those_of_the_network(sizes):
+    with torch.device("meta"):
+        net = DecoderNet(sizes).requires_grad_(False)
+        net.prepare(torch.ones(sizes.latent), torch.ones(sizes.latent), torch.float32)
+    latents, past, at_once = torch.empty(1, 3, sizes.latent, 6, 10, device="meta"), Past(), [99] * len(sizes.widths)
+    list(net(latents, past, at_once))
+    with FlopCounterMode(display=False) as counter:
+        list(net(latents, past, at_once))
+    assert counter.get_total_flops() == bench_vae.count_flops(sizes, 3, 6, 10)
