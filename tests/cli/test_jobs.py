@@ -86,7 +86,8 @@ def test_options_beside_a_file_take_the_place_of_its_words(orders_of):
     write(f"- {{prompt: {RED!r}, frames: 3, seed: 1, out: a.mp4}}\n- {second}")
     options = ("--prompt", YELLOW, "--frames", 6, "--retention.sink", 2, "--no-progress")
     (first, second), err = orders_of("night.yaml", *options)
-    assert err == "flexkern: night.yaml: options take the place of what it says: --frames, --prompt, --retention.sink\n"
+    said = "flexkern: night.yaml: options take the place of what it says: --frames, --prompt, --retention.sink\n"
+    assert err.startswith(said) and len(err.splitlines()) == 2  # then the backend
     assert first.prompts == second.prompts == (YELLOW,) and first.pictures == second.pictures == 6
     assert first.overrides == second.overrides == {"retention.sink": 2}
     assert (first.seed, second.seed) == (1, 0) and (first.target, second.target) == (Path("a.mp4"), Path("b.mp4"))
@@ -167,7 +168,7 @@ def test_options_that_contradict_a_job_file_are_refused(flexkern_, options):
 def test_another_rate_is_said_plainly(flexkern_):
     status, _, err = flexkern_("render", "--frames", 6, "--fps", 24, "--crf", 30, "--no-progress")
     said = "--fps 24: the model makes 16 pictures a second: 1.5 times as fast, 0.375 seconds are shown in 0.25"
-    assert status == 0 and err == f"flexkern: {said}\n"
+    assert status == 0 and err.startswith(f"flexkern: {said}\n") and len(err.splitlines()) == 2  # then the backend
     with av.open("video.mp4") as video:
         assert video.streams.video[0].average_rate == 24 and sum(1 for _ in video.decode(video=0)) == 6
 
