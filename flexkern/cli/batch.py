@@ -49,6 +49,8 @@ class Batch:
     weights: Path | None
     """of the demo"""
     parts: "Parts | None" = None
+    told: bool = False
+    """whether the demo's backend was said"""
     prints: dict[Path, dict[str, Any]] | None = None
     """fingerprints of files, once they are asked for"""
 
@@ -65,7 +67,6 @@ class Batch:
             torch.set_num_threads(self.threads)
         if self.parts is None:
             engine = open_demo(self.weights, self.command.backend, self.device)
-            note(str(engine.backend_choice))  # of a checkpoint it was told before the weights were read
         else:
             engine = Engine.from_parts(self.parts)
             if self.parts.saves_embeddings:

@@ -146,6 +146,9 @@ def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | 
     except BAD as error:
         watch.failed(order.target, str(error))
         return Ending(status=status.REFUSED, message=str(error))
+    if batch.parts is None and not batch.told:  # of a checkpoint it was told before the weights were read
+        note(str(engine.backend_choice))
+        batch.told = True
     if command.progress:
         note(header(order, engine, family))
     return carry_out(job, family, watch)

@@ -67,7 +67,7 @@ def test_resume_needs_nothing_but_the_file(flexkern_, stopped_at, tmp_path, monk
     monkeypatch.chdir("/")
     code, out, err = flexkern_("render", "--resume", tmp_path / "video.mp4", "--no-progress")
     assert (code, out) == (0, f"{tmp_path}/video.mp4: 30 pictures, 1.9 s\n")
-    assert len(err.splitlines()) == 1 and err.startswith("flexkern: backend "), err
+    assert not err
     assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     assert names(tmp_path) == ["video.mp4", "whole.mp4"]
 
@@ -118,7 +118,7 @@ def test_other_weights_are_refused_and_taken_anyway(flexkern_, stopped_at, monke
 def test_out_of_memory_keeps_what_was_made(flexkern_, stopped_at, tmp_path, error):
     code, out, err = stopped_at(5, *ORDERED, error=error)
     assert code == status.CAN_RESUME and not out
-    assert err.startswith(f"flexkern: error: out of memory: {error}; video.unfinished.mp4 holds the first 15 of 30")
+    assert f"flexkern: error: out of memory: {error}; video.unfinished.mp4 holds the first 15 of 30 pictures" in err
     assert "flexkern render --resume video.mp4 goes on from picture 15" in err
     assert flexkern_("render", "--resume", "video.mp4", "--no-progress")[0] == 0
 

@@ -145,7 +145,7 @@ def test_samples_have_names_and_seeds_of_their_own(flexkern_):
     assert status == 0 and [line.partition(":")[0] for line in out.splitlines()] == names, err
     contents = [Path(name).read_bytes() for name in names]
     for i, content in enumerate(contents):
-        assert flexkern_("render", *given, "--seed", 5 + i, "--out", "one.mp4")[0] == 0
+        assert flexkern_("render", *given, "--seed", 5 + i, "--out", "one.mp4", "--overwrite")[0] == 0
         assert Path("one.mp4").read_bytes() == content
     assert flexkern_("render", *given, "--num-samples", 2, "--out", "w.mp4")[0] == 0
     assert Path("w-0.mp4").exists() and Path("w-1.mp4").exists()

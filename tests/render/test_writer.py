@@ -192,7 +192,7 @@ class FakeSession:
         self.pixels, self.interrupt, self.spoilt = torch.from_numpy(moving(pictures)), interrupt, spoilt
         self.chunks, self.asked, self.most = 0, [], 0
         self.alive = weakref.WeakSet()
-        self.engine = SimpleNamespace(encode=lambda prompt: self.asked.append(prompt))
+        self.engine = SimpleNamespace(encode=lambda prompt: self.asked.append(prompt), backend_name="sdpa")
         self.preset = SimpleNamespace(position=SimpleNamespace(index="absolute"))
 
     def switch(self, prompt):
