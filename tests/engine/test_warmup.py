@@ -138,7 +138,7 @@ from triton.runtime.jit import JITFunction
 triton.knobs.cache.dir = {cache!r}
 offline.driver.set_active(offline.StandInDriver(80))
 run = JITFunction.run
-JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options)
+JITFunction.run = lambda self, *args, warmup, **options: run(self, *args, warmup=True, **options) and None  # no launch
 said = []
 with watch_compiles(said.append) as compiled:
     for kernel in (rms_norm._rms_norm, rms_norm._rms_norm):
