@@ -40,7 +40,7 @@ matplotlib.use("agg")
 PLAIN = "self-forcing"
 HORIZONS = (1, 3, 6, 12, 48)  # times the frames of a training clip
 APART = 12  # times: the length at which FLEX is taken apart
-BATCH = 4  # films in one write, and the most that an interruption loses
+BATCH = 8  # films in one write, and the most that an interruption loses
 RESAMPLES = 10_000
 MEMORY, MOTION = ("ground", "palette"), ("course", "speed")
 FIGURES = (*MEMORY, "area", *MOTION)

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexkern.demo import SCHEDULE, PixelDecoder, rooms
+from flexkern.demo import SCHEDULE, rooms
 from flexkern.engine import Engine
 from flexkern.policies import Preset
 from flexkern.session import Chunk
@@ -26,7 +26,7 @@ def encode_prompts(prompts: list[str]) -> Tensor:
 
 
 def load_engine(weights: str | Path, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
-    """A model of rooms, ready to render, in float32.
+    """A model of rooms, ready to render, in float32; without a decoder, because its latents are pictures already.
 
     Args:
         weights: What ``flexkern.demo.train_rooms`` wrote.
@@ -38,7 +38,7 @@ def load_engine(weights: str | Path, *, backend: str = "sdpa", device: str = "cp
     """
     return Engine.from_pretrained(
         weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
-        text_encoder=encode_prompts, decoder=PixelDecoder, size=(rooms.SIZE, rooms.SIZE),
+        text_encoder=encode_prompts, size=(rooms.SIZE, rooms.SIZE),
     )  # fmt: skip
 
 

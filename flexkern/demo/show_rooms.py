@@ -39,7 +39,7 @@ PANELS = (
     ("course", "Course", "where straight flight puts it", 1.0, 1.05),
     ("speed", "Motion", "speed / the prompt's", 1.0, 1.3),
 )
-TILE, GAP, LABEL = 96, 6, 112  # pixels of the sheet
+TILE, GAP, LABEL = 96, 6, 128  # pixels of the sheet
 SPED = 2  # every so manieth frame is in the animation
 
 

@@ -36,10 +36,10 @@ def test_everything_is_written(case, tmp_path, monkeypatch, capsys):
     args = show_rooms.Args(weights=tmp_path / "none", out=tmp_path, videos=2, frames=63, seed=1)
     show_rooms.main(args, chosen=("plain window",))
     sheet = Image.open(tmp_path / "sheet.png")
-    assert sheet.size == (112 + 4 * 102 - 6, 40 + 2 * 102 - 6)
+    assert sheet.size == (128 + 4 * 102 - 6, 40 + 2 * 102 - 6)
     # the first row, second column: the truth at frame 20
     expected = show_rooms.tiles(case.truth()[0, 20:21], 96)[0].getpixel((48, 48))
-    assert sheet.getpixel((112 + 102 + 48, 40 + 48)) == expected
+    assert sheet.getpixel((128 + 102 + 48, 40 + 48)) == expected
     moving = Image.open(tmp_path / "films.webp")
     assert moving.n_frames == 32 and moving.size == (2 * 158 - 6, 176)
     assert (tmp_path / "curves.png").stat().st_size > 20_000
