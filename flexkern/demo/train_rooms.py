@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import tyro
@@ -28,10 +29,11 @@ from flexkern.demo.train import SHIFT, TeacherForcing, Trainer
 from flexkern.model.wan import Block, CausalWan, WanConfig
 
 CHUNK = rooms.CHUNK
-CONFIG = WanConfig(
+SIZES = {"demo": WanConfig(
     dim=256, ffn_dim=768, num_heads=4, num_layers=6, in_dim=3, out_dim=3, patch_size=(1, 16, 16),
     text_len=rooms.TEXT_LEN, text_dim=rooms.TEXT_DIM, freq_dim=128, prediction="x0",
-)  # fmt: skip
+)}  # fmt: skip
+SIZES["small"] = WanConfig(**{**SIZES["demo"].to_dict(), "dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 4})
 CLIPS = {9: 16, rooms.TRAIN_FRAMES: 8}  # clips of a batch by their length in frames
 GROWTH = ((0.12, (1, 0)), (1.0, (0.25, 0.75)))  # until this share of the steps: odds of each length
 BEGINS_LIT, GOES_OFF, GOES_ON = 0.85, 0.25, 0.4  # odds of the lights, from chunk to chunk
@@ -106,10 +108,13 @@ def denoise_loss(
 class Run:
     """A training run in a folder: model and optimizers, how long it went, how far it came."""
 
-    def __init__(self, folder: Path, device: str):
-        """Begins afresh, or with the folder's checkpoint."""
-        self.folder, self.device = folder, device
-        self.trainer = Trainer(CONFIG, device, kind=ScriptedWan)
+    def __init__(self, folder: Path, config: WanConfig, device: str):
+        """Begins afresh, or with the folder's checkpoint.
+
+        Raises ValueError where that is of a model of other sizes.
+        """
+        self.folder, self.config, self.device = folder, config, device
+        self.trainer = Trainer(config, device, kind=ScriptedWan)
         self.seconds, self.clips, self.smooth = 0.0, 0, math.nan
         if self.checkpoint.exists():
             self._restore(torch.load(self.checkpoint, map_location=device, weights_only=True))
@@ -120,7 +125,7 @@ class Run:
         return self.folder / "checkpoint.pt"
 
     def _restore(self, state: dict) -> None:  # type: ignore[type-arg]
-        if state["config"] != json.dumps(CONFIG.to_dict()):
+        if state["config"] != json.dumps(self.config.to_dict()):
             raise ValueError(f"{self.checkpoint} is of a model of other sizes: {state['config']}; use another folder")
         trainer = self.trainer
         with torch.no_grad():
@@ -137,7 +142,7 @@ class Run:
         """Checkpoint and weights on disk, each replaced at once."""
         trainer = self.trainer
         state = {
-            "config": json.dumps(CONFIG.to_dict()),
+            "config": json.dumps(self.config.to_dict()),
             "master": {name: p.detach() for name, p in trainer.master.items()},
             "average": trainer.average,
             "optimizers": [optimizer.state_dict() for optimizer in trainer.optimizers],
@@ -153,6 +158,7 @@ class Run:
 class Args:
     """How to train."""
 
+    size: Literal["demo", "small"] = "demo"  # small: the proof's
     steps: int = 8000  # of training, in all legs together
     minutes: float | None = None  # stop this leg after so many
     seed: int = 0
@@ -169,13 +175,14 @@ def train(args: Args) -> None:
     Raises NotImplementedError where torch has no Muon yet.
     """
     args.out.mkdir(parents=True, exist_ok=True)
-    run = Run(args.out, args.device)
+    config = SIZES[args.size]
+    run = Run(args.out, config, args.device)
     trainer = run.trainer
     random.seed(args.seed + trainer.steps)
     torch.manual_seed(args.seed + trainer.steps)
     loss_of = torch.compile(denoise_loss, dynamic=False) if args.compile else denoise_loss
     grid = trainer.model.grid(rooms.SIZE, rooms.SIZE)
-    memories = {frames: TeacherForcing(frames, *grid, CONFIG.head_dim, args.device) for frames in CLIPS}
+    memories = {frames: TeacherForcing(frames, *grid, config.head_dim, args.device) for frames in CLIPS}
     with (args.out / "commands.txt").open("a") as file:
         file.write(f"step {trainer.steps}: {shlex.join(sys.argv)}  ({asdict(args)})\n")
     log_path = args.out / "training.csv"

@@ -11,10 +11,10 @@ from safetensors.torch import save_file
 
 from flexkern.demo import rooms
 from flexkern.demo.film_rooms import Case, film, load_engine
-from flexkern.demo.train_rooms import CONFIG
+from flexkern.demo.train_rooms import SIZES
 from flexkern.model.wan import CausalWan, WanConfig
 
-SMALL = WanConfig(**{**CONFIG.to_dict(), "dim": 64, "num_heads": 1, "num_layers": 1, "ffn_dim": 64})
+SMALL = WanConfig(**{**SIZES["demo"].to_dict(), "dim": 64, "num_heads": 1, "num_layers": 1, "ffn_dim": 64})
 
 
 @pytest.fixture(scope="module")

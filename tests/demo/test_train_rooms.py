@@ -16,13 +16,13 @@ from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.plan import band_split, make_plan, place_turns
 from flexkern.policies import PositionPolicy
 
-SMALL = WanConfig(**{**train_rooms.CONFIG.to_dict(), "dim": 64, "num_heads": 1, "num_layers": 2, "ffn_dim": 64})
+SMALL = WanConfig(**{**train_rooms.SIZES["demo"].to_dict(), "dim": 64, "num_heads": 1, "num_layers": 2, "ffn_dim": 64})
 NEEDS_MUON = pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch has no Muon before 2.9")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(train_rooms, "CONFIG", SMALL)
+    monkeypatch.setitem(train_rooms.SIZES, "demo", SMALL)
     monkeypatch.setattr(train_rooms, "CLIPS", {9: 2})
     monkeypatch.setattr(train_rooms, "GROWTH", ((1.0, (1,)),))
 
@@ -85,7 +85,7 @@ def test_batches_have_one_light_and_one_level_a_chunk(small):
 def test_a_run_learns_and_goes_on_where_it_stopped(small, tmp_path):
     args = dict(out=tmp_path, rate=5e-3, compile=False, device="cpu", save_every=0)
     train_rooms.train(train_rooms.Args(steps=25, **args))
-    first = train_rooms.Run(tmp_path, "cpu")
+    first = train_rooms.Run(tmp_path, SMALL, "cpu")
     assert first.trainer.steps == 25 and first.clips == 50
     train_rooms.train(train_rooms.Args(steps=50, **args))
     rows = list(csv.DictReader((tmp_path / "training.csv").open()))
@@ -100,9 +100,9 @@ def test_a_run_learns_and_goes_on_where_it_stopped(small, tmp_path):
 @NEEDS_MUON
 def test_a_checkpoint_brings_everything_back(small, tmp_path):
     train_rooms.train(train_rooms.Args(steps=3, out=tmp_path, compile=False, device="cpu"))
-    one, other = train_rooms.Run(tmp_path, "cpu"), train_rooms.Run(tmp_path / "fresh", "cpu")
+    one, other = train_rooms.Run(tmp_path, SMALL, "cpu"), train_rooms.Run(tmp_path / "fresh", SMALL, "cpu")
     assert any(not torch.equal(one.trainer.master[name], p) for name, p in other.trainer.master.items())
-    again = train_rooms.Run(tmp_path, "cpu")
+    again = train_rooms.Run(tmp_path, SMALL, "cpu")
     for kind in ("master", "average", "working"):
         for name, p in getattr(one.trainer, kind).items():
             assert torch.equal(p, getattr(again.trainer, kind)[name]), (kind, name)
@@ -112,11 +112,11 @@ def test_a_checkpoint_brings_everything_back(small, tmp_path):
 
 
 @NEEDS_MUON
-def test_a_checkpoint_of_other_sizes_is_refused(small, tmp_path, monkeypatch):
+def test_a_checkpoint_of_other_sizes_is_refused(small, tmp_path):
     train_rooms.train(train_rooms.Args(steps=1, out=tmp_path, compile=False, device="cpu"))
-    monkeypatch.setattr(train_rooms, "CONFIG", WanConfig(**{**SMALL.to_dict(), "ffn_dim": 128}))
+    other = WanConfig(**{**SMALL.to_dict(), "ffn_dim": 128})
     with pytest.raises(ValueError, match="of a model of other sizes"):
-        train_rooms.Run(tmp_path, "cpu")
+        train_rooms.Run(tmp_path, other, "cpu")
 
 
 def test_a_film_is_given_its_first_chunk_and_then_the_script(weights, monkeypatch):
