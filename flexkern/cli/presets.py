@@ -59,6 +59,7 @@ PLAIN = {
     "position.scale": "s, how much is slowed; auto follows scale-schedule",
     "position.scale_schedule": "what s follows",
     "position.start": "always, or past: not before the video outgrows training",
+    "position.reach": "all distances are slowed, or beyond: only those that training never saw",
     "position.logit_temp": "how much attention is sharpened as s grows",
     "position.table": "the speed of each band, in place of a mode",
     "position.index": "absolute: counted in the video; slot: counted in the window",
@@ -157,6 +158,8 @@ def _positions(position: PositionPolicy, retention: RetentionPolicy) -> list[str
         told.append(STRETCHED[position.scale_schedule] if position.scale == "auto" else fixed)
         if position.start == "past":
             told.append("Nothing is slowed before the video outgrows training.")
+        if position.reach == "beyond":
+            told.append(f"Distances below {position.train_len} frames are not slowed.")
     return told
 
 

@@ -102,7 +102,7 @@ def measure(videos: Tensor, scenes: list[world.Scene]) -> Marks:
         colour=mark(colour, judged), shape=mark(shape, judged), identity=mark(colour & shape, judged),
         ground=seen["ground"], surplus=seen["surplus"], touching=touching.float(),
         centre=torch.where(visible[..., None], seen["centre"], math.nan),
-        **_motion(seen["centre"], free, speed),
+        **motion(seen["centre"], free, speed, low=LOW, high=HIGH),
     )  # fmt: skip
 
 
@@ -243,9 +243,15 @@ def _behind(visible: Tensor, touching: Tensor) -> Tensor:
     return torch.stack(excused, dim=1)
 
 
-def _motion(centre: Tensor, free: Tensor, speed: Tensor) -> dict[str, Tensor]:
-    """Speed, course and bounce of centres [B, T, 2, 2] where they are known (free [B, T, 2]); speed [B, 1, 1]."""
-    gap = torch.minimum(centre - LOW, HIGH - centre)  # to the nearer wall
+def motion(
+    centre: Tensor, free: Tensor, speed: Tensor, *, low: float, high: float, slack: float = 0.25
+) -> dict[str, Tensor]:
+    """Speed, course and bounce, as in ``Marks``, of shapes reflected at ``low`` and ``high``.
+
+    centre: [B, T, 2, 2], free: [B, T, 2], where they are known; speed: [B, 1, 1], the prompt's. A shape is on its
+    course within ``slack`` pixels and a quarter of a step.
+    """
+    gap = torch.minimum(centre - low, high - centre)  # to the nearer wall
     step = centre[:, 1:] - centre[:, :-1]
     reflected = gap[:, 1:] + gap[:, :-1]  # a step that bounced has gone this far along the axis
     limit = (1.25 * speed + 0.25)[..., None]
@@ -254,18 +260,18 @@ def _motion(centre: Tensor, free: Tensor, speed: Tensor) -> dict[str, Tensor]:
 
     # two accounts of the step before: it flew straight, or bounced off the nearer wall and now flies away from it
     known, now = step[:, :-1], centre[:, 1:-1]
-    inward = torch.where(now < world.SIZE / 2, 1.0, -1.0)
+    inward = torch.where(now < (low + high) / 2, 1.0, -1.0)
     bounced = inward * reflected[:, :-1].clamp_min(0)
     accounts = torch.stack((known, bounced))
-    miss = (world.reflect(now + accounts, LOW, HIGH) - centre[:, 2:]).abs()
+    miss = (world.reflect(now + accounts, low, high) - centre[:, 2:]).abs()
     miss[1] = torch.where(reflected[:, :-1] <= limit, miss[1], math.inf)
     which = miss.argmin(0, keepdim=True)
     velocity, miss = accounts.gather(0, which)[0], miss.gather(0, which)[0]
     pace = velocity.norm(dim=-1) / speed
-    right = (miss <= 0.25 + 0.25 * speed[..., None]).all(-1) & (pace >= 0.5) & (pace <= 2)
+    right = (miss <= slack + 0.25 * speed[..., None]).all(-1) & (pace >= 0.5) & (pace <= 2)
     counts = free[:, 2:] & free[:, 1:-1] & free[:, :-2]
     there = now + velocity
-    wall = ((there < LOW) | (there > HIGH)).any(-1)
+    wall = ((there < low) | (there > high)).any(-1)
     pad = lambda values, frames: F.pad(values, (0, 0, frames, 0), value=math.nan)[:, : centre.shape[1]]
     course = torch.where(counts, right.float(), math.nan)
     return {

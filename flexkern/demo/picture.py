@@ -19,7 +19,10 @@ STYLES = (  # colours of Okabe and Ito, which colour-blind eyes tell apart, and 
     ("#D55E00", "solid"), ("#0072B2", "solid"), ("#009E73", "dashed"), ("#CC79A7", "dashdot"), ("#E69F00", "dotted"),
     ("#56B4E9", "dashed"),
 )  # fmt: skip
-PANELS = (  # figure, title, what its axis says, the value that the prompt asks for, upper end of the axis at least
+Panel = tuple[str, str, str, float, float]
+PANELS: tuple[
+    Panel, ...
+] = (  # figure, title, what its axis says, the value that the prompt asks for, upper end of the axis at least
     ("identity", "Identity", "right colour and outline", 1.0, 1.05),
     ("speed", "Motion", "speed / the prompt's", 1.0, 1.3),
     ("ground", "Ground colour", "RGB distance to the prompt's", 0.0, 0.1),
@@ -112,9 +115,10 @@ def _draw_trails(
 
 
 def drift_plot(
-    path: Path, lines: dict[str, dict[str, NDArray[Any]]], *, fps: float, horizon: int, window: int, title: str
-) -> None:
-    """Write a PNG with three panels over time: identity, motion and ground colour, one line for each name.
+    path: Path, lines: dict[str, dict[str, NDArray[Any]]], *, fps: float, horizon: int, window: int, title: str,
+    panels: Sequence[Panel] = PANELS, shaded: Sequence[tuple[float, float]] = (),
+) -> None:  # fmt: skip
+    """Write a PNG with one panel for each figure over time, and in each one line for each name.
 
     Args:
         path: The file to write.
@@ -124,6 +128,8 @@ def drift_plot(
         horizon: Frames of a training clip.
         window: Frames that the lines were smoothed over, for the note.
         title: Stands above the panels.
+        panels: Which figures, see ``PANELS``.
+        shaded: Seconds from and to which the background is grey.
 
     Raises:
         ValueError: There is no line.
@@ -132,8 +138,10 @@ def drift_plot(
         raise ValueError("expected at least one line, got none")
     with matplotlib.rc_context(FONT | {"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 4.6), dpi=120, facecolor="white", layout="constrained")
-        panels = figure.subplots(1, len(PANELS))
-        for axes, (name, heading, label, asked, top) in zip(panels, PANELS, strict=True):
+        drawn = figure.subplots(1, len(panels))
+        for axes, (name, heading, label, asked, top) in zip(drawn, panels, strict=True):
+            for start, stop in shaded:
+                axes.axvspan(start, stop, color=FAINT, alpha=0.14, linewidth=0)
             peak = top
             for (source, values), (colour, dashes) in zip(lines.items(), _styles(len(lines)), strict=True):
                 mean, error = mean_and_error(values[name])
@@ -146,12 +154,12 @@ def drift_plot(
             axes.set(xlim=(0, time[-1]), ylim=(-0.03 * peak, peak), xlabel="time (s)", ylabel=label)
             axes.set_title(heading, loc="left", fontsize=13, weight="bold")
             axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 3, 5, 10]))
-        panels[0].annotate(
+        drawn[0].annotate(
             "training\nhorizon", (horizon / fps, 0), (5, 6), textcoords="offset points", fontsize=10, color=INK
         )
-        handles, names = panels[0].get_legend_handles_labels()
+        handles, names = drawn[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False)
-        videos = len(next(iter(lines.values()))["identity"])
+        videos = len(next(iter(lines.values()))[panels[0][0]])
         note = f"Mean of {videos} prompts, median (motion) or mean within a sliding window of {window} frames"
         note += " (fewer at the ends); band: ± 1 standard error. Grey line: what the prompt asks for."
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")

@@ -124,9 +124,18 @@ def draw_batch(
 class Trainer:
     """Float32 master weights, the bfloat16 model they train, and their running average, which is what is kept."""
 
-    def __init__(self, config: WanConfig, device: str, start: Path | None = None):
-        """start: weights to continue from, None for fresh ones."""
-        model = CausalWan(config)
+    def __init__(
+        self, config: WanConfig, device: str, start: Path | None = None, kind: type[CausalWan] = CausalWan
+    ):  # fmt: skip
+        """start: weights to continue from, None for fresh ones of the given kind.
+
+        Raises NotImplementedError where torch has no Muon yet.
+        """
+        if not hasattr(torch.optim, "Muon"):
+            raise NotImplementedError(
+                f"training needs torch.optim.Muon, of torch 2.9; torch {torch.__version__} has none"
+            )
+        model = kind(config)
         nn.init.zeros_(model.head.head.weight)
         if start is not None:
             model = load_transformer(start, dtype=torch.float32)
@@ -189,8 +198,6 @@ def train(args: Args) -> None:
 
     Raises NotImplementedError where torch has no Muon yet.
     """
-    if not hasattr(torch.optim, "Muon"):
-        raise NotImplementedError(f"training needs torch.optim.Muon, of torch 2.9; torch {torch.__version__} has none")
     random.seed(args.seed)
     torch.manual_seed(args.seed)
     trainer = Trainer(CONFIG, args.device, args.start)

@@ -30,6 +30,7 @@ def _idle(policy: object) -> list[str]:
             "scale": stretched,
             "scale_schedule": stretched and policy.scale == "auto",
             "start": stretched,
+            "reach": slowed,
             "riflex_band": slowed and policy.mode == "riflex",
             "jitter_sigma": jitters,
             "jitter_seed": jitters,

@@ -66,6 +66,9 @@ class PositionPolicy:
     video as trained until it outgrows train_len"""
     start: Literal["always", "past"] = "always"
     """past: s = 1 until the chunk's last frame index reaches train_len"""
+    reach: Literal["all", "beyond"] = "all"
+    """which distances are slowed: all; or beyond, only those to keys that lie train_len frames or more before the
+    chunk's last, as the sink does in the end: distances inside a trained window stay as trained"""
     logit_temp: float | None = None
     """attention logits are multiplied by (1 + logit_temp * ln s)^2, as YaRN scales query and key both; None: 0, in mode
     yarn 0.1"""
@@ -222,9 +225,14 @@ class PositionPolicy:
         per_frame = self._modulated and self.scale == "auto" and self.scale_schedule == "dynamic"
         modulations = scales if per_frame else scales[-1:]
         theta = self.frequencies(bands) * np.stack([self.multipliers(s, bands, heads) for s in modulations])
+        near, turned = theta, _reduce(key_at[None, :, None, None], theta[:, None])
+        if self.reach == "beyond" and self._modulated:
+            near = self.frequencies(bands) * self.multipliers(1.0, bands, heads)[None]
+            inside = query_at[-1] - key_at < self.horizon
+            turned[:, inside] = _reduce(key_at[inside, None, None], near)
         return Phases(
-            query=_reduce(query_at[:, None, None], theta),
-            key=_reduce(key_at[None, :, None, None], theta[:, None]),
+            query=_reduce(query_at[:, None, None], near),
+            key=turned,
             logit_scale=(1.0 + self.temperature * np.log(scales)) ** 2,
         )
 

@@ -153,6 +153,18 @@ def test_the_demo_is_told_over_all_frames_as_its_table_has_it(page):
             assert f"{mean:.3f} ± {interval:.3f}" in text, f"{figure} of {preset}"
 
 
+def test_the_proof_of_rooms_is_told_as_its_table_has_it():
+    text = (DOCS / "rooms.md").read_text()
+    with (ROOT / "bench" / "results" / "rooms" / "proof.csv").open(newline="") as file:
+        rows = {row["variant"]: row for row in csv.DictReader(file) if row["figure"] == "ground"}
+    for name in ("another room", "self-forcing"):
+        assert f"| {float(rows[name]['mean']):.3f} |" in text, name
+    for name in ("sink", "sink at slots", "flex"):
+        difference, low, high = (float(rows[name][f"difference{end}"]) for end in ("", "_low", "_high"))
+        assert f"| {float(rows[name]['mean']):.3f} ({difference:+.3f}, {low:+.3f} to {high:+.3f}) |" in text, name
+        assert rows[name]["verdict"] == "better"
+
+
 H200 = ROOT / "bench" / "results" / "NVIDIA-H200" / "frame_attention.csv"
 
 

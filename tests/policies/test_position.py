@@ -242,6 +242,24 @@ def test_absolute_and_slot_agree_until_the_window_fills():
             assert (left.key[:, :3] != right.key[:, :3]).all()
 
 
+def test_reach_beyond_slows_the_distance_to_the_sink_alone():
+    """Keys less than train_len frames before the chunk's last are turned as trained, the sink as by reach all."""
+    query, visible = [60, 61, 62], [0, 1, 2, 42, 43, 59, 60, 61, 62]
+    for mode in ("by_parts", "pi"):
+        beyond, everywhere, trained = (
+            phases(PositionPolicy(mode=m, scale_schedule="per_chunk", reach=reach), query, visible)
+            for m, reach in ((mode, "beyond"), (mode, "all"), ("none", "all"))
+        )
+        np.testing.assert_array_equal(beyond.query, trained.query)
+        np.testing.assert_array_equal(beyond.key[:, 4:], trained.key[:, 4:])
+        np.testing.assert_array_equal(beyond.key[:, 3], trained.key[:, 3])  # 20 frames before the last
+        np.testing.assert_array_equal(beyond.key[:, :3], everywhere.key[:, :3])
+        assert not np.array_equal(beyond.key[:, :3], trained.key[:, :3])
+    own = phases(PositionPolicy(scale_schedule="dynamic", reach="beyond"), query, visible)
+    assert own.key.shape[0] == 3 and not np.array_equal(own.key[0, :3], own.key[2, :3])
+    np.testing.assert_array_equal(own.key[:, 3:], np.broadcast_to(trained.key[:, 3:], own.key[:, 3:].shape))
+
+
 def test_cut_moves_the_newest_frames_away():
     policy = PositionPolicy(mode="none", index="slot", cut_position=45)
     result = phases(policy, [9, 10, 11], [0, 7, 8, 9, 10, 11], cut=True)

@@ -1,0 +1,138 @@
+"""The evidence: what is filmed, what is kept of it, and what is made of that."""
+
+import csv
+import json
+import math
+
+import evidence
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from flexkern.demo import rooms
+from flexkern.demo.film_rooms import Case, film, load_engine
+from flexkern.demo.train_rooms import SIZES
+from flexkern.model.wan import CausalWan, WanConfig
+
+SMALL = WanConfig(**{**SIZES["demo"].to_dict(), "dim": 64, "num_heads": 1, "num_layers": 1, "ffn_dim": 64})
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("weights") / "w.safetensors"
+    state = {name: p.detach() for name, p in CausalWan(SMALL).named_parameters()}
+    save_file(state, path, {"flexkern_config": json.dumps(SMALL.to_dict())})
+    return path
+
+
+@pytest.fixture
+def args(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "PARTS", evidence.PARTS[:1] + evidence.PARTS[-1:])
+    monkeypatch.setattr(evidence, "CHOICES", evidence.CHOICES[:1])
+    monkeypatch.setattr(evidence, "RESAMPLES", 50)
+    monkeypatch.setenv("FLEXKERN_COMMIT", "abc")
+    evidence.machine.commit.cache_clear()
+    yield evidence.Args(
+        weights=weights, out=tmp_path, films=2, horizons=(1, 3), presets=("self-forcing", "flex"), apart=3, threads=1
+    )
+    evidence.machine.commit.cache_clear()
+
+
+def test_every_variant_is_a_method_of_its_own():
+    variants = (*evidence.PARTS, *evidence.CHOICES)
+    assert len({one.name for one in variants}) == len(variants)
+    presets = [one.preset.describe() | {"name": ""} for one in variants]
+    for i, preset in enumerate(presets):
+        assert preset not in presets[:i], variants[i].name
+
+
+def test_parts_are_each_alone_each_pair_and_all():
+    on = lambda preset: (preset.position.mode != "none", preset.noise.kind != "iid", preset.retention.sink > 0)
+    assert len({on(one.preset) for one in evidence.PARTS}) == 8
+    assert on(evidence.PARTS[0].preset) == (False, False, False) and on(evidence.PARTS[-1].preset) == (True, True, True)
+
+
+def test_one_command_makes_rows_tables_pictures_and_a_reading_and_goes_on_where_it_stopped(args, monkeypatch):
+    evidence.main(args)
+    rows = evidence.read(args.out / "films.csv")
+    # 2 films of: 2 presets at 2 horizons, 3 variants at one
+    assert len(rows) == 2 * (2 * 2 + 3) and {row["commit"] for row in rows} == {"abc"}
+    assert {(row["horizon"], row["range"]) for row in rows} == {("1", "3-20"), ("3", "21-62")}
+    same = {
+        (row["part"], row["film"]): row["ground"] for row in rows if (row["variant"], row["horizon"]) == ("flex", "3")
+    }
+    assert same["presets", "0"] == same["apart", "0"] != same["apart", "1"]
+    for name in ("presets", "taken_apart"):
+        table = list(csv.DictReader((args.out / f"{name}.csv").open()))
+        assert {row["figure"] for row in table} == set(evidence.FIGURES) and {row["films"] for row in table} == {"2"}
+        assert (args.out / f"{name}.png").stat().st_size > 10_000
+    said = (args.out / "reading.md").read_text()
+    assert "## Presets at 1 times" in said and "## FLEX taken apart at 3 times" in said
+    for chosen in ("flex", "slow the sink's distance only"):
+        assert f"- **{chosen}**: ground" in said
+
+    monkeypatch.setattr(evidence, "film", lambda *_: pytest.fail("filmed again"))
+    evidence.main(args)
+    path = args.out / "films.csv"
+    text = path.read_text()
+    path.write_text(text + "presets,fle")  # a line that was cut off
+    evidence.main(args)
+    assert path.read_text() == text
+    lines = text.splitlines(keepends=True)
+    path.write_text("".join(lines[:-1]))
+    monkeypatch.setattr(evidence, "film", film)
+    evidence.main(args)
+    again = evidence.read(path)
+    assert len(again) == len(rows) and {k: v for k, v in again[-1].items() if k != "seconds"} == {
+        k: v for k, v in rows[-1].items() if k != "seconds"
+    }
+
+
+def test_rows_of_another_commit_or_other_weights_are_refused(args, monkeypatch):
+    path = args.out / "films.csv"
+    row = dict.fromkeys(evidence.COLUMNS, "0")
+    evidence.append(path, [row | {"commit": "other"}])
+    with pytest.raises(ValueError, match="has rows of weights 0, this is"):
+        evidence.main(args)
+
+
+def test_a_horizon_is_the_beginning_of_a_longer_film(weights):
+    engine = load_engine(weights)
+    short, long = (Case.random(scenes=1, frames=frames, seed=3) for frames in (21, 42))
+    for name in ("self-forcing", "flex", "pi"):
+        preset = evidence.get_preset(name)
+        assert not evidence.depends_on_length(preset)
+        assert torch.equal(film(engine, short, preset), film(engine, long, preset)[:, :21])
+    static = evidence.get_preset("flex", {"position.scale_schedule": "static"})
+    assert evidence.depends_on_length(static)
+    assert not torch.equal(film(engine, short, static), film(engine, long, static)[:, :21])
+
+
+def test_intervals_of_paired_differences():
+    mean, low, high = evidence.interval([1.0, 2.0, 3.0, 4.0, math.nan])
+    assert mean == 2.5 and 1.0 <= low < 2.0 and 3.0 < high <= 4.0
+    assert evidence.interval([0.5] * 4) == (0.5, 0.5, 0.5)
+    assert all(map(math.isnan, evidence.interval([math.nan])))
+
+
+@pytest.mark.parametrize(
+    ("figure", "difference", "verdict"),
+    [
+        ("ground", (-0.2, -0.3, -0.1), "better"), ("ground", (0.2, 0.1, 0.3), "worse"),
+        ("course", (-0.2, -0.3, -0.1), "worse"), ("course", (0.2, -0.1, 0.3), "undecided"),
+        ("area", (0.2, 0.1, 0.3), "undecided"), ("speed", (math.nan,) * 3, "undecided"),
+    ],
+)  # fmt: skip
+def test_verdicts(figure, difference, verdict):
+    mean, low, high = difference
+    one = evidence.Result(
+        variant="v", horizon=3, figure=figure, films=2, mean=0, low=0, high=0, difference=mean, difference_low=low,
+        difference_high=high,
+    )  # fmt: skip
+    assert one.verdict == verdict
+
+
+def test_beyond_the_horizon_every_frame_counts():
+    assert evidence.scored(1, 21) == slice(3, 21)
+    assert evidence.scored(12, 252) == slice(rooms.TRAIN_FRAMES, 252)
