@@ -32,8 +32,10 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,metrics,test]'
 	touch $@
 
+# a process for each core; files stay together, since many share what they build
+SHARED := -n auto --dist loadfile
 test: $(STAMP)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest $(SHARED) $(ARGS)
 
 slow: $(STAMP)
 	$(BIN)/pytest -m slow $(ARGS)
@@ -82,6 +84,6 @@ matrix-floor matrix-kernels matrix-newest: matrix-%:
 	$(call install_torch,$(MATRIX_INSTALL))
 	$(MATRIX_INSTALL) --upgrade setuptools
 	$(MATRIX_INSTALL) --upgrade --no-build-isolation --editable '.[model,video,metrics,test]'
-	.venv-$*/bin/python -m pytest $(ARGS)
+	.venv-$*/bin/python -m pytest $(SHARED) $(ARGS)
 matrix-%: VERSIONS ?= .ci/$*.txt
 matrix-%: MATRIX_INSTALL = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)

@@ -13,6 +13,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # a script's background job ignores Ctrl-C, and hands that down to the renders that tests interrupt
     signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(min(4, torch.get_num_threads()))  # the shapes are small; more threads only contend
+if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: one thread each, and for their children
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
 
 TRITON = {  # test files that import kernels, and what these need
     "bench/test_bench.py": PORTABLE,

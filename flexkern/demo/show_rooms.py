@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import tyro
+from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
@@ -23,7 +24,7 @@ from flexkern.demo import FPS, rooms
 from flexkern.demo.evaluate import Spread
 from flexkern.demo.film_rooms import Case, film, load_engine
 from flexkern.demo.measure_rooms import FIGURES, Marks, curves, measure, summary
-from flexkern.demo.picture import INK, drift_plot
+from flexkern.demo.picture import FONT, INK, drift_plot
 from flexkern.policies import Preset, get_preset
 
 TRUTH = "truth"
@@ -83,7 +84,8 @@ def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -
     size = (LABEL + len(at) * (TILE + GAP) - GAP, top + len(films) * (TILE + GAP) - GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    large, small = (ImageFont.load_default(points) for points in (17, 14))
+    face = findfont(FONT["font.family"])
+    large, small = (ImageFont.truetype(face, points) for points in (17, 14))
     for column, frame in enumerate(at):
         x = LABEL + column * (TILE + GAP) + TILE / 2
         draw.text((x, 12), f"{frame / FPS:.1f} s", INK, small, anchor="mm")
