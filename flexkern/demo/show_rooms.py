@@ -77,6 +77,11 @@ def tiles(pictures: torch.Tensor, size: int) -> list[Image.Image]:
     return [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in pixels]
 
 
+def font(points: int) -> ImageFont.FreeTypeFont:
+    """The font of the other pictures."""
+    return ImageFont.truetype(findfont(FONT["font.family"]), points)
+
+
 def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -> None:
     """Write a PNG: a row for each film [T, 3, h, w], the columns that ``shown`` picks, seconds and lights above."""
     at = shown(lights)
@@ -84,8 +89,7 @@ def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -
     size = (LABEL + len(at) * (TILE + GAP) - GAP, top + len(films) * (TILE + GAP) - GAP)
     canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
-    face = findfont(FONT["font.family"])
-    large, small = (ImageFont.truetype(face, points) for points in (17, 14))
+    large, small = (font(points) for points in (17, 14))
     for column, frame in enumerate(at):
         x = LABEL + column * (TILE + GAP) + TILE / 2
         draw.text((x, 12), f"{frame / FPS:.1f} s", INK, small, anchor="mm")
@@ -100,7 +104,7 @@ def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -
 
 def animation(path: Path, films: Mapping[str, torch.Tensor], *, size: int = 152) -> None:
     """Write a WebP: the films side by side, moving, every ``SPED``-th frame."""
-    large = ImageFont.load_default(15)
+    large = font(15)
     wide = len(films) * (size + GAP) - GAP
     rows = {name: tiles(made[::SPED], size) for name, made in films.items()}
     pages = []
