@@ -27,7 +27,8 @@ PANELS: tuple[
     ("speed", "Motion", "speed / the prompt's", 1.0, 1.3),
     ("ground", "Ground colour", "RGB distance to the prompt's", 0.0, 0.1),
 )
-FONT = {"font.family": "DejaVu Sans", "font.size": 11, "axes.edgecolor": FAINT, "text.color": INK}
+FACE = "DejaVu Sans"
+FONT = {"font.family": FACE, "font.size": 11, "axes.edgecolor": FAINT, "text.color": INK}
 FONT |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK}
 
 

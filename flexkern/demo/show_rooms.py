@@ -24,7 +24,7 @@ from flexkern.demo import FPS, rooms
 from flexkern.demo.evaluate import Spread
 from flexkern.demo.film_rooms import Case, film, load_engine
 from flexkern.demo.measure_rooms import FIGURES, Marks, curves, measure, summary
-from flexkern.demo.picture import FONT, INK, drift_plot
+from flexkern.demo.picture import FACE, INK, drift_plot
 from flexkern.policies import Preset, get_preset
 
 TRUTH = "truth"
@@ -79,7 +79,7 @@ def tiles(pictures: torch.Tensor, size: int) -> list[Image.Image]:
 
 def font(points: int) -> ImageFont.FreeTypeFont:
     """The font of the other pictures."""
-    return ImageFont.truetype(findfont(FONT["font.family"]), points)
+    return ImageFont.truetype(findfont(FACE), points)
 
 
 def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -> None:
