@@ -59,7 +59,8 @@ class Patch:
             raise ValueError("the VAE is patched already: call unpatch first")
         kind = type(vae)
         self._undo = ExitStack()
-        if hasattr(vae, "config") and hasattr(kind, "decode") and arguments(kind.decode)[:2] == ("z", "return_dict"):
+        # decode itself: up to diffusers 0.36 a hook around it hides its arguments
+        if hasattr(vae, "config") and hasattr(kind, "_decode") and arguments(kind._decode)[:2] == ("z", "return_dict"):
             self.decoder = WanDecoder.from_module(vae, normalised=False, memory=memory)
             self._replace(vae, "decode", self._decode)
         elif hasattr(kind, "decode_to_pixel") and arguments(kind.decode_to_pixel) == ("latent", "use_cache"):
