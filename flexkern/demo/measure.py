@@ -13,6 +13,7 @@ it is left.
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -112,10 +113,15 @@ def summary(marks: Marks) -> dict[str, Tensor]:
     return mean | {"speed": marks.speed.nanmedian(1).values.nanmean(1)}
 
 
-def curves(marks: Marks, window: int) -> dict[str, Tensor]:
-    """Figures over time, [B, T]: the mean (of speed the median) of ``window`` frames around each, fewer at the ends."""
+def curves(marks: Any, window: int) -> dict[str, Tensor]:
+    """Figures over time, [B, T]: the mean (of speed the median) of ``window`` frames around each, fewer at the ends.
+
+    Args:
+        marks: Of this world or another: a dataclass of figures [B, T] or [B, T, shapes], and of the shapes' ``centre``.
+        window: Frames.
+    """
     result = {}
-    for name in FIGURES:
+    for name in (field.name for field in fields(marks) if field.name != "centre"):
         values = getattr(marks, name)
         values = values if values.dim() == 3 else values[..., None]
         padding = (0, 0, (window - 1) // 2, window // 2)

@@ -114,18 +114,6 @@ def summary(marks: Marks, over: slice) -> dict[str, Tensor]:
     return mean | {"speed": marks.speed[:, over].nanmedian(1).values.nanmean(1)}
 
 
-def curves(marks: Marks, window: int) -> dict[str, Tensor]:
-    """Figures over time, [B, T]: the mean (of speed the median) of ``window`` frames around each, fewer at the ends."""
-    result = {}
-    for name in FIGURES:
-        values = getattr(marks, name)
-        values = values if values.dim() == 3 else values[..., None]
-        padding = (0, 0, (window - 1) // 2, window // 2)
-        around = F.pad(values, padding, value=math.nan).unfold(1, window, 1).flatten(2)
-        result[name] = around.nanmedian(2).values if name == "speed" else around.nanmean(2)
-    return result
-
-
 def _asked(case: Case) -> tuple[Tensor, Tensor, Tensor]:
     """Of shapes that stand apart: pixels [B, 4] of each colour (hue, core, hue, core), of no such colour [B] (soft
     edges), and of all that is bright [B, 2 (dark, lit)].

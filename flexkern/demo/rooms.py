@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from flexkern.demo.world import reflect
+from flexkern.demo.world import embed_phrases, reflect
 
 SIZE = 64  # pixels of a picture, either way
 TRAIN_FRAMES = 21  # the horizon: frames of a training clip
@@ -76,21 +76,10 @@ def all_scenes() -> list[Scene]:
 
 
 def embed(scene: Scene) -> Tensor:
-    """The text encoder: [TEXT_LEN, TEXT_DIM]. Each word is one-hot, beside it the words of its phrase and which phrase
-    that is: what a contextual encoder would know.
-    """
+    """The text encoder: [TEXT_LEN, TEXT_DIM]."""
     first, second = scene.shapes
     phrases = [["a", first], ["and", "a", second], [scene.speed], ["lights", LIGHTS[scene.lights]]]
-    rows = torch.zeros(TEXT_LEN, TEXT_DIM)
-    at = 0
-    for number, phrase in enumerate(phrases):
-        words = [WORDS.index(word) for word in phrase]
-        for word in words:
-            rows[at, word] = 1
-            rows[at, [len(WORDS) + w for w in words]] = 1
-            rows[at, 2 * len(WORDS) + number] = 1
-            at += 1
-    return rows
+    return embed_phrases(phrases, WORDS, TEXT_LEN, TEXT_DIM)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from flexkern.demo import FPS, rooms
 from flexkern.demo.evaluate import Spread
 from flexkern.demo.film_rooms import Case, film, load_engine
-from flexkern.demo.measure_rooms import FIGURES, Marks, curves, measure, summary
+from flexkern.demo.measure import curves
+from flexkern.demo.measure_rooms import FIGURES, Marks, measure, summary
 from flexkern.demo.picture import FACE, INK, drift_plot
 from flexkern.policies import Preset, get_preset
 

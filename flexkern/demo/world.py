@@ -11,6 +11,7 @@ import itertools
 import math
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,21 +89,26 @@ def held_out(scene: Scene) -> bool:
 
 
 def embed(scene: Scene) -> Tensor:
-    """The demo's text encoder: [TEXT_LEN, TEXT_DIM], zero after the last word.
-
-    Each word is one-hot, beside it the words of its phrase and which phrase that is: what a contextual encoder would
-    know, so that cross-attention can tell whose colour a colour is.
-    """
+    """The demo's text encoder: [TEXT_LEN, TEXT_DIM], zero after the last word."""
     first, second = (f"a {c} {s}".split() for c, s in zip(scene.colours, scene.shapes, strict=True))
     phrases = [first, ["and", *second], ["on", *scene.ground.split()], [scene.speed]]
-    rows = torch.zeros(TEXT_LEN, TEXT_DIM)
+    return embed_phrases(phrases, WORDS, TEXT_LEN, TEXT_DIM)
+
+
+def embed_phrases(phrases: Sequence[Sequence[str]], known: Sequence[str], length: int, dim: int) -> Tensor:
+    """A prompt's phrases, [length, dim], zero after the last word.
+
+    Each word is one-hot among the known ones, beside it the words of its phrase and which phrase that is: what a
+    contextual encoder would know, so that cross-attention can tell whose colour a colour is.
+    """
+    rows = torch.zeros(length, dim)
     at = 0
     for number, phrase in enumerate(phrases):
-        words = [WORDS.index(word) for word in phrase]
+        words = [known.index(word) for word in phrase]
         for word in words:
             rows[at, word] = 1
-            rows[at, [len(WORDS) + w for w in words]] = 1
-            rows[at, 2 * len(WORDS) + number] = 1
+            rows[at, [len(known) + w for w in words]] = 1
+            rows[at, 2 * len(known) + number] = 1
             at += 1
     return rows
 

@@ -7,7 +7,8 @@ import torch
 
 from flexkern.demo import rooms
 from flexkern.demo.film_rooms import Case
-from flexkern.demo.measure_rooms import FIGURES, curves, measure, summary
+from flexkern.demo.measure import curves
+from flexkern.demo.measure_rooms import FIGURES, measure, summary
 
 ALL = slice(3, None)
 
