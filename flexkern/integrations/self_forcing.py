@@ -11,7 +11,6 @@ not read. Source: Self-Forcing, pipeline/causal_inference.py and wan/modules/cau
 
 import inspect
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,13 +20,13 @@ from torch import Tensor, nn
 
 from flexkern.backends.choice import AUTO, open_backend
 from flexkern.checks import whole
+from flexkern.integrations.replaced import Replaced, arguments, undo_patch
 from flexkern.noise import PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
 from flexkern.window import CacheWindow
 
 HANDLE = "flexkern_patch"  # the pipeline's attribute that holds its patch
-ABSENT = object()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +82,7 @@ def unpatch(pipeline: nn.Module) -> None:
     Raises:
         ValueError: The pipeline was not patched.
     """
-    handle = getattr(pipeline, HANDLE, None)
-    if handle is None:
-        raise ValueError(f"pipeline must be one that patch was called with, got an unpatched {type(pipeline).__name__}")
-    handle.undo()
+    undo_patch(pipeline, HANDLE, "pipeline")
 
 
 def recognise(pipeline: Any, upstream: Upstream) -> Any:
@@ -124,12 +120,7 @@ def recognise(pipeline: Any, upstream: Upstream) -> Any:
     return model
 
 
-def arguments(method: Callable[..., Any]) -> tuple[str, ...]:
-    """Names of what a method takes, without self."""
-    return tuple(inspect.signature(method).parameters)[1:]
-
-
-class Patch:
+class Patch(Replaced):
     """What was replaced in a pipeline, and how to undo it. Leaving it as a context manager undoes it."""
 
     def __init__(self, pipeline: Any, upstream: Upstream, preset: str | Preset, seed: int | None, backend: str):
@@ -147,7 +138,7 @@ class Patch:
         self._window: CacheWindow | None = None  # the size of a video shows in its first forward
         self.noise: PolicyNoise | None = None
         self.renoised = range(0), 0  # the frames that were last given fresh noise, and how often
-        self._undo = ExitStack()
+        super().__init__()
         self._replace_all(model)
 
     def __repr__(self) -> str:
@@ -173,13 +164,7 @@ class Patch:
 
     def undo(self) -> None:
         """Put everything back; upstream's caches are empty afterwards. The second call does nothing."""
-        self._undo.close()
-
-    def __enter__(self) -> "Patch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
+        super().undo()
 
     def _replace_all(self, model: Any) -> None:
         pipeline, noise = self.pipeline, self.preset.noise
@@ -197,15 +182,6 @@ class Patch:
         self.replace(pipeline, HANDLE, self)
         pipeline.kv_cache1 = None  # has both caches allocated anew
         self._undo.callback(setattr, pipeline, "kv_cache1", None)
-
-    def replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set the instance's attribute to ``value`` until ``undo``."""
-        own = vars(owner).get(name, ABSENT)
-        setattr(owner, name, value)
-        if own is ABSENT:
-            self._undo.callback(delattr, owner, name)
-        else:
-            self._undo.callback(setattr, owner, name, own)
 
     def _initialize(self, batch_size: int, dtype: torch.dtype, device: torch.device, *_: Any, **__: Any) -> None:
         """Instead of upstream's cache: its dictionaries without room, since pages hold the keys and values."""

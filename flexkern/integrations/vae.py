@@ -9,13 +9,12 @@ utils/wan_wrapper.py.
 """
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flexkern.integrations.self_forcing import arguments
+from flexkern.integrations.replaced import Replaced, arguments, undo_patch
 from flexkern.model.vae import WanDecoder
 
 HANDLE = "flexkern_decoder"  # the VAE's attribute that holds its patch
@@ -45,47 +44,29 @@ def unpatch(vae: nn.Module) -> None:
     Raises:
         ValueError: It was not patched.
     """
-    handle = getattr(vae, HANDLE, None)
-    if handle is None:
-        raise ValueError(f"vae must be one that patch was called with, got an unpatched {type(vae).__name__}")
-    handle.undo()
+    undo_patch(vae, HANDLE, "vae")
 
 
-class Patch:
+class Patch(Replaced):
     """What was replaced in a VAE, and how to undo it. Leaving it as a context manager undoes it."""
 
     def __init__(self, vae: Any, memory: int | None):
         if getattr(vae, HANDLE, None) is not None:
             raise ValueError("the VAE is patched already: call unpatch first")
         kind = type(vae)
-        self._undo = ExitStack()
+        super().__init__()
         # decode itself: up to diffusers 0.36 a hook around it hides its arguments
         if hasattr(vae, "config") and hasattr(kind, "_decode") and arguments(kind._decode)[:2] == ("z", "return_dict"):
             self.decoder = WanDecoder.from_module(vae, normalised=False, memory=memory)
-            self._replace(vae, "decode", self._decode)
+            self.replace(vae, "decode", self._decode)
         elif hasattr(kind, "decode_to_pixel") and arguments(kind.decode_to_pixel) == ("latent", "use_cache"):
             self.decoder = WanDecoder.from_module(vae.model, memory=memory)
-            self._replace(vae, "decode_to_pixel", self._decode_to_pixel)
-            self._replace(vae.model, "clear_cache", self._clearing(vae.model.clear_cache))
+            self.replace(vae, "decode_to_pixel", self._decode_to_pixel)
+            self.replace(vae.model, "clear_cache", self._clearing(vae.model.clear_cache))
         else:
             expected = "an AutoencoderKLWan, or a WanVAEWrapper with decode_to_pixel(latent, use_cache)"
             raise ValueError(f"vae must be {expected}, got {kind.__name__}")
-        self._replace(vae, HANDLE, self)
-
-    def undo(self) -> None:
-        """Put everything back. The second call does nothing."""
-        self._undo.close()
-
-    def __enter__(self) -> "Patch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
-
-    def _replace(self, owner: Any, name: str, value: Any) -> None:
-        """Set the attribute, which only the class has, on the instance."""
-        setattr(owner, name, value)
-        self._undo.callback(delattr, owner, name)
+        self.replace(vae, HANDLE, self)
 
     def _fitting(self, latents: Tensor) -> Tensor:
         """The latents. Raises ValueError where the VAE was moved after it was patched."""
