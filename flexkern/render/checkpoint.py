@@ -7,7 +7,6 @@ the next chunks are made: these wait for the copy that a state is, and for nothi
 
 import hashlib
 import json
-import os
 import sys
 import threading
 import time
@@ -15,8 +14,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.render.parts import GROWING, Parts
-from flexkern.render.target import sync_folder
+from flexkern.render.parts import Parts
+from flexkern.render.target import BLOCK, whole_file, write_all
 from flexkern.state import State
 
 if TYPE_CHECKING:
@@ -27,7 +26,6 @@ KEPT = 2  # checkpoints of a render; while a third is written there are three
 EVERY = 30.0  # seconds between two
 SHARE = 0.01  # of the time that copying may take
 CHECKSUM = 32  # bytes
-BLOCK = 1 << 22
 DTYPES = {  # of torch: of safetensors
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
@@ -49,20 +47,12 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     Raises:
         OSError: The disk has no room; nothing is left of the file.
     """
-    growing = path.with_name(path.name + GROWING)
-    try:
-        with growing.open("wb", buffering=0) as file:
-            found = hashlib.sha256()
-            for block in _content(state):
-                found.update(block)
-                _write(file, block)
-            _write(file, memoryview(found.digest()))
-            os.fsync(file.fileno())
-        growing.replace(path)
-        sync_folder(path.parent)
-    except BaseException:
-        growing.unlink(missing_ok=True)
-        raise
+    with whole_file(path) as file:
+        found = hashlib.sha256()
+        for block in _content(state):
+            found.update(block)
+            write_all(file, block)
+        write_all(file, memoryview(found.digest()))
 
 
 def read_checkpoint(path: Path) -> State:
@@ -121,13 +111,6 @@ def _bytes(tensor: "Tensor") -> Any:
     import torch
 
     return tensor.contiguous().flatten().view(torch.uint8).numpy()
-
-
-def _write(file: Any, data: memoryview) -> None:
-    for start in range(0, len(data), BLOCK):
-        left = data[start : start + BLOCK]
-        while len(left):
-            left = left[file.write(left) :]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

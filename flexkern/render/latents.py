@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.render.signals import uninterrupted
-from flexkern.render.target import Target, validate_file
+from flexkern.render.target import Target, validate_file, write_all
 from flexkern.state import State
 
 if TYPE_CHECKING:
@@ -171,10 +171,8 @@ class LatentsFile:
 
     def _put(self, at: int, data: bytes | memoryview) -> None:
         """Write all of the data."""
-        file, left = self._target.file, memoryview(data)
-        file.seek(at)
-        while len(left):
-            left = left[file.write(left) :]
+        self._target.file.seek(at)
+        write_all(self._target.file, memoryview(data))
 
     def close(self) -> None:
         """Give the file its name; where nothing was appended, what was there before stays."""

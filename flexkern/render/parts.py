@@ -15,11 +15,10 @@ import weakref
 from io import FileIO
 from pathlib import Path
 
-from flexkern.render.target import JOB, LOCK, claim, parts_name, sync_folder
+from flexkern.render.target import GROWING, JOB, LOCK, claim, parts_name, sync_folder
 
 SEGMENT = re.compile(r"\d{6,}(\.unfinished)?\.\w+")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)\.safetensors")
-GROWING = ".unfinished"  # at the end of a name
 LEFT = re.compile(rf"(checkpoint-\d+\.safetensors|{JOB}){GROWING}")  # by a process that was killed
 DIGITS = 6
 

@@ -2,15 +2,13 @@
 
 import hashlib
 import json
-import os
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from flexkern.render.order import Order
-from flexkern.render.parts import GROWING
-from flexkern.render.target import JOB, parts_name, sync_folder
+from flexkern.render.target import JOB, parts_name, write_json
 
 FORMAT = 1
 Record = dict[str, Any]
@@ -57,17 +55,7 @@ def went_on(record: Record, *, picture: int, identity: Mapping[str, Any], differ
 
 def write_record(folder: Path, record: Record) -> None:
     """The folder holds the record. Raises OSError where there is no room."""
-    growing = folder / (JOB + GROWING)
-    try:
-        with growing.open("w", encoding="utf-8") as file:
-            json.dump({"record": record, "checksum": _checksum(record)}, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        growing.replace(folder / JOB)
-        sync_folder(folder)
-    except BaseException:
-        growing.unlink(missing_ok=True)
-        raise
+    write_json(folder / JOB, {"record": record, "checksum": _checksum(record)})
 
 
 def read_record(target: str | Path) -> Record:

@@ -9,9 +9,7 @@ history       where it went on after a stop, and what then was not as it had bee
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from typing import Any
 from flexkern import __version__
 from flexkern.render.encoding import is_sequence
 from flexkern.render.order import Order
-from flexkern.render.target import sequence
+from flexkern.render.target import sequence, write_json
 from flexkern.render.watch import now
 
 FORMAT = 1
@@ -74,19 +72,7 @@ def describe(
 
 def write_sidecar(target: Path, content: Mapping[str, Any]) -> None:
     """The sidecar of a video holds this, or what it held before. Raises OSError where there is no room."""
-    path = sidecar_path(target)
-    growing = path.with_name(f"{path.name}.unfinished")
-    try:
-        with growing.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        growing.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            growing.unlink()
-        raise
+    write_json(sidecar_path(target), content)
 
 
 def read_sidecar(target: Path) -> dict[str, Any] | None:

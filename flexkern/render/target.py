@@ -8,12 +8,16 @@ read as far as it goes; the next render to the same name replaces it. What a ren
 
 import errno
 import hashlib
+import json
 import os
 import re
 import time
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from flexkern.render.encoding import is_sequence, numbered
 
@@ -23,6 +27,8 @@ except ModuleNotFoundError:  # Windows has no such locks
     fcntl = None  # type: ignore[assignment]
 
 LONGEST = 255  # bytes of a file name
+BLOCK = 1 << 22  # bytes of one call that reads or writes
+GROWING = ".unfinished"  # at the end of the name of a file that is not whole yet
 LOCK, JOB = "lock", "job.json"  # of a folder of parts: what the render that fills it has locked, and what it is
 UNLOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # what some network file systems answer
 
@@ -194,6 +200,43 @@ def claim(unfinished: Path, path: Path) -> FileIO:
             file.close()
             raise
         file.close()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[FileIO]:
+    """A binary file, unbuffered; when the block ends, ``path`` holds all of it, also after a loss of power.
+
+    Where the block ends with an error, the file holds what it held before, and nothing is left beside it.
+
+    Raises:
+        OSError: There is no room.
+    """
+    growing = path.with_name(path.name + GROWING)
+    try:
+        with growing.open("wb", buffering=0) as file:
+            yield file
+            os.fsync(file.fileno())
+        growing.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            growing.unlink()
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The file holds the content as JSON, or what it held before. Raises OSError where there is no room."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    with whole_file(path) as file:
+        write_all(file, memoryview(text.encode()))
+
+
+def write_all(file: FileIO, data: memoryview) -> None:
+    """Write all of it, in blocks: the system may take a part of each, where little room is left."""
+    for start in range(0, len(data), BLOCK):
+        left = data[start : start + BLOCK]
+        while len(left):
+            left = left[file.write(left) :]
 
 
 def sync_folder(folder: Path) -> None:
