@@ -15,7 +15,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "bench"  # a link to bench/ in a 
 PROGRAMS = {
     "suite": "gpu_suite", "correctness": "correctness", "default-path": "default_path", "tables": "tables",
 }  # fmt: skip
-NEEDED = {"pytest": "pytest", "triton": "triton"}  # module: package
+NEEDED = ("pytest", "triton")
 
 
 @dataclass(kw_only=True)
@@ -36,7 +36,7 @@ class Bench:
             if name not in benches:
                 known = f"there is {', '.join(benches)}"
                 raise ValueError(f"there is no bench {self.words[0]!r}{did_you_mean(name, list(benches))}: {known}")
-            missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
+            missing = [package for package in NEEDED if find_spec(package) is None]
             if missing:
                 raise ValueError(f'flexkern bench needs {" and ".join(missing)}: pip install "flexkern[bench]"')
         return subprocess.call([sys.executable, str(benches[name]), *self.words[1:]])

@@ -61,8 +61,9 @@ def _validate_opaque(image: "Image", path: str | Path) -> None:
     """Raises ValueError where a pixel is transparent; the colour behind it in the file is often arbitrary."""
     if image.mode not in ("RGBA", "RGBa", "LA", "La", "PA") and "transparency" not in image.info:
         return
-    alpha = image.convert("RGBA").getchannel("A").tobytes()
-    if min(alpha) < 255:
+    import numpy as np
+
+    if np.asarray(image.convert("RGBA").getchannel("A")).min() < 255:
         raise ValueError(f"{path} has transparent pixels, and a video has none: flatten it onto a background first")
 
 
