@@ -73,6 +73,25 @@ def device() -> str:
     return "cuda" if CUDA else "cpu"
 
 
+@pytest.fixture
+def stop(monkeypatch):
+    """Makes sessions raise an error instead of this chunk."""
+    from flexkern.session import Session
+
+    def at(chunk, error=KeyboardInterrupt):
+        step = Session.step
+
+        def stopped(session):
+            if session.chunks == chunk:
+                raise error
+            return step(session)
+
+        monkeypatch.setattr(Session, "step", stopped)
+
+    yield at
+    monkeypatch.undo()
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)

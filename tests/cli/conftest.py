@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+import flexkern.render
 from flexkern import demo
 from flexkern.cli import main
 from flexkern.demo.train import CONFIG
@@ -40,6 +41,25 @@ def flexkern_(tmp_path, monkeypatch, capsys, tiny):
         return status, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def jobs_of(flexkern_, monkeypatch):
+    """The jobs that a render would carry out, none of them run, and what it says on stderr."""
+
+    def prepared(*arguments):
+        caught = []
+
+        def run(job, **_):
+            job.close()
+            return caught.append(job) or True
+
+        monkeypatch.setattr(flexkern.render.Job, "run", run)
+        status, _, err = flexkern_("render", *arguments)
+        assert status == 0, err
+        return caught, err
+
+    return prepared
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import av
 import pytest
 import torch
 from safetensors.torch import save_file
+from videos import pictures_in
 
 import flexkern.render
 from flexkern import demo
@@ -29,27 +30,9 @@ OTHER = "a yellow disc and a cyan triangle on black, slow"
 
 
 @pytest.fixture
-def session_of(flexkern_, monkeypatch):
+def session_of(jobs_of):
     """The session that a command would render."""
-
-    def prepared(*arguments):
-        caught = []
-
-        def run(job, **_):
-            job.close()
-            return caught.append(job.session) or True
-
-        monkeypatch.setattr(flexkern.render.Job, "run", run)
-        status, _, err = flexkern_("render", *arguments)
-        assert status == 0, err
-        return caught[0]
-
-    return prepared
-
-
-def pictures_in(path):
-    with av.open(str(path)) as video:
-        return sum(1 for _ in video.decode(video=0))
+    return lambda *arguments: jobs_of(*arguments)[0][0].session
 
 
 @pytest.mark.parametrize(("length", "pictures"), [(("--frames", "10"), 10), (("--seconds", "0.5"), 8)])
@@ -310,15 +293,8 @@ def test_a_fault_of_ours_keeps_its_traceback_and_the_file(flexkern_, monkeypatch
 @pytest.mark.parametrize(
     ("chunks", "told"), [(3, "video.unfinished.mp4 holds the first 9"), (0, "nothing was written")]
 )
-def test_ctrl_c_is_status_130(flexkern_, monkeypatch, tmp_path, chunks, told):
-    step = Session.step
-
-    def interrupted(session):
-        if session.chunks == chunks:
-            raise KeyboardInterrupt
-        return step(session)
-
-    monkeypatch.setattr(Session, "step", interrupted)
+def test_ctrl_c_is_status_130(flexkern_, stop, tmp_path, chunks, told):
+    stop(chunks)
     status, out, err = flexkern_("render", "--frames", 30, "--no-progress")
     way = "; flexkern render --resume video.mp4 goes on from the start, there is no checkpoint yet" * bool(chunks)
     assert (status, out) == (130, "")

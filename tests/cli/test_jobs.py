@@ -8,8 +8,8 @@ from pathlib import Path
 
 import av
 import pytest
+from videos import pictures_in
 
-import flexkern.render
 from flexkern import demo
 from flexkern.cli.flags import Flags
 from flexkern.render import JobSpec
@@ -24,26 +24,13 @@ def write(text, name="night.yaml"):
     Path(name).write_text(text)
 
 
-def pictures_in(path):
-    with av.open(str(path)) as video:
-        return sum(1 for _ in video.decode(video=0))
-
-
 @pytest.fixture
-def orders_of(flexkern_, monkeypatch):
+def orders_of(jobs_of):
     """The orders that a command would render, and what it says on stderr."""
 
     def ordered(*arguments):
-        caught = []
-
-        def run(job, **_):
-            job.close()
-            return caught.append(job.order) or True
-
-        monkeypatch.setattr(flexkern.render.Job, "run", run)
-        status, _, err = flexkern_("render", *arguments)
-        assert status == 0, err
-        return caught, err
+        jobs, err = jobs_of(*arguments)
+        return [job.order for job in jobs], err
 
     return ordered
 

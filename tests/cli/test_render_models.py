@@ -176,15 +176,8 @@ def test_a_video_can_begin_with_an_image(command, disk):
     assert status == 0 and pictures_in("video.mp4")[0] == 9, err
 
 
-def test_interrupted_latents_are_kept(command, monkeypatch):
-    step = Session.step
-
-    def interrupted(session):
-        if session.chunks == 2:
-            raise KeyboardInterrupt
-        return step(session)
-
-    monkeypatch.setattr(Session, "step", interrupted)
+def test_interrupted_latents_are_kept(command, stop):
+    stop(2)
     status, out, err = tiny_render(command, *FIRST, "--frames", 40, "--latents", "l.safetensors")
     assert status == 130 and not out and "l.unfinished.safetensors holds the first 21 of 40 pictures" in err
     assert load_file("l.unfinished.safetensors")["latents"].shape[1] == 6

@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import av
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from videos import pictures_in
 
 from flexkern import demo
 from flexkern.cli import status
@@ -141,11 +141,6 @@ def test_overwrite_replaces_a_video_and_drops_what_was_stopped(flexkern_, stoppe
     assert code == 2 and "exists already" in err
     assert flexkern_("render", *ORDERED, "--overwrite")[0] == 0
     assert names(tmp_path) == ["video.mp4"] and pictures_in("video.mp4") == 30
-
-
-def pictures_in(path):
-    with av.open(str(path)) as video:
-        return sum(1 for _ in video.decode(video=0))
 
 
 def test_two_processes_on_one_output(flexkern_, tmp_path, tiny):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from videos import pictures_in
 
 import flexkern.cli
 from flexkern.engine import Session
@@ -18,11 +19,6 @@ EXAMPLES = Path(__file__).parent.parent.parent / "flexkern" / "docs" / "examples
 def run_script(name: str, monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
-
-
-def count_pictures(path: Path) -> int:
-    with av.open(str(path)) as container:
-        return sum(1 for _ in container.decode(video=0))
 
 
 def test_no_example_is_untried():
@@ -42,7 +38,7 @@ def test_the_loop_writes_its_video_and_follows_the_second_prompt(tmp_path, monke
     monkeypatch.setattr(Session, "switch", lambda self, prompt: asked.append(prompt) or follow(self, prompt))
     run_script("render_loop.py", monkeypatch, "--frames", "9", "--out", str(tmp_path / "loop.mp4"))
     assert "9 pictures of 288x288" in capsys.readouterr().out
-    assert count_pictures(tmp_path / "loop.mp4") == 9
+    assert pictures_in(tmp_path / "loop.mp4") == 9
     assert [prompt.split()[1] for prompt in asked] == ["yellow"]
 
 
@@ -58,7 +54,7 @@ def test_every_prompt_is_rendered_to_a_video_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--data_path", str(EXAMPLES / "prompts.txt"), "--output_folder", "videos"]
     assert flexkern.cli.main(["render", *options, "--frames", "3", "--no-progress"]) == 0
-    assert [count_pictures(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [3, 3]
+    assert [pictures_in(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [3, 3]
 
 
 def test_the_prompts_over_time_are_followed_to_the_last(tmp_path, monkeypatch):
@@ -70,7 +66,7 @@ def test_the_prompts_over_time_are_followed_to_the_last(tmp_path, monkeypatch):
     path.write_text(text.replace("{at: 5,", "{at: 0.1,").replace("{at: 10,", "{at: 0.3,"))
     options = ["--prompts", str(path), "--frames", "9", "--no-progress", "--out", str(tmp_path / "out.mp4")]
     assert flexkern.cli.main(["render", *options]) == 0
-    assert count_pictures(tmp_path / "out.mp4") == 9
+    assert pictures_in(tmp_path / "out.mp4") == 9
     assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]
 
 
@@ -80,5 +76,5 @@ def test_the_prompts_of_a_line_follow_each_other_in_one_video(tmp_path, monkeypa
     monkeypatch.setattr(Session, "switch", lambda self, prompt: asked.append(prompt) or follow(self, prompt))
     options = ["--data_path", str(EXAMPLES / "interactive.jsonl"), "--output_folder", "videos"]
     assert flexkern.cli.main(["render", *options, "--frames", "6", "--no-progress"]) == 0
-    assert [count_pictures(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [6, 6]
+    assert [pictures_in(tmp_path / "videos" / name) for name in ("0000.mp4", "0001.mp4")] == [6, 6]
     assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]

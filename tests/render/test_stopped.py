@@ -40,24 +40,6 @@ def whole(engine, tmp_path_factory):
     return path.read_bytes()
 
 
-@pytest.fixture
-def stop(monkeypatch):
-    """Makes sessions raise an error instead of this chunk."""
-
-    def at(chunk, error=KeyboardInterrupt):
-        step = Session.step
-
-        def stopped(session):
-            if session.chunks == chunk:
-                raise error
-            return step(session)
-
-        monkeypatch.setattr(Session, "step", stopped)
-
-    yield at
-    monkeypatch.undo()
-
-
 def begin(target, engine, **options):
     return prepare(small_order(target, **options), engine, FAMILY, every=0, tell=pytest.fail)
 
