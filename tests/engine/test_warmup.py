@@ -119,12 +119,22 @@ def test_nothing_is_timed_where_there_is_one_tile(monkeypatch):
     select.forget()
     said = []
     assert tune(engine_of(), "longlive", tell=said.append, timer=lambda call: pytest.fail("was timed")) is None
+    select.forget()
     assert said[0].startswith("nothing to tune: the portable attention kernel, tile 32x32")
+
+
+@pytest.mark.triton(3, 6)
+def test_nothing_is_timed_where_the_hopper_kernel_runs(monkeypatch):
+    from flexkern.kernels.attention import select
+
+    monkeypatch.setattr(select, "_ask", lambda *_: (90, None))
+    select.forget()
+    said = []
     engine = engine_of()
     engine.model = CausalWan(replace(CONFIG, num_heads=1, num_layers=1)).bfloat16()
     assert tune(engine, "longlive", tell=said.append, timer=lambda call: pytest.fail("was timed")) is None
     select.forget()
-    assert said[1].startswith("nothing to tune: the Hopper attention kernel")
+    assert said[0].startswith("nothing to tune: the Hopper attention kernel")
 
 
 WATCHED = """
