@@ -21,7 +21,8 @@ from harness import Case
 from roofs import DEVICE
 
 BENCHES = (
-    "frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "flash-attn", "xformers",
+    "frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm",
+    "flash-attn", "xformers",
 )  # fmt: skip
 PROVIDERS = {  # of bench_frame_attention.py
     "frame_attention": "portable",
@@ -31,7 +32,10 @@ PROVIDERS = {  # of bench_frame_attention.py
 }
 WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
-TESTS = ("frame_attention", "norm_rope_write", "modulate", "gate_residual", "rms_norm", "frame_attention_hopper")
+TESTS = (
+    "frame_attention", "norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm",
+    "frame_attention_hopper",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 import machine
 
 GRACE = 5.0  # seconds that an item needs to be worth starting
-KERNELS = ("norm_rope_write", "modulate", "gate_residual", "rms_norm")
+KERNELS = ("norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm")
 LIBRARIES = {"flash-attn": ("flash_attn", "flash_attn_interface"), "xformers": ("xformers",)}  # and their modules
 
 

@@ -26,7 +26,7 @@ from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 FILES = ("README.md", "kernels/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.S)
 NOT_YET = "not yet measured"
-POINTWISE = ("norm_rope_write", "modulate", "gate_residual", "rms_norm")
+POINTWISE = ("norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm")
 
 
 def grid(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

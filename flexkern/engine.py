@@ -75,6 +75,8 @@ class Engine:
             backend, model.device, head_dim=model.config.head_dim, dtype=model.dtype
         )  # fmt: skip
         self.backend_name = self.backend_choice.name
+        if model.device.type == "cuda" and callable(stack := getattr(model, "stack_products", None)):
+            stack()
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     def __repr__(self) -> str:

@@ -170,6 +170,34 @@ def gate_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     return x + update * gate.unsqueeze(2)
 
 
+def add_modulate(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float = 1e-6,
+    offset: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Add an update, gated by frame, then normalise every token of the sum: LayerNorm(sum) * (offset + scale) + shift.
+
+    Args:
+        x: [B, F, S, C].
+        update: [B, F, S, C].
+        gate: [B, F, C], a factor on the update; None for 1.
+        scale: [B, F, C].
+        shift: [B, F, C].
+        eps: added to the variance.
+        offset: added to scale: 1 for a modulation, 0 for the weight of a layer norm.
+
+    Returns:
+        The sum, and its modulated norm, both [B, F, S, C] in x's dtype.
+    """
+    total = x + update if gate is None else gate_residual(x, update, gate)
+    normed = F.layer_norm(total, total.shape[-1:], eps=eps)
+    return total, normed * (offset + scale.unsqueeze(2)) + shift.unsqueeze(2)
+
+
 def add_norm_silu(
     x: Tensor, addend: Tensor | None, gamma: Tensor, past: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:

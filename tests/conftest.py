@@ -25,6 +25,7 @@ TRITON = {  # test files that import kernels, and what these need
     "kernels/test_compile.py": HOPPER,
     "kernels/test_frame_attention.py": PORTABLE,
     "kernels/test_frame_attention_hopper.py": HOPPER,
+    "kernels/test_add_modulate.py": PORTABLE,
     "kernels/test_gate_residual.py": PORTABLE,
     "kernels/test_modulate.py": PORTABLE,
     "kernels/test_norm_rope_write.py": PORTABLE,

@@ -27,8 +27,11 @@ class Pointwise(Protocol):
     def modulate(self, x: Tensor, scale: Tensor, shift: Tensor, eps: float, /) -> Tensor:
         """LayerNorm(x) * (1 + scale) + shift: x [B, F, S, C], scale and shift [B, F, C]."""
 
-    def gate_residual(self, x: Tensor, update: Tensor, gate: Tensor, /) -> Tensor:
-        """x + update * gate: x and update [B, F, S, C], gate [B, F, C]."""
+    def add_modulate(
+        self, x: Tensor, update: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float,
+        offset: float = 1.0, /,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """sum = x + update * gate, and LayerNorm(sum) * (offset + scale) + shift; shapes as ``modulate``'s."""
 
 
 class Backend(Pointwise, Protocol):

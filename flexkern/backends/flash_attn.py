@@ -8,10 +8,10 @@ from torch import Tensor
 
 from flexkern.backends.gathered import attend_gathered
 from flexkern.backends.generations import choose_for
-from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm
+from flexkern.backends.reference import add_modulate, modulate, norm_rope_write, rms_norm
 from flexkern.plan import ChunkPlan
 
-__all__ = ["describe", "frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+__all__ = ["add_modulate", "describe", "frame_attention", "modulate", "norm_rope_write", "rms_norm"]
 
 
 def describe() -> str:

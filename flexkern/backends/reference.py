@@ -5,12 +5,13 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flexkern.kernels import reference
 from flexkern.plan import ChunkPlan
 
-__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+__all__ = ["add_modulate", "frame_attention", "modulate", "norm_rope_write", "rms_norm"]
 
 Operation = TypeVar("Operation", bound=Callable[..., Tensor])
 
@@ -29,7 +30,20 @@ def in_float32(fn: Operation) -> Operation:
 
 rms_norm = in_float32(reference.rms_norm)
 modulate = in_float32(reference.modulate)
-gate_residual = in_float32(reference.gate_residual)
+
+
+def add_modulate(
+    x: Tensor, update: Tensor, gate: Tensor | None, scale: Tensor, shift: Tensor, eps: float, offset: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """As ``kernels.reference.add_modulate``, computed in float32, each result rounded once."""
+    wide = lambda t: t.to(torch.promote_types(t.dtype, torch.float32))
+    gate = None if gate is None else wide(gate)
+    if offset == 0 and not any((*scale.stride()[:2], *shift.stride()[:2])):  # one weight and bias for all frames
+        total = wide(x) + wide(update) if gate is None else reference.gate_residual(wide(x), wide(update), gate)
+        out = F.layer_norm(total, total.shape[-1:], wide(scale[0, 0]), wide(shift[0, 0]), eps)
+    else:
+        total, out = reference.add_modulate(wide(x), wide(update), gate, wide(scale), wide(shift), eps, offset)
+    return total.to(x.dtype), out.to(x.dtype)
 
 
 def norm_rope_write(

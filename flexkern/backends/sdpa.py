@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flexkern.backends.gathered import attend_gathered, mask_of, without_unseeing
-from flexkern.backends.reference import gate_residual, modulate, norm_rope_write, rms_norm
+from flexkern.backends.reference import add_modulate, modulate, norm_rope_write, rms_norm
 from flexkern.plan import ChunkPlan
 
-__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+__all__ = ["add_modulate", "frame_attention", "modulate", "norm_rope_write", "rms_norm"]
 
 
 def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:

@@ -4,12 +4,12 @@ from torch import Tensor
 
 from flexkern.kernels.attention.portable import frame_attention as attend_frames
 from flexkern.kernels.pages.norm_rope_write import norm_rope_write
-from flexkern.kernels.pointwise.gate_residual import gate_residual
+from flexkern.kernels.pointwise.add_modulate import add_modulate
 from flexkern.kernels.pointwise.modulate import modulate
 from flexkern.kernels.pointwise.rms_norm import rms_norm
 from flexkern.plan import ChunkPlan
 
-__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+__all__ = ["add_modulate", "frame_attention", "modulate", "norm_rope_write", "rms_norm"]
 
 
 def frame_attention(query: Tensor, key_pages: Tensor, value_pages: Tensor, plan: ChunkPlan) -> Tensor:

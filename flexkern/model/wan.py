@@ -8,6 +8,9 @@ whether that is a paged cache (``flexkern.memory.PagedMemory``) or a training ma
     x += CrossAttention(LN_affine(x))
     x += gate_2 * FeedForward(LN(x) * (1 + scale_2) + shift_2)
 
+Every sum is followed by a norm of it, so one operation, ``add_modulate``, does both: between two of them the stream of
+tokens is x and what is still to be added to it (``Stream``).
+
 Letters: see the glossary (flexkern/docs/architecture.md).
 Source: Wan-Video/Wan2.1 wan/modules/model.py; Self-Forcing wan/modules/causal_model.py.
 """
@@ -95,7 +98,79 @@ CONFIGS = {
 
 
 TextKV = Sequence[tuple[Tensor, ...]]
-"""What a prompt became: key and value [B, L, H, D] of every layer (of other models, whatever their forward reads)."""
+"""What a prompt became, for every layer: key and value [B, n, H, D] of its n rows, and, where one row stands for many,
+what is added to their logits, [1, 1, 1, n] (of other models, whatever their forward reads)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stream:
+    """Tokens between two layers: x + update * gate, not added up yet."""
+
+    x: Tensor
+    """[B, F, S, C]"""
+    update: Tensor | None = None
+    """[B, F, S, C]; None for nothing"""
+    gate: Tensor | None = None
+    """[B, F, C]; None for 1"""
+
+    def normed(
+        self, ops: Pointwise, scale: Tensor, shift: Tensor, eps: float, offset: float = 1.0
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The sum, and LayerNorm of it * (offset + scale) + shift; scale and shift [B, F, C]."""
+        if self.update is None:
+            assert offset == 1.0, "only a modulation reads tokens to which nothing was added"
+            return self.x, ops.modulate(self.x, scale, shift, eps)
+        return ops.add_modulate(self.x, self.update, self.gate, scale, shift, eps, offset)
+
+
+def products(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    """What each of several linear layers makes of x, by one product where ``stack`` has laid their weights together.
+
+    Layers that training, a hook or a layer of another class in their place must see are called one by one.
+    """
+    joined = _joined(linears)
+    if joined is None:
+        return [linear(x) for linear in linears]
+    weight, bias, sizes = joined
+    return F.linear(x, weight, bias).split(sizes, dim=-1)
+
+
+def stack(linears: Sequence[nn.Linear]) -> None:
+    """Lay weights and biases of linear layers one behind another in memory, so that ``products`` takes them for one.
+
+    Parameters stay those of each layer, under the same names; only where they lie changes. Parameters that were made in
+    inference mode cannot be moved, and are left where they are.
+    """
+    if any(part.is_inference() for linear in linears for part in (linear.weight, linear.bias)):
+        return
+    with torch.inference_mode(False), torch.no_grad():  # parameters outlive the mode they are laid out in
+        for name in ("weight", "bias"):
+            parts = [getattr(linear, name) for linear in linears]
+            for part, laid in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                part.data = laid
+
+
+def _joined(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor, list[int]] | None:
+    """Weight, bias and output sizes of linear layers whose parameters lie one behind another, as one; else None."""
+    found = []
+    for linear in linears:
+        if type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+            return None
+        found.append(linear)
+    sizes = [linear.out_features for linear in found]
+    both: list[Tensor] = []
+    for parts in ([linear.weight for linear in found], [linear.bias for linear in found]):
+        first = parts[0]
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            return None
+        at = first.storage_offset()
+        for part in parts:
+            same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
+            if not (same and part.is_contiguous() and part.storage_offset() == at):
+                return None
+            at += part.numel()
+        both.append(first.as_strided((sum(sizes), *first.shape[1:]), first.stride()))
+    return both[0], both[1], sizes
 
 
 class RMSNorm(nn.Module):
@@ -113,6 +188,11 @@ class Projections(nn.Module):
         super().__init__()
         self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    @property
+    def qkv(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """What all read the same tokens in self-attention; in memory, keys and values lie together in it."""
+        return self.q, self.k, self.v
 
 
 class Block(nn.Module):
@@ -141,29 +221,45 @@ class Block(nn.Module):
     def attend_text(self, x: Tensor, text: tuple[Tensor, ...], ops: Pointwise) -> Tensor:
         attn = self.cross_attn
         query = self.split_heads(ops.rms_norm(attn.q(x), attn.norm_q.weight, self.eps)).flatten(1, 2)
-        q, k, v = (t.transpose(1, 2) for t in (query, *text))
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (query, *text[:2]))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=text[2] if len(text) > 2 else None).transpose(1, 2)
         return attn.o(out.flatten(2).view_as(x))
 
     def forward(
-        self, x: Tensor, time: Tensor, text: tuple[Tensor, ...], memory: Memory, *, keys_only: bool
-    ) -> Tensor | None:
-        """x [B, F, S, C] after the block; time: [B, F, 6, C]; text: key and value. With keys_only, it only writes keys
-        and values to memory.
+        self, stream: Stream, time: Tensor, text: tuple[Tensor, ...], memory: Memory, *, keys_only: bool
+    ) -> Stream | None:
+        """The stream after the block. With keys_only, it only writes keys and values to memory.
+
+        Args:
+            stream: Of the block before.
+            time: [B, F, 6, C], this layer's modulation for the timesteps.
+            text: As ``text_keys`` returns it.
+            memory: What self-attention goes through.
+            keys_only: Stop behind the keys and values.
         """
-        ops = memory.ops
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation.unsqueeze(1) + time).unbind(2)
-        attn = self.self_attn
-        h = ops.modulate(x, scale, shift, self.eps)
-        query = None if keys_only else self.split_heads(attn.q(h))
-        key, value = self.split_heads(attn.k(h)), self.split_heads(attn.v(h))
+        ops, attn = memory.ops, self.self_attn
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.unbind(2)
+        x, h = stream.normed(ops, scale, shift, self.eps)
+        *query, key, value = map(self.split_heads, products((attn.k, attn.v) if keys_only else attn.qkv, h))
         norms = attn.norm_q.weight, attn.norm_k.weight
-        attended = memory.attend(self.index, query, key, value, norms)
+        attended = memory.attend(self.index, query[0] if query else None, key, value, norms)
         if keys_only or attended is None:
             return None
-        x = ops.gate_residual(x, attn.o(attended.flatten(-2)), gate)
-        x = x + self.attend_text(self.norm3(x), text, ops)
-        return ops.gate_residual(x, self.ffn(ops.modulate(x, ffn_scale, ffn_shift, self.eps)), ffn_gate)
+        weight, bias = (p.expand_as(gate) for p in (self.norm3.weight, self.norm3.bias))
+        stream = Stream(x=x, update=attn.o(attended.flatten(-2)), gate=gate)
+        x, h = stream.normed(ops, weight, bias, self.eps, offset=0.0)
+        x, h = Stream(x=x, update=self.attend_text(h, text, ops)).normed(ops, ffn_scale, ffn_shift, self.eps)
+        return Stream(x=x, update=self.feed_forward(h), gate=ffn_gate)
+
+    def feed_forward(self, h: Tensor) -> Tensor:
+        """As ``ffn``; on a GPU, GELU is part of the first product."""
+        up, activation, down = self.ffn
+        hooked = activation._forward_hooks or activation._forward_pre_hooks
+        if not h.is_cuda or hooked or (joined := _joined([up])) is None:
+            return cast(Tensor, self.ffn(h))
+        weight, bias, _ = joined
+        inner = torch._addmm_activation(bias, h.flatten(0, -2), weight.t(), use_gelu=True)
+        return cast(Tensor, down(inner.view(*h.shape[:-1], -1)))
 
 
 class Head(nn.Module):
@@ -175,10 +271,10 @@ class Head(nn.Module):
         self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
-    def forward(self, x: Tensor, time: Tensor, ops: Pointwise) -> Tensor:
-        """x [B, F, S, C], time [B, F, C] -> [B, F, S, patch * out_dim]."""
+    def forward(self, stream: Stream, time: Tensor, ops: Pointwise) -> Tensor:
+        """Tokens [B, F, S, C], time [B, F, C] -> [B, F, S, patch * out_dim]."""
         shift, scale = (self.modulation.unsqueeze(1) + time.unsqueeze(2)).unbind(2)
-        return self.head(ops.modulate(x, scale, shift, self.eps))
+        return self.head(stream.normed(ops, scale, shift, self.eps)[1])
 
 
 class CausalWan(nn.Module):
@@ -209,7 +305,7 @@ class CausalWan(nn.Module):
         """Token rows and columns of a latent frame. Raises ValueError for a size that patches do not tile."""
         return token_grid(self.config.patch_size, height, width)
 
-    def text_keys(self, text: Tensor, ops: Pointwise) -> list[tuple[Tensor, Tensor]]:
+    def text_keys(self, text: Tensor, ops: Pointwise) -> list[tuple[Tensor, ...]]:
         """Cross-attention keys and values of a prompt, for every layer.
 
         Args:
@@ -217,13 +313,17 @@ class CausalWan(nn.Module):
                 (padding is attended: Wan has no text mask).
             ops: Pointwise operations of a backend.
 
+        Returns:
+            Where no gradients are wanted, without most of the padding (``fold_padding``), which weighs as before.
+
         Raises:
             ValueError: text is not [B, L, text_dim].
         """
         if text.dim() != 3 or text.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, {self.config.text_dim}], got {list(text.shape)}")
+        text, *bias = (text,) if torch.is_grad_enabled() else fold_padding(text, self.dtype)
         embedded = self.text_embedding(text.to(self.dtype))
-        return [cast(Block, block).text_keys(embedded, ops) for block in self.blocks]
+        return [(*cast(Block, block).text_keys(embedded, ops), *bias) for block in self.blocks]
 
     def patchify(self, latents: Tensor) -> Tensor:
         """[B, F, in_dim, h, w] -> tokens [B, F, S, C], by row, then column."""
@@ -264,12 +364,58 @@ class CausalWan(nn.Module):
             The prediction [B, F, out_dim, h, w], or None with keys_only.
         """
         height, width = latents.shape[-2:]
-        x = self.patchify(latents.to(self.dtype))
+        stream = Stream(x=self.patchify(latents.to(self.dtype)))
         time, projected = self.embed_time(timesteps)
-        last = len(self.blocks) - 1
-        for block, text_kv in zip(self.blocks, text, strict=True):
-            x = block(x, projected, text_kv, memory, keys_only=keys_only and block.index == last)
-        return None if keys_only else self.unpatchify(self.head(x, time, memory.ops), height, width)
+        blocks = cast(Sequence[Block], self.blocks)
+        modulations = torch.stack([block.modulation for block in blocks]).unsqueeze(2) + projected
+        last = len(blocks) - 1
+        for block, text_kv, modulation in zip(blocks, text, modulations, strict=True):
+            stream = block(stream, modulation, text_kv, memory, keys_only=keys_only and block.index == last)
+        return None if keys_only else self.unpatchify(self.head(stream, time, memory.ops), height, width)
+
+    def stack_products(self) -> None:
+        """Lay the weights of each layer's self-attention together, so that its query, key and value are one product.
+
+        Names, values and ``state_dict`` stay as they are. Whatever replaces the parameters afterwards, like a move to
+        another dtype, undoes it: the three products are then three again, with the same result but for rounding.
+        """
+        for block in cast(Sequence[Block], self.blocks):
+            stack(block.self_attn.qkv)
+
+
+NOTHING = 1e-12  # a count of rows that weighs nothing; of none at all, the logarithm would not be finite
+FOLDED = 64  # rows of text are a multiple of it, so that prompts of about one length have one shape
+
+
+def fold_padding(text: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A prompt's rows without most of those that only repeat the last one, and what makes up for them.
+
+    Wan attends to padding, and n equal rows weigh as one whose logit is log(n) higher. So cross-attention over the rows
+    that differ and one of the others is the same function, over 64 or 128 rows where there were 512. In a dtype too
+    coarse for log(n), three rows share the count, each the remainder of those before: bfloat16 then is off by 4e-7.
+
+    Args:
+        text: [B, L, text_dim].
+        dtype: That the logits will have.
+
+    Returns:
+        text [B, n, text_dim], and what is added to the logits of its rows, [1, 1, 1, n] in that dtype; text alone where
+        no rows can be left out.
+    """
+    length = text.shape[1]
+    repeats = (text == text[:, -1:]).all(dim=-1).all(dim=0).tolist()
+    own = max((i + 1 for i, repeated in enumerate(repeats) if not repeated), default=0)
+    kept = FOLDED * -(-(own + 3) // FOLDED)
+    if kept >= length:
+        return (text,)
+    bias = torch.zeros(kept, dtype=dtype)
+    left = float(length - kept + 3)
+    for row in range(kept - 3, kept):
+        bias[row] = math.log(left) if left > NOTHING else math.log(NOTHING)
+        if row + 1 < kept and bias[row].double().exp() > left:  # the rest is for the rows behind it
+            bias[row] = torch.nextafter(bias[row], torch.tensor(-math.inf, dtype=dtype))
+        left -= bias[row].double().exp().item()
+    return text[:, :kept], bias.to(text.device)[None, None, None]
 
 
 def token_grid(patch_size: tuple[int, int, int], height: int, width: int) -> tuple[int, int]:

@@ -10,6 +10,8 @@ Numerics: float32, one rounding at the store; values are copied.
 Oracle: ``reference.norm_rope_write``. Source: Wan 2.1 self-attention; the temporal turn is left to ``frame_attention``.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -74,7 +76,7 @@ def _norm_rope_write(
     query_ptr, key_ptr, value_ptr, query_weight_ptr, key_weight_ptr, turn_ptr,
     key_page_ptr, value_page_ptr, slot_ptr, out_ptr,
     stride_pb, stride_pp, eps,
-    HAS_QUERY: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr,
+    HAS_QUERY: tl.constexpr, ROW: tl.constexpr, HEADS: tl.constexpr, PAIRS: tl.constexpr, PLACE_PAIRS: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # one program per token: its query, key and value, its turn and its slot are all on their way before one is used.
@@ -83,7 +85,8 @@ def _norm_rope_write(
     query_dtype: tl.constexpr = query_ptr.dtype.element_ty
     key_dtype: tl.constexpr = key_ptr.dtype.element_ty
     place, frame, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    row = ((batch * tl.num_programs(1) + frame) * tl.num_programs(0) + place) * CHANNELS
+    token = (batch * tl.num_programs(1) + frame) * tl.num_programs(0) + place
+    row = token * ROW
     slot = tl.load(slot_ptr + frame).to(tl.int64)
     offs_h, offs_p = tl.arange(0, BLOCK_H)[:, None], tl.arange(0, BLOCK_P)[None, :]
     offs, mask = offs_h * PAIRS + offs_p, (offs_h < HEADS) & (offs_p < PAIRS)
@@ -99,7 +102,7 @@ def _norm_rope_write(
     value = cast(value, value_page_ptr.dtype.element_ty)
     tl.store(value_page_ptr + page + offs_c, value, mask=(offs_c < CHANNELS) & (slot >= 0))
     if HAS_QUERY:
-        norm_rope(query, query_dtype, query_weight_ptr, cos, sin, out_ptr + row, eps,
+        norm_rope(query, query_dtype, query_weight_ptr, cos, sin, out_ptr + token * CHANNELS, eps,
                   HEADS, PAIRS, BLOCK_H, BLOCK_P)  # fmt: skip
     if slot >= 0:
         norm_rope(key, key_dtype, key_weight_ptr, cos, sin, key_page_ptr + page, eps,
@@ -122,7 +125,8 @@ def norm_rope_write(
 
     Args:
         query: [B, F, S, H, D], interleaved pairs; None writes the pages only.
-        key, value: [B, F, S, H, D], interleaved pairs.
+        key, value: [B, F, S, H, D], interleaved pairs. All three may be views out of one product, [B, F, S, 3 C]:
+            tokens at equal distances, of whole pairs.
         query_weight, key_weight: [C], weights of the norms.
         place_turn: [S, D / 2 - T, 2] float32, cosine and sine for each place.
         key_pages, value_pages: [B, P, S, H, D], written in place; may be strided by B and P.
@@ -133,15 +137,14 @@ def norm_rope_write(
         The query [B, F, S, H, D], normalised, turned and in split layout; None without a query.
 
     Raises:
-        ValueError: if a tensor, or a page, is not contiguous, or key and value pages differ in strides.
+        ValueError: if the tokens of query, key and value are not contiguous or not at one distance, a page or another
+            tensor is not contiguous, or key and value pages differ in strides.
     """
-    require_contiguous(
-        query=query, key=key, value=value, query_weight=query_weight, key_weight=key_weight, place_turn=place_turn,
-        slots=slots,
-    )  # fmt: skip
-    out = None if query is None else torch.empty_like(query)
+    require_contiguous(query_weight=query_weight, key_weight=key_weight, place_turn=place_turn, slots=slots)
+    out = None if query is None else torch.empty(query.shape, dtype=query.dtype, device=query.device)
     prepared = prepare(
-        key.shape, place_turn.shape[1], key_pages.shape, key_pages.stride(), value_pages.stride(), eps,
+        key.shape, key.stride(), value.stride(), None if query is None else query.stride(),
+        place_turn.shape[1], key_pages.shape, key_pages.stride(), value_pages.stride(), eps,
         None if query is None else query.dtype, key.dtype, value.dtype, query_weight.dtype, key_weight.dtype,
         place_turn.dtype, key_pages.dtype, value_pages.dtype, slots.dtype,
     )  # fmt: skip
@@ -152,13 +155,46 @@ def norm_rope_write(
     return out
 
 
+def require_rows(shape: torch.Size, **strides: tuple[int, ...] | None) -> int:
+    """How far the tokens of tensors [B, F, S, H, D] of these strides lie apart, in channels; None is skipped.
+
+    Raises ValueError unless all have contiguous tokens at one distance, even, so that pairs can be loaded whole.
+    """
+    *counts, heads, dim = shape
+    rows = {name: token_row(counts, one) for name, one in strides.items() if one is not None}
+    for name, row in rows.items():
+        one = strides[name]
+        assert one is not None
+        if row is None or not is_dense((heads, dim), one[3:]):
+            of = f"shape {list(shape)}, strides {one}"
+            raise ValueError(f"tokens of {name} must be contiguous and at one distance, got {of}")
+    found = {row for row in rows.values() if row}  # 0: of a single token
+    if len(found) > 1 or any(row % 2 for row in found):
+        raise ValueError(f"query, key and value must have their tokens at one even distance, got {rows}")
+    return max(found, default=heads * dim)
+
+
+def token_row(counts: Sequence[int], strides: Sequence[int]) -> int | None:
+    """How far the tokens of a tensor [B, F, S, ...] lie apart; 0 for a single one, None where distances differ."""
+    row, within = 0, 1
+    for count, stride in zip(reversed(counts), reversed(strides[: len(counts)]), strict=True):
+        if count > 1:
+            if stride <= 0 or stride % within or (row and stride != row * within):
+                return None
+            row = row or stride // within
+        within *= count
+    return row
+
+
 @keep
 def prepare(
-    shape: torch.Size, place_pairs: int, pages: torch.Size, key_strides: tuple[int, ...],
-    value_strides: tuple[int, ...], eps: float, query_dtype: torch.dtype | None, *dtypes: torch.dtype,
+    shape: torch.Size, key_row: tuple[int, ...], value_row: tuple[int, ...], query_row: tuple[int, ...] | None,
+    place_pairs: int, pages: torch.Size, key_strides: tuple[int, ...], value_strides: tuple[int, ...], eps: float,
+    query_dtype: torch.dtype | None, *dtypes: torch.dtype,
 ) -> Prepared:  # fmt: skip
     """The launch for keys [B, F, S, H, D] and pages of these shapes and strides, of these dtypes."""
     batch, frames, tokens, heads, dim = shape
+    row = require_rows(shape, query=query_row, key=key_row, value=value_row)
     for name, strides in (("key_pages", key_strides), ("value_pages", value_strides)):
         if not is_dense(pages[2:], strides[2:]):
             found = f"shape {list(pages[2:])}, strides {strides[2:]}"
@@ -167,7 +203,8 @@ def prepare(
         raise ValueError(f"key_pages and value_pages must have the same strides, got {key_strides} and {value_strides}")
     block_h, block_p = triton.next_power_of_2(heads), triton.next_power_of_2(dim // 2)
     constants = {
-        "HAS_QUERY": query_dtype is not None, "HEADS": heads, "PAIRS": dim // 2, "PLACE_PAIRS": place_pairs,
+        "HAS_QUERY": query_dtype is not None, "ROW": row, "HEADS": heads, "PAIRS": dim // 2,
+        "PLACE_PAIRS": place_pairs,
         "BLOCK_H": block_h, "BLOCK_P": block_p, "BLOCK_C": triton.next_power_of_2(heads * dim),
     }  # fmt: skip
     return Prepared(

@@ -91,7 +91,7 @@ def test_a_tiny_run_never_bears_the_name_of_a_big_shape(name, tmp_path):
 def test_pytest_collects_the_benches():
     done = run_python("-m", "pytest", "bench", "--collect-only", "-q", "-p", "no:cacheprovider", cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"):
+    for name in ("add_modulate", "frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"):
         assert f"bench_{name}.py::test_speed[" in done.stdout
 
 

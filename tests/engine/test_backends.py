@@ -105,12 +105,22 @@ def test_norm_rope_write_and_pointwise_round_once(backend, dtype):
     for name, args in (
         ("rms_norm", (tokens, weights[0], 1e-6)),
         ("modulate", (tokens, scale, shift, 1e-6)),
-        ("gate_residual", (tokens, x[1].flatten(-2), scale)),
     ):
         cast = lambda to, args=args: [a.to(to) if isinstance(a, torch.Tensor) else a for a in args]
         fn = getattr(oracle, name)
         actual = getattr(backend, name)(*args)
         assert_as_accurate(actual, fn(*cast(torch.float64)), fn(*cast(torch.float32)).to(dtype))
+    for gate, offset, (one, other) in (
+        (scale, 1.0, (shift, scale)),
+        (None, 0.0, (shift, scale)),
+        (scale, 0.0, [w.expand(B, F, -1) for w in weights]),  # an affine norm
+    ):
+        given = tokens, x[1].flatten(-2), gate, one, other
+        cast = lambda to, given=given: [t if t is None else t.to(to) for t in given]
+        actual = backend.add_modulate(*cast(dtype), 1e-6, offset)
+        truth, due = (oracle.add_modulate(*cast(to), 1e-6, offset) for to in (torch.float64, torch.float32))
+        for one, expected, entitled in zip(actual, truth, due, strict=True):
+            assert_as_accurate(one, expected, entitled.to(dtype))
 
 
 def test_physical_slots_do_not_matter(backend):

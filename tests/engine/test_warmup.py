@@ -20,7 +20,7 @@ from flexkern.warmup import LAYERS, live, stand_in, tune
 CONFIG = WanConfig(
     dim=64, ffn_dim=64, num_heads=2, num_layers=5, in_dim=4, out_dim=4, text_len=4, text_dim=8, freq_dim=16
 )
-OPERATIONS = ("frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm")
+OPERATIONS = ("add_modulate", "frame_attention", "modulate", "norm_rope_write", "rms_norm")
 
 
 def engine_of(first_chunk: int = 3, backend: str = "sdpa"):

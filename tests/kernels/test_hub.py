@@ -12,7 +12,10 @@ import torch
 from flexkern.kernels import reference
 
 ROOT = Path(__file__).parent.parent.parent
-LAUNCHERS = ["add_norm_silu", "frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm", "to_bytes"]
+LAUNCHERS = [
+    "add_modulate", "add_norm_silu", "frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm",
+    "to_bytes",
+]  # fmt: skip
 
 
 @pytest.fixture

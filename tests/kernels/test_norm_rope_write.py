@@ -156,11 +156,41 @@ def test_pages_may_lie_further_apart_than_32_bits_reach(device):
     assert all(page[:, 0].isnan().all() and page[:, 4].isfinite().all() for page in pages)
 
 
+@DTYPES
+@pytest.mark.parametrize("shape", [SMALL, (1, 3, 1, 12, 128, 22), (1, 1, 1, 3, 64, 12)], ids=str)
+@pytest.mark.parametrize("names", [("query", "key", "value"), ("key", "value")], ids=len)
+def test_views_out_of_one_product(names, shape, dtype, device):
+    """What a block hands over: q, k and v side by side in one tensor, or k and v alone."""
+    inputs = make_inputs(shape, dtype, device) | ({} if "query" in names else {"query": None})
+    product = torch.cat([inputs[name].flatten(3) for name in names], dim=-1)
+    views = [part.unflatten(-1, shape[3:5]) for part in product.chunk(len(names), dim=-1)]
+    check(inputs | dict(zip(names, views, strict=True)), dtype)
+    apart = run(norm_rope_write, inputs, dtype)
+    together = run(norm_rope_write, inputs | dict(zip(names, views, strict=True)), dtype)
+    for one, other in zip(apart, together, strict=True):
+        assert (one is other is None) or torch.equal(one.nan_to_num(), other.nan_to_num())
+
+
+def test_tokens_at_several_distances_are_refused(device):
+    inputs = make_inputs(SMALL, torch.float32, device)
+    wide = torch.cat((inputs["key"], inputs["key"]), dim=-2)[..., :5, :]
+    with pytest.raises(ValueError, match="must have their tokens at one even distance, got .*'key': 640"):
+        run(norm_rope_write, inputs | {"key": wide}, torch.float32)
+    gaps = torch.cat((inputs["value"], inputs["value"]), dim=2)[:, :, :3]
+    repeated = inputs["query"][:, :1].expand(-1, 2, -1, -1, -1)
+    odd = torch.cat([inputs["query"].flatten(3), inputs["query"][..., 0, :1]], dim=-1)[..., :-1].unflatten(3, (5, 64))
+    for name, strided in (("value", gaps), ("query", repeated)):
+        with pytest.raises(ValueError, match=f"^tokens of {name} must be contiguous and at one distance, got shape"):
+            run(norm_rope_write, inputs | {name: strided}, torch.float32)
+    with pytest.raises(ValueError, match="at one even distance"):
+        run(norm_rope_write, inputs | {"query": odd, "key": odd, "value": odd}, torch.float32)
+
+
 def test_strided_inputs_are_refused(device):
     inputs = make_inputs(SMALL, torch.float32, device)
     for name in ("query", "key", "value"):
         strided = inputs[name].transpose(2, 3).contiguous().transpose(2, 3)
-        with pytest.raises(ValueError, match=f"^{name} must be contiguous, got shape"):
+        with pytest.raises(ValueError, match=f"^tokens of {name} must be contiguous and at one distance, got shape"):
             run(norm_rope_write, inputs | {name: strided}, torch.float32)
     pages = torch.empty(2, 1, 1, *inputs["key"].shape[2:], device=device)
     keys = pages[0].transpose(2, 3).contiguous().transpose(2, 3)

@@ -197,6 +197,15 @@ def streams(launcher, others):
         if others == 2:
             yield lambda: launcher(x, table[0], bf16(batch, frames, 64))
 
+def sums(launcher):
+    for batch, frames, count, channels in ((1, 2, 3, 64), (2, 2, 3, 64), (1, 2, 16, 64), (1, 2, 3, 80)):
+        x, table = bf16(batch, frames, count, channels), bf16(6, batch, frames, channels)
+        weight = bf16(channels).expand(batch, frames, channels)
+        for gate in (None, table[2], torch.empty(batch, frames, channels)):
+            yield lambda: launcher(x, x, gate, table[0], table[1])
+            yield lambda: launcher(x, x, gate, weight, weight, offset=0.0)
+            yield lambda: launcher(x, x.float(), gate, table[0], weight)
+
 def tokens(module):
     for heads, pages, half in ((2, 4, True), (1, 4, True), (2, 9, True), (2, 4, False)):
         x = torch.empty(1, 2, 3, heads, 32, dtype=torch.bfloat16 if half else torch.float32)
@@ -206,6 +215,9 @@ def tokens(module):
             for written in (memory, torch.empty(2, 1, 2 * pages, 3, heads, 32)[:, :, ::2]):
                 for one, other in ((weight, weight), (weight.float(), weight), (weight, weight.float())):
                     yield lambda: module.norm_rope_write(query, x, x, one, other, turn, *written, slots)
+        q, k, v = torch.cat((x, x, x), dim=-2).split(heads, dim=-2)
+        for query in (q, None):
+            yield lambda: module.norm_rope_write(query, k, v, weight, weight, turn, *memory, slots)
 
 def frames(module):
     for count, height, channels, batch in ((1, 3, 96, 1), (3, 2, 96, 2), (3, 16, 96, 1), (3, 3, 8, 1)):
@@ -231,6 +243,7 @@ def cases():
     yield from rows(pointwise["rms_norm"])
     yield from streams(pointwise["modulate"].modulate, 2)
     yield from streams(pointwise["gate_residual"].gate_residual, 1)
+    yield from sums(pointwise["add_modulate"].add_modulate)
     yield from tokens(pointwise["norm_rope_write"])
     yield from frames(pointwise["add_norm_silu"])
     yield from colours(pointwise["to_bytes"])
@@ -263,4 +276,4 @@ def test_the_second_launch_is_that_of_triton(tmp_path):
     script = tmp_path / "launches.py"
     script.write_text(SECOND_LAUNCHES.format(tests=str(Path(__file__).parent.parent / "support")))
     done = subprocess.run([sys.executable, str(script)], env=COMPILING, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and int(done.stdout) == 2 * (84 + 48 + 8), done.stderr[-3000:]
+    assert done.returncode == 0 and int(done.stdout) == 2 * (128 + 48 + 8), done.stderr[-3000:]

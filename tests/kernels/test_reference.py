@@ -118,3 +118,9 @@ def test_modulate_and_gate_residual():
         reference.modulate(x, scale, shift), normed * (1 + scale[:, :, None]) + shift[:, :, None]
     )
     torch.testing.assert_close(reference.gate_residual(x, update, scale), x + update * scale[:, :, None])
+    total, out = reference.add_modulate(x, update, scale, shift, scale)
+    torch.testing.assert_close(total, x + update * scale[:, :, None])
+    torch.testing.assert_close(out, reference.modulate(total, shift, scale))
+    weight, bias = shift[0, 0], scale[0, 0]
+    total, out = reference.add_modulate(x, update, None, weight.expand(B, N, D), bias.expand(B, N, D), offset=0.0)
+    torch.testing.assert_close(out, torch.nn.functional.layer_norm(x + update, (D,), weight, bias, eps=1e-6))

@@ -113,6 +113,11 @@ def norm_rope_write(launcher, case: Case) -> None:
     launcher(query, key, value, weight, weight, torch.empty(TOKENS, pairs, 2), pages(case), pages(case), slots)
 
 
+def add_modulate(launcher, case: Case) -> None:
+    scale, shift, gate, *_ = gates(case)
+    launcher(stream(case), stream(case), None if case.variant == "no gate" else gate, scale, shift)
+
+
 def add_norm_silu(launcher, case: Case) -> None:
     channels = int(case.variant.split()[0]) if case.variant.endswith("channels") else 96
     x, addend, past = (empty(case, 1, frames, 480, 832, channels) for frames in (FRAMES, FRAMES, 2))
@@ -132,6 +137,7 @@ MODULES = {  # of kernels/, that hold the launchers
     "rms_norm": "pointwise.rms_norm",
     "modulate": "pointwise.modulate",
     "gate_residual": "pointwise.gate_residual",
+    "add_modulate": "pointwise.add_modulate",
     "add_norm_silu": "vae.add_norm_silu",
     "to_bytes": "vae.to_bytes",
 }
@@ -142,6 +148,7 @@ LAUNCH = {
     "rms_norm": lambda launcher, case: launcher(stream(case), empty(case, HEADS * case.head_dim)),
     "modulate": lambda launcher, case: launcher(stream(case), *gates(case)[:2]),
     "gate_residual": lambda launcher, case: launcher(stream(case), stream(case), gates(case)[2]),
+    "add_modulate": add_modulate,
     "add_norm_silu": add_norm_silu,
     "to_bytes": to_bytes,
 }
@@ -164,6 +171,7 @@ SHIPPED = [
     Case(kernel="norm_rope_write", arch=90, dtype="float32"),
     Case(kernel="norm_rope_write", arch=90, variant="recache"),
     Case(kernel="norm_rope_write", arch=90, head_dim=64),
+    Case(kernel="add_modulate", arch=90, variant="no gate"),
     Case(kernel="add_norm_silu", arch=90, dtype="float32"),
     *(Case(kernel="add_norm_silu", arch=90, variant=v) for v in ("first", "192 channels", "384 channels")),
 ]

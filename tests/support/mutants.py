@@ -7,6 +7,7 @@ TESTS = {
     "kernels/pointwise/rms_norm.py": ["kernels/test_rms_norm.py"],
     "kernels/pointwise/modulate.py": ["kernels/test_modulate.py"],
     "kernels/pointwise/gate_residual.py": ["kernels/test_gate_residual.py"],
+    "kernels/pointwise/add_modulate.py": ["kernels/test_add_modulate.py"],
     "kernels/pages/norm_rope_write.py": ["kernels/test_norm_rope_write.py"],
     "kernels/vae/add_norm_silu.py": ["kernels/test_add_norm_silu.py"],
     "kernels/vae/to_bytes.py": ["kernels/test_to_bytes.py"],
@@ -134,6 +135,52 @@ MUTANTS = [
     ),
     # the batch of x is forgotten
     ("kernels/pointwise/gate_residual.py", "(batch * frames + frame)", "frame"),
+    # no gate
+    ("kernels/pointwise/add_modulate.py", "update *= gate.to(tl.float32)[None, :]", "update *= 1.0"),
+    # a gate although there is none
+    ("kernels/pointwise/add_modulate.py", '"HAS_GATE": gate_strides is not None', '"HAS_GATE": True'),
+    # every frame gets the gate of the first
+    ("kernels/pointwise/add_modulate.py", "*(gate_strides or (0, 0))[:2]", "(gate_strides or (0, 0))[0], 0"),
+    # the norm is of x alone
+    ("kernels/pointwise/add_modulate.py", "    total += update\n", ""),
+    # the sum is stored before the update is added
+    (
+        "kernels/pointwise/add_modulate.py",
+        "cast(total, total_ptr.dtype.element_ty)",
+        "cast(total - update, total_ptr.dtype.element_ty)",
+    ),
+    # the norm is of the rounded sum
+    (
+        "kernels/pointwise/add_modulate.py",
+        "    # padding must not count as deviation from the mean\n",
+        "    total = total.to(tl.float16).to(tl.float32)\n",
+    ),
+    # padding counts as deviation from the mean
+    (
+        "kernels/pointwise/add_modulate.py",
+        "tl.where(mask_c[None, :], total - (tl.sum(total, 1) / CHANNELS)[:, None], 0.0)",
+        "total - (tl.sum(total, 1) / CHANNELS)[:, None]",
+    ),
+    # scale and shift read with each other's strides
+    (
+        "kernels/pointwise/add_modulate.py",
+        "*scale_strides[:2], *shift_strides[:2])",
+        "*shift_strides[:2], *scale_strides[:2])",
+    ),
+    # always a modulation
+    ("kernels/pointwise/add_modulate.py", "(offset + scale)", "(1.0 + scale)"),
+    # eps is ignored
+    ("kernels/pointwise/add_modulate.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
+    # no shift
+    ("kernels/pointwise/add_modulate.py", " + shift[None, :]", ""),
+    # the last token of a frame is not written
+    ("kernels/pointwise/add_modulate.py", "(offs_s < tokens)", "(offs_s < tokens - 1)"),
+    # the batch of x is forgotten
+    ("kernels/pointwise/add_modulate.py", "(batch * frames + frame)", "frame"),
+    # rows are read as if each product stood alone
+    ("kernels/pages/norm_rope_write.py", "row = token * ROW", "row = token * CHANNELS"),
+    # the query is written as far apart as it was read
+    ("kernels/pages/norm_rope_write.py", "out_ptr + token * CHANNELS", "out_ptr + row"),
     # the mean counts the padding
     ("kernels/pages/norm_rope_write.py", "/ (2 * HEADS * PAIRS) + eps", "/ (2 * BLOCK_H * BLOCK_P) + eps"),
     # eps is ignored
@@ -157,8 +204,8 @@ MUTANTS = [
     # the query takes the key's weight
     (
         "kernels/pages/norm_rope_write.py",
-        "query_weight_ptr, cos, sin, out_ptr + row",
-        "key_weight_ptr, cos, sin, out_ptr + row",
+        "query_weight_ptr, cos, sin, out_ptr + token",
+        "key_weight_ptr, cos, sin, out_ptr + token",
     ),
     # page 0 is not written
     ("kernels/pages/norm_rope_write.py", "if slot >= 0:", "if slot > 0:"),
