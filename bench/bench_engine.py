@@ -78,9 +78,9 @@ class Racer:
         """Decode what is not decoded yet; where there is anything, only then are the first pictures there."""
         before = allocated()
         forget_peak()
-        if total := self.way.finish():
-            self.first = sum(self.before) + sum(made.ms for made in self.taken) + total
-            self.decoding = total / (len(self.before) + len(self.taken))
+        if decoding := self.way.finish():
+            made = [*self.before, *(made.ms for made in self.taken)]
+            self.first, self.decoding = sum(made) + decoding * len(made), decoding
             self.peak = max(self.peak, peak_of(self.own - before))
 
 

@@ -86,7 +86,7 @@ class OfEngine:
         return Made(ms=taken, denoise_ms=1000 * chunk.spent.denoise)
 
     def finish(self) -> float:
-        """Milliseconds of decoding what is not decoded yet: nothing."""
+        """Milliseconds a chunk of decoding what is not decoded yet: nothing."""
         return 0.0
 
     def kernel(self, parts: Parts) -> str:
@@ -126,7 +126,7 @@ class OfResearch:
         return Made(ms=taken, denoise_ms=taken)
 
     def finish(self) -> float:
-        """Milliseconds of decoding the video so far."""
+        """Milliseconds a chunk of decoding the video so far."""
         if self.setup.vae is None:
             return 0.0
         from flexkern.model.vae import DiffusersDecoder, WanVAE
@@ -134,7 +134,7 @@ class OfResearch:
         decoder = DiffusersDecoder(WanVAE(self.setup.vae, backend="diffusers"))
         began = time.perf_counter()
         wait(self.video.decode(decoder))
-        return 1000 * (time.perf_counter() - began)
+        return 1000 * (time.perf_counter() - began) * CHUNK / self.video.made
 
     def kernel(self, parts: Parts) -> str:
         return parts.attention_kernel

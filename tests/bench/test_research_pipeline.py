@@ -9,6 +9,7 @@ from both_loops import GRID, SIZE, Recorded, prompt_of
 from recorded import DATA, PRESETS, TOLERANCE, RecordedNoise
 from research_pipeline import ResearchWan, Video
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexkern.engine import Engine
 from flexkern.model.wan import CONFIGS, CausalWan
@@ -73,6 +74,37 @@ def test_the_engine_makes_the_same_video(model, name):
         video.step()
     assert (video.latents - torch.cat(ours, dim=1)).abs().max() < TOLERANCE
     assert video.window.frames == session.cache.frames
+
+
+class Turned(TorchDispatchMode):
+    """How many pairs each product in complex128 turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.pairs = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten.mul.Tensor and out.dtype == torch.complex128:
+            self.pairs.append(out.numel())
+        return out
+
+
+@pytest.mark.parametrize("name, keys", [("longlive", 3), ("flex", 9)])
+def test_it_spares_nothing_that_research_code_does(model, monkeypatch, name, keys):
+    """In every layer of every pass: two questions to the device; query, and new keys or the whole window, turned."""
+    preset, config = get_preset(name, {"retention.window": 9}), model.config
+    video = Video(ResearchWan.of(model), prompt_of(1), preset=preset, noise=Recorded(4, 4), frames=12, size=SIZE)
+    for _ in range(3):
+        video.step()
+    asked, item = [], torch.Tensor.item
+    monkeypatch.setattr(torch.Tensor, "item", lambda tensor: asked.append(tensor.dtype) or item(tensor))
+    with Turned() as turned:
+        video.step()
+    layers, frame = 5 * config.num_layers, GRID[0] * GRID[1] * config.dim // 2
+    assert asked.count(torch.int64) == 2 * layers
+    # new keys are turned before the query, and so is a window
+    assert turned.pairs == [keys * frame, 3 * frame] * layers
 
 
 def test_weights_are_shared_and_what_it_cannot_do_is_refused(model):
