@@ -52,7 +52,8 @@ class Racer:
     """A path in the race, its window full.
 
     first: milliseconds until its first pictures are there. before: of each chunk until the window was full. own: bytes
-    that it holds between chunks, the weights among them. decoding: ms a chunk of what is decoded at the end.
+    that it holds between chunks, the weights among them. peak, device: 1e9 bytes, as in ``ChunkRow``. decoding: ms a
+    chunk of what is decoded at the end.
     """
 
     way: Way
@@ -60,6 +61,7 @@ class Racer:
     before: list[float]
     own: float
     peak: float
+    device: float
     taken: list[Made] = field(default_factory=list)
     grown: list[float] = field(default_factory=lambda: [0.0])
     decoding: float = 0.0
@@ -76,17 +78,33 @@ class Racer:
 
     def finish(self) -> None:
         """Decode what is not decoded yet; where there is anything, only then are the first pictures there."""
-        before = allocated()
+        before, used = allocated(), in_use()
         forget_peak()
         if decoding := self.way.finish():
             made = [*self.before, *(made.ms for made in self.taken)]
             self.first, self.decoding = sum(made) + decoding * len(made), decoding
             self.peak = max(self.peak, peak_of(self.own - before))
+            self.device += (in_use() - used) / 1e9
 
 
 def held() -> float:
     """Bytes that are held now: on the GPU, or by the process on a CPU."""
     return allocated() if DEVICE == "cuda" else machine.resident()
+
+
+def in_use() -> float:
+    """Bytes of the GPU that are in use, by its driver; NaN on a CPU."""
+    if DEVICE == "cpu":
+        return math.nan
+    free, total = torch.cuda.mem_get_info()
+    return total - free
+
+
+def tidy() -> None:
+    """Give back the memory of videos that ended: a session and its chunks refer to each other."""
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
 
 
 def forget_peak() -> None:
@@ -133,7 +151,7 @@ def render(name: str, setup: Setup) -> torch.Tensor:
         way.step()
         made.append(way.latents.double().cpu())
     way.end()
-    gc.collect()  # a session and its chunks refer to each other
+    tidy()
     return torch.cat(made, dim=1)
 
 
@@ -157,13 +175,14 @@ def judge(setup: Setup, names: Sequence[str]) -> dict[str, tuple[float, str]]:
 
 def start(name: str, setup: Setup, chunks: int) -> Racer:
     """A path whose window is full after so many chunks. Its kernels are compiled before its first chunk is timed."""
-    before = allocated()
+    tidy()
+    before, used = allocated(), in_use()
     way = ways()[name](setup)
     way.begin()
     for _ in range(WARM):
         way.step()
     way.end()
-    gc.collect()
+    tidy()
     began = time.perf_counter()
     way.begin()
     filling = [way.step().ms]
@@ -172,7 +191,8 @@ def start(name: str, setup: Setup, chunks: int) -> Racer:
     own, now = allocated() - before + way.shared, allocated()
     forget_peak()
     filling.append(way.step().ms)
-    return Racer(way=way, first=first, before=filling, own=own, peak=peak_of(own - now))
+    device = (in_use() - used + way.shared) / 1e9
+    return Racer(way=way, first=first, before=filling, own=own, peak=peak_of(own - now), device=device)
 
 
 def race(racers: Sequence[Racer], *, seconds: float, chunks: int, rounds: int) -> None:
@@ -193,6 +213,7 @@ def row_of(racer: Racer, parts: Parts, *, flops: int, roof: Roofs) -> dict[str, 
     roof_ms, rate = flops / roof.matmul_tflop_s / 1e9, flops / denoise_ms / 1e9
     vae_ms = parts.vae + racer.decoding
     found = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, ms_95=last(decoded), pictures_s=pictures / ms, peak_gb=racer.peak)
+    found |= dict(device_gb=racer.device)
     found |= dict(denoise_ms=denoise_ms, denoise_ms_95=last(denoised), denoise_fps=pictures / denoise_ms)
     found |= dict(attention_ms=parts.attention, linear_ms=parts.linear, other_ms=parts.other, vae_ms=vae_ms)
     idle = ms - racer.decoding - parts.busy
@@ -290,7 +311,6 @@ def main() -> None:
     text = torch.randn(1, config.text_len, config.text_dim, device=DEVICE)
     setup = Setup(model=model, vae=None, text=text, size=size, preset=get_preset("flex", SMALL), most=JUDGED)
     judged = judge(setup, args.paths)
-    gc.collect()
     for number, chosen in enumerate(args.presets):
         preset = get_preset(chosen, SMALL if is_tiny else None)
         window = preset.retention.capacity
@@ -307,7 +327,6 @@ def main() -> None:
                 print(describe(row))
         if out:
             harness.save(rows, out / "engine.csv")
-        gc.collect()
 
 
 if __name__ == "__main__":

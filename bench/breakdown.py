@@ -40,6 +40,7 @@ class ChunkRow(Row):
     other_ms: float = math.nan
     vae_ms: float = math.nan  # whatever the decoder launches
     idle_ms: float = math.nan  # ms, less all of these
+    device_gb: float = math.nan  # of the GPU, by its driver: what torch keeps for later and CUDA graphs, too
     first_picture_ms: float = math.nan  # from a prompt's embedding to the first pictures, kernels compiled
     chunks: int = 0  # how many were timed, with a full window
     slope_ms: float = math.nan  # of ms over 100 chunks, least squares, and its interval of 95 %

@@ -122,12 +122,12 @@ def engine(rows: dict[str, list[ChunkRow]]) -> str:
         [
             row.shape, row.provider, cell_of_chunk(row), figure(row.ms_95, ".3g"), figure(row.denoise_fps, ".3g"),
             figure(row.pictures_s, ".3g"), figure(row.first_picture_ms, ".3g"), figure(row.peak_gb, ".1f"),
-            figure(row.roof_percent, ".0f"),
+            figure(row.device_gb, ".1f"), figure(row.roof_percent, ".0f"),
         ]
         for row in found
     ]  # fmt: skip
     head = ["chunk", "path", "ms", "p95", "denoising, pictures a second", "with the VAE", "first pictures, ms"]
-    speed = grid([*head, "peak, GB", "denoising, % of the roof"], lines)
+    speed = grid([*head, "peak, GB", "of the GPU, GB", "denoising, % of the roof"], lines)
     shares = [
         [
             row.shape, row.provider,

@@ -69,6 +69,7 @@ def test_a_row_for_every_path(engines, tmp_path, monkeypatch, capfd):
         assert row.roof_percent == pytest.approx(100 * row.roof_ms / row.denoise_ms, rel=1e-3)
         assert row.over_roof_percent == pytest.approx(100 * (row.denoise_ms / row.roof_ms - 1), rel=1e-3)
         assert 0.05 < row.peak_gb < 50 and "attention" in row.path and math.isnan(row.slope_ms)
+        assert math.isnan(row.device_gb) is (roofs.DEVICE == "cpu")
         assert (row.interpreter == "yes") is (row.clocks == "") is (roofs.DEVICE == "cpu")
     # the engine shows its first chunk at once, the research pipeline after the last one
     assert sdpa.first_picture_ms < 3 * sdpa.ms and research.first_picture_ms > 5 * research.denoise_ms
@@ -172,7 +173,8 @@ def chunk_row(provider, preset, window, **fields):
 
 def test_the_table_says_what_was_met(tmp_path):
     steady = dict(slope_ms=0.1, slope_ms_low=-0.2, slope_ms_high=0.4, slope_mb=0.0, slope_mb_low=0.0, slope_mb_high=0.0)
-    timed = dict(ms=300.0, ms_95=310.0, denoise_ms=200.0, denoise_fps=60.0, pictures_s=40.0, chunks=90, peak_gb=11.5)
+    timed = dict(ms=300.0, ms_95=310.0, denoise_ms=200.0, denoise_fps=60.0, pictures_s=40.0, chunks=90)
+    timed |= dict(peak_gb=11.5, device_gb=13.0)
     parts = dict(attention_ms=110.0, linear_ms=60.0, other_ms=24.0, vae_ms=90.0, idle_ms=16.0, first_picture_ms=290.0)
     roof = dict(roof_percent=90.0, over_roof_percent=11.1)
     rows = [
@@ -185,7 +187,7 @@ def test_the_table_says_what_was_met(tmp_path):
     text = tables.table("engine", tmp_path)
     shape = rows[0].shape
     assert (
-        f"| {shape} | triton | 300 | 310 | 60 | 40 | 290 | 11.5 | 90 |" in text
+        f"| {shape} | triton | 300 | 310 | 60 | 40 | 290 | 11.5 | 13.0 | 90 |" in text
         and f"| {shape} | sdpa | wrong |" in text
     )
     assert "| triton | 110.0 | 60.0 | 24.0 | 90.0 | 16.0 | +0.1 (-0.2 to +0.4) | +0 (+0 to +0) | 90 |" in text
