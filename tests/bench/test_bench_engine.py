@@ -56,7 +56,7 @@ def run(monkeypatch, folder, *options):
 def test_a_row_for_every_path(engines, tmp_path, monkeypatch, capfd):
     pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
     kept = tmp_path / "kept" / "trace.json"
-    rows = run(monkeypatch, tmp_path, "--presets", "longlive", "--trace", str(kept))
+    rows = run(monkeypatch, tmp_path, "--trace", str(kept))
     assert list(rows) == ["sdpa", "research", "missing", "wrong", "broken"]
     assert {row.shape for row in rows.values()} == {"tiny 32x32 longlive window 6 bfloat16, random weights"}
     sdpa, research = rows["sdpa"], rows["research"]
