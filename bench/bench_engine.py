@@ -276,9 +276,7 @@ def bench(
 
 
 def describe(row: ChunkRow) -> str:
-    """What ``harness.describe`` leaves out."""
-    if math.isnan(row.ms):
-        return ""
+    """What ``harness.describe`` leaves out of a row that was timed."""
     parts = [f"{name} {getattr(row, f'{name}_ms'):.1f}" for name in ("attention", "linear", "other", "vae", "idle")]
     drift = f"{row.slope_ms:+.2g} ms ({row.slope_ms_low:+.2g} to {row.slope_ms_high:+.2g}), {row.slope_mb:+.2g} MB"
     drift = "" if math.isnan(row.slope_ms) else f"over 100 chunks {drift}; "
@@ -325,7 +323,7 @@ def main() -> None:
         )  # fmt: skip
         for row in rows:
             harness.show(row, as_json=args.json)
-            if not args.json:
+            if not args.json and not math.isnan(row.ms):
                 print(describe(row))
         if out:
             harness.save(rows, out / "engine.csv")
