@@ -3,11 +3,11 @@
 python bench/bench_long_render.py --frames 1200
 """
 
-import os
 import statistics
 import time
 from dataclasses import dataclass
 
+import machine
 import torch
 import tyro
 
@@ -25,12 +25,6 @@ class Args:
     rows: int = 8
 
 
-def resident_mb() -> float:
-    """Memory of this process that is in RAM, in 1e6 bytes (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
     session = load_engine().session(args.prompt, preset=args.preset, frames=args.frames)
@@ -46,9 +40,8 @@ def main(args: Args) -> None:
             taken.append(1000 * (time.perf_counter() - start))
         if taken and (chunk is None or len(taken) == every):
             first = session.next_frame - len(taken) * session.engine.chunk
-            print(
-                f"{first:5d} - {session.next_frame - 1:5d}   {statistics.median(taken):18.1f}   {resident_mb():14.1f}"
-            )
+            figures = f"{statistics.median(taken):18.1f}   {machine.resident() / 1e6:14.1f}"
+            print(f"{first:5d} - {session.next_frame - 1:5d}   {figures}")
             taken = []
         if chunk is None:
             break

@@ -9,19 +9,17 @@ of height and width folded into the convolution after it.
 
 import copy
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
 
 import harness
+import machine
 import roofs
 import torch
-from bench_end_to_end import allocated
 from diffusers import AutoencoderKLWan
 from harness import Row, Truth
-from roofs import DEVICE
+from roofs import DEVICE, allocated
 from torch import Tensor
 
 from flexkern.model.decoder import ChunkDecoder
@@ -100,8 +98,7 @@ def start(make: Callable[[], ChunkDecoder], latents: Tensor) -> tuple[ChunkDecod
     decoder = make()
     pictures = torch.cat([decoder.decode(latents).float().cpu() for _ in range(2)], dim=1)
     if DEVICE != "cuda":
-        unit = 1 if sys.platform == "darwin" else 1024
-        return decoder, pictures, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+        return decoder, pictures, machine.peak_resident() / 1e9
     torch.cuda.reset_peak_memory_stats()
     decoder(latents)
     return decoder, pictures, (torch.cuda.max_memory_allocated() - others) / 1e9

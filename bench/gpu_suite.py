@@ -102,6 +102,10 @@ def make_queue(out: Path) -> list[Item]:
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),
              estimate=12, limit=45),
+        # 20 s for the first path with each of two presets, 6 s for others; the rest is compiling and filling windows
+        Item(name="engine", doc="a chunk of Wan 1.3B with random weights, beside an eager research pipeline",
+             command=python("bench_engine.py", "--seconds", "20", *to), estimate=170, limit=240,
+             absent=without_package("numpy")),
         Item(name="vae", doc="the VAE's decoder, ours and diffusers'; compiling the latter takes longest",
              command=python("bench_vae.py", *to), estimate=120, limit=200, absent=without_package("diffusers")),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
@@ -114,8 +118,6 @@ def make_queue(out: Path) -> list[Item]:
              command=attention("--what", "peers"), estimate=140, limit=240),
         *(Item(name=kernel, doc="against torch, torch.compile and a copy", command=python(f"bench_{kernel}.py", *to),
                estimate=22, limit=75) for kernel in KERNELS),
-        Item(name="end to end", doc="a chunk of Wan 1.3B with random weights",
-             command=python("bench_end_to_end.py", *to), estimate=50, limit=120, absent=without_package("numpy")),
         Item(name="ncu", doc="profile of the hot kernel", estimate=25, limit=90, absent=without("ncu"),
              command=["ncu", "--set", "full", "--kernel-name", "regex:_frame_attention", "--launch-count", "1",
                       *profiled]),

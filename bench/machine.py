@@ -5,6 +5,7 @@ and write their results to bench_results in the current folder.
 """
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -90,6 +91,17 @@ def clocks_during(call: Callable[[], object]) -> str:
         said = process.stdout.read() if process.stdout else ""
     first = said.splitlines()[0].split(", ") if process.returncode == 0 and said else []
     return f"sm {first[0]}, memory {first[1]}" if len(first) == 2 else ""
+
+
+def resident() -> int:
+    """Bytes of this process that are in RAM (Linux)."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident() -> int:
+    """The most bytes of this process that were in RAM at once."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def folder_of(gpu: str) -> str:

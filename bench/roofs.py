@@ -29,6 +29,11 @@ def flush() -> None:
     _flush_buffer().zero_()
 
 
+def allocated() -> int:
+    """Bytes that are allocated on the GPU; 0 on a CPU, where nobody counts them."""
+    return torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+
+
 class Stamp:
     """A moment on the GPU's clock. The difference of two is in seconds; only taking it waits for the GPU."""
 

@@ -4,7 +4,7 @@ python bench/tables.py             # rewrites what stands between <!-- table: NA
 python bench/tables.py --check     # exits with 1 where that would change a file
 python bench/tables.py --results DIR    # prints the tables of other CSVs, in DIR or in a folder of it; writes nothing
 
-Names: correctness, roofs, attention, tiles, designs, targets, pointwise, end_to_end, vae; compiled and variants, from
+Names: correctness, roofs, attention, tiles, designs, targets, pointwise, engine, vae; compiled and variants, from
 tests/data/compile*.csv.
 """
 
@@ -18,6 +18,7 @@ from itertools import chain
 from pathlib import Path
 
 import machine
+from breakdown import ChunkRow
 from correctness import Verdict
 from harness import Row, load
 
@@ -26,6 +27,7 @@ from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 FILES = ("README.md", "kernels/README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.S)
 NOT_YET = "not yet measured"
+ORIGIN = ("gpu", "driver", "torch", "triton", "commit", "day")
 POINTWISE = ("norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm")
 
 
@@ -110,6 +112,70 @@ def whole_chunks(rows: dict[str, list[Row]]) -> str:
     return grid(["chunk", "backend", "ms", "pictures a second", "peak, GB"], lines) if lines else ""
 
 
+def engine(rows: dict[str, list[ChunkRow]]) -> str:
+    """A line for each path: its speed, where the time of a chunk goes, memory; then what the engine aims for."""
+    found = [row for row in rows["engine"] if not row.note.startswith("absent")]
+    if not found:
+        return ""
+    figure = lambda value, form: "" if math.isnan(value) else format(value, form)
+    lines = [
+        [
+            row.shape, row.provider, cell_of_chunk(row), figure(row.ms_95, ".3g"), figure(row.denoise_fps, ".3g"),
+            figure(row.pictures_s, ".3g"), figure(row.first_picture_ms, ".3g"), figure(row.peak_gb, ".1f"),
+            figure(row.device_gb, ".1f"), figure(row.roof_percent, ".0f"),
+        ]
+        for row in found
+    ]  # fmt: skip
+    head = ["chunk", "path", "ms", "p95", "denoising, pictures a second", "with the VAE", "first pictures, ms"]
+    speed = grid([*head, "peak, GB", "of the GPU, GB", "denoising, % of the roof"], lines)
+    shares = [
+        [
+            row.shape, row.provider,
+            *(figure(getattr(row, f"{part}_ms"), ".1f") for part in ("attention", "linear", "other", "vae", "idle")),
+            interval(row, "slope_ms"), interval(row, "slope_mb"), str(row.chunks),
+        ]
+        for row in found if not math.isnan(row.ms)
+    ]  # fmt: skip
+    head = ["chunk", "path", "attention, ms", "linear", "other", "VAE", "idle", "ms over 100 chunks", "MB", "chunks"]
+    return "\n\n".join((speed, grid(head, shares), engine_targets(found)))
+
+
+def cell_of_chunk(row: ChunkRow) -> str:
+    """Milliseconds, or why there are none; its percentage of the roof is of denoising alone."""
+    return row.note.partition(":")[0] if math.isnan(row.ms) else f"{row.ms:.3g}"
+
+
+def interval(row: ChunkRow, column: str) -> str:
+    low, value, high = (getattr(row, name) for name in (f"{column}_low", column, f"{column}_high"))
+    return "" if math.isnan(value) else f"{value:+.2g} ({low:+.2g} to {high:+.2g})"
+
+
+def engine_targets(found: list[ChunkRow]) -> str:
+    """What the engine aims for with the 1.3B model at 480x832, and what was measured of the path triton."""
+    lines = []
+    nothing = ChunkRow(**dict.fromkeys(("kernel", "provider", "shape", *ORIGIN), ""))
+
+    def add(what: str, needed: str, value: float, shown: str, is_met: bool) -> None:
+        known = not math.isnan(value)
+        lines.append([what, needed, shown if known else NOT_YET, ("yes" if is_met else "no") if known else ""])
+
+    for window, least in ((12, 58), (21, 40)):
+        here = [row for row in found if row.shape.startswith("1.3B 480x832 ") and f" window {window} " in row.shape]
+        by_path = {row.provider: row for row in here}
+        ours, theirs = by_path.get("triton", nothing), by_path.get("research", nothing)
+        fps, over = ours.denoise_fps, ours.over_roof_percent
+        idle, faster = 100 * ours.idle_ms / ours.ms, fps / theirs.denoise_fps
+        about = f"window {window}"
+        add(f"{about}, denoising, pictures a second", f">= {least}", fps, f"{fps:.1f}", fps >= least)
+        add(f"{about}, denoising, % over the roof", "<= 15", over, f"{over:.0f}", over <= 15)
+        add(f"{about}, GPU idle, % of a chunk", "<= 2", idle, f"{idle:.1f}", idle <= 2)
+        add(f"{about}, denoising, times the research pipeline", ">= 2.5", faster, f"{faster:.2f}", faster >= 2.5)
+        for column, what in (("slope_ms", "ms"), ("slope_mb", "MB")):
+            is_flat = getattr(ours, f"{column}_low") <= 0 <= getattr(ours, f"{column}_high")
+            add(f"{about}, {what} over 100 chunks", "0", getattr(ours, column), interval(ours, column), is_flat)
+    return grid(["target", "needed", "measured", "met"], lines)
+
+
 def ratio(rows: list[Row], over: str, under: str, frames: int, read: int) -> float:
     """ms of one provider over that of another, for the 1.3B model at 480p."""
     ms = {row.provider: row.ms for row in rows if row.shape.startswith(f"1.3B 480p B=1 F={frames} R={read} ")}
@@ -185,7 +251,7 @@ TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, 
     "designs": (designs, ("designs",)),
     "targets": (targets, ("designs", *POINTWISE)),
     "pointwise": (pointwise, POINTWISE),
-    "end_to_end": (whole_chunks, ("end_to_end",)),
+    "engine": (engine, ("engine",)),
     "vae": (whole_chunks, ("vae",)),
 }
 
@@ -207,7 +273,7 @@ def table(name: str, results: Path) -> str:
     if name not in TABLES:
         raise ValueError(f"no table {name!r}: there is {', '.join([*TABLES, *COMPILED])}")
     make, files = TABLES[name]
-    kind = Verdict if name == "correctness" else Row
+    kind = {"correctness": Verdict, "engine": ChunkRow}.get(name, Row)
     found = []
     for folder in [results, *sorted(path for path in results.glob("*") if path.is_dir())]:
         rows = {file: load(folder / f"{file}.csv", kind) for file in files}

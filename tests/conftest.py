@@ -19,6 +19,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core: one thread e
 
 TRITON = {  # test files that import kernels, and what these need
     "bench/test_bench.py": PORTABLE,
+    "bench/test_bench_engine.py": PORTABLE,
     "bench/test_bench_vae.py": PORTABLE,
     "bench/test_default_path.py": PORTABLE,
     "kernels/test_add_norm_silu.py": PORTABLE,

@@ -134,7 +134,7 @@ def test_the_suite_lists_its_queue_from_an_archive(archive):
         "tiles",
         "peers",
         "norm_rope_write",
-        "end to end",
+        "engine",
         "ncu",
         "in all",
     ):
@@ -350,7 +350,7 @@ def test_tables_are_made_from_the_csvs(tmp_path):
     assert "best library, 4680 queries | >= 1.03 | 1.020 | no |" in filled
     assert "research code's path, 4680 queries | >= 2.0 | not yet measured |" in filled
     assert "modulate, speed over a device copy of the same bytes | >= 0.9 | 0.850 to 0.950 | no |" in filled
-    assert filled.count("not yet measured\n<!-- end") == 5  # correctness, roofs, tiles, end_to_end, vae
+    assert filled.count("not yet measured\n<!-- end") == 5  # correctness, roofs, tiles, engine, vae
 
 
 def test_the_readmes_hold_the_tables_of_the_committed_csvs():

@@ -1,10 +1,10 @@
 """Agreement with the published pipelines: what they computed, at a tiny size in float32, is in tests/data."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
+from recorded import DATA, PRESETS, TOLERANCE, RecordedNoise
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,28 +15,6 @@ from flexkern.model.schedule import SCHEDULES
 from flexkern.model.wan import CONFIGS, CausalWan
 from flexkern.plan import turns
 from flexkern.policies import get_preset
-
-DATA = Path(__file__).parent.parent / "data"
-TOLERANCE = 1e-4
-PRESETS = {
-    "sf_global": ("self-forcing", {}),
-    "sf_local": ("self-forcing", {"retention.window": 6}),
-    "longlive_inf": ("longlive-infinite", {"retention.window": 9}),
-}
-
-
-class RecordedNoise:
-    """The noise the pipeline drew, in its order."""
-
-    def __init__(self, tensors):
-        self.tensors, self.drawn = tensors, 0
-
-    def initial(self, frames):
-        return self.tensors["noise"][:, frames]
-
-    def renoise(self, frames, step):
-        self.drawn += 1
-        return self.tensors[f"fresh_noise.{self.drawn - 1}"][None]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,25 @@
+"""What the published pipelines computed at a tiny size in float32: how tests/data is read."""
+
+from pathlib import Path
+
+DATA = Path(__file__).parent.parent / "data"
+TOLERANCE = 1e-4
+PRESETS = {  # by recording: the preset that does the same, and what of it differs
+    "sf_global": ("self-forcing", {}),
+    "sf_local": ("self-forcing", {"retention.window": 6}),
+    "longlive_inf": ("longlive-infinite", {"retention.window": 9}),
+}
+
+
+class RecordedNoise:
+    """The noise the pipeline drew, in its order."""
+
+    def __init__(self, tensors):
+        self.tensors, self.drawn = tensors, 0
+
+    def initial(self, frames):
+        return self.tensors["noise"][:, frames]
+
+    def renoise(self, frames, step):
+        self.drawn += 1
+        return self.tensors[f"fresh_noise.{self.drawn - 1}"][None]
