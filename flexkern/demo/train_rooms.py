@@ -16,7 +16,7 @@ import random
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,12 +30,18 @@ from flexkern.model.wan import Block, CausalWan, WanConfig
 
 CHUNK = rooms.CHUNK
 SIZES = {"demo": WanConfig(
-    dim=256, ffn_dim=768, num_heads=4, num_layers=6, in_dim=3, out_dim=3, patch_size=(1, 16, 16),
+    dim=192, ffn_dim=512, num_heads=3, num_layers=6, in_dim=3, out_dim=3, patch_size=(1, 8, 8),
     text_len=rooms.TEXT_LEN, text_dim=rooms.TEXT_DIM, freq_dim=128, prediction="x0",
 )}  # fmt: skip
-SIZES["small"] = WanConfig(**{**SIZES["demo"].to_dict(), "dim": 128, "ffn_dim": 384, "num_heads": 2, "num_layers": 4})
-CLIPS = {9: 16, rooms.TRAIN_FRAMES: 8}  # clips of a batch by their length in frames
-GROWTH = ((0.12, (1, 0)), (1.0, (0.25, 0.75)))  # until this share of the steps: odds of each length
+SIZES["small"] = replace(
+    SIZES["demo"], dim=128, ffn_dim=384, num_heads=2, num_layers=4, patch_size=(1, 16, 16)
+)  # fmt: skip
+CLIPS = {3: 32, 9: 16, rooms.TRAIN_FRAMES: 8}  # clips of a batch by their length in frames
+GROWTH = (  # until this share of the steps: odds of each length
+    (0.08, (1, 0, 0)),
+    (0.4, (0.1, 0.9, 0)),
+    (1.0, (0.1, 0.3, 0.6)),
+)
 BEGINS_LIT, GOES_OFF, GOES_ON = 0.85, 0.25, 0.4  # odds of the lights, from chunk to chunk
 CACHED = 0.1  # noise on the clean past, at most: the loop feeds back what the model made
 
