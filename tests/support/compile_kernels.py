@@ -106,6 +106,8 @@ def frame_attention(launcher, case: Case) -> None:
 
 def norm_rope_write(launcher, case: Case) -> None:
     query, key, value = (empty(case, 1, FRAMES, TOKENS, HEADS, case.head_dim) for _ in range(3))
+    if case.variant == "product":  # side by side, as one product leaves them
+        query, key, value = torch.cat((query, key, value), dim=-2).split(HEADS, dim=-2)
     weight = empty(case, HEADS * case.head_dim)
     pairs = case.head_dim // 2 - turn(case, 1).shape[-2]
     slots = torch.empty(FRAMES, dtype=torch.int32)
@@ -170,6 +172,7 @@ SHIPPED = [
     *(Case(kernel="frame_attention_hopper", arch=90, variant=v) for v in ("bias", "lse", "one frame", *PENDING)),
     Case(kernel="norm_rope_write", arch=90, dtype="float32"),
     Case(kernel="norm_rope_write", arch=90, variant="recache"),
+    Case(kernel="norm_rope_write", arch=90, variant="product"),
     Case(kernel="norm_rope_write", arch=90, head_dim=64),
     Case(kernel="add_modulate", arch=90, variant="no gate"),
     Case(kernel="add_norm_silu", arch=90, dtype="float32"),
