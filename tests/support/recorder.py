@@ -106,9 +106,12 @@ class Waits(TorchDispatchMode):
 
     def __init__(self, *on_device):
         super().__init__()
-        self.found, self.kept = [], list(on_device)
-        self.there = {address(tensor) for tensor in on_device}
-        self.asked = Asked(self)
+        self.found, self.kept, self.there, self.asked = [], [], set(), Asked(self)
+        self.lie_there(*on_device)
+
+    def lie_there(self, *on_device):
+        self.kept += on_device  # no address is used twice
+        self.there |= {address(tensor) for tensor in on_device}
 
     def is_there(self, *things):
         return any(address(tensor) in self.there for tensor in tensors(things))
@@ -128,8 +131,7 @@ class Waits(TorchDispatchMode):
             self.found.append(name)
         out = func(*args, **(kwargs or {}))
         if there:
-            self.kept += tensors(out)
-            self.there |= {address(tensor) for tensor in tensors(out)}
+            self.lie_there(*tensors(out))
         return out
 
 
