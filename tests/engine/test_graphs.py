@@ -128,6 +128,27 @@ def test_what_a_session_gives_no_replay_overwrites(model, start, prediction):
     assert torch.equal(chunk.latents, kept) and kept.isfinite().all() and not chunk.latents.is_inference()
 
 
+def test_what_a_pass_gives_no_replay_overwrites(start):
+    stand_in = StandIn()
+    session = start(stand_in)
+    video(session, 3)
+    memory, z = session.window.memory, torch.randn(1, 3, 16, *SIZE)
+    first = session._predict(z, 1000.0, memory)
+    kept = first.clone()
+    session._predict(-z, 500.0, memory)
+    assert stand_in.replays == 5 and torch.equal(first, kept)
+
+
+def test_a_prompt_that_somebody_put_there_is_followed(start):
+    stand_in, made = StandIn(), []
+    for recorder_of in (None, stand_in):
+        session = start(recorder_of)
+        video(session, 3)
+        session.text = session.engine.encode(prompt_of(4))
+        made.append(video(session, 2))
+    assert torch.equal(*made) and stand_in.replays == 3
+
+
 def test_a_batch_and_a_first_chunk_of_one_frame(start):
     options = dict(first_chunk=1, prompt=1)
     assert torch.equal(video(start(StandIn(), **options), 5), video(start(**options), 5))
