@@ -7,10 +7,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from flexkern.backends.sdpa import frame_attention, gate_residual, modulate, rms_norm
+from flexkern.backends.sdpa import add_modulate, frame_attention, modulate, rms_norm
 from flexkern.kernels import reference
 
-__all__ = ["frame_attention", "gate_residual", "modulate", "norm_rope_write", "rms_norm"]
+__all__ = ["add_modulate", "frame_attention", "modulate", "norm_rope_write", "rms_norm"]
 
 
 def norm_rope_write(query, key, value, query_weight, key_weight, place_turn, key_pages, value_pages, slots, eps):
