@@ -28,6 +28,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.model.checkpoint",
             "flexkern.model.protocols",
             "flexkern.noise",
+            "flexkern.graphs",
             "flexkern.window",
             "flexkern.state",
         ],

@@ -2,6 +2,7 @@
 
 python bench/correctness.py frame_attention --save     # or hopper, another kernel, or a backend: flash-attn, xformers
 python bench/correctness.py --pytest                   # the kernels' tests, on the GPU if there is one
+python bench/correctness.py --pytest graphs            # those of captured passes and of steps that do not wait
 
 Every shape is judged against the oracle in float64, then repeated and compared bit by bit; a small shape is repeated
 10,000 times, which is how a race shows itself.
@@ -32,10 +33,14 @@ PROVIDERS = {  # of bench_frame_attention.py
 }
 WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
-TESTS = (
+KERNELS = (
     "frame_attention", "norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm",
     "frame_attention_hopper",
 )  # fmt: skip
+TESTS = {
+    "kernels": tuple(f"tests/kernels/test_{name}.py" for name in KERNELS),
+    "graphs": ("tests/engine/test_waiting.py",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +100,10 @@ def cases(kernel: str, is_tiny: bool) -> Iterator[tuple[Case, int]]:
         yield build(shape), repeats
 
 
-def run_pytest() -> int:
+def run_pytest(which: str) -> int:
     import pytest
 
-    tests = [machine.ROOT / f"tests/kernels/test_{name}.py" for name in TESTS]
-    tests = [str(path) for path in tests if path.is_file()]
+    tests = [str(path) for name in TESTS[which] if (path := machine.ROOT / name).is_file()]
     options = ["--rootdir", str(machine.ROOT), "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
     if find_spec("xdist"):  # nearly all the time goes into compiling; workers import this tree through ``machine``
         options += ["-n", str(WORKERS), "-p", "machine"]
@@ -109,10 +113,10 @@ def run_pytest() -> int:
 def main() -> None:
     parser = harness.arguments(__doc__)
     parser.add_argument("kernel", nargs="?", choices=BENCHES)
-    parser.add_argument("--pytest", action="store_true")
+    parser.add_argument("--pytest", nargs="?", const="kernels", choices=list(TESTS))
     args = parser.parse_args()
     if args.pytest:
-        raise SystemExit(run_pytest())
+        raise SystemExit(run_pytest(args.pytest))
     out, all_right = harness.folder(args), True
     name = PROVIDERS.get(args.kernel, "triton")
     for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or DEVICE == "cpu"):

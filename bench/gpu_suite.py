@@ -98,6 +98,8 @@ def make_queue(out: Path) -> list[Item]:
         # alone they take over 120 s, nearly all of it compiling; with pytest-xdist eight processes share it
         Item(name="tests", doc="the kernels' tests on the GPU", command=python("correctness.py", "--pytest"),
              estimate=40, limit=150, absent=without_tests),
+        Item(name="graphs", doc="captured passes give the bits of launched ones; no step waits for the GPU",
+             command=python("correctness.py", "--pytest", "graphs"), estimate=40, limit=120, absent=without_tests),
     ]  # fmt: skip
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),

@@ -19,6 +19,7 @@ from torch import Tensor
 from flexkern.backends.choice import AUTO, Choice, open_backend
 from flexkern.checks import require, whole, whole_pair
 from flexkern.finite import HANDED_IN, OF_ENCODER, NotFiniteError, all_finite, validate_finite
+from flexkern.graphs import find_recorder
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
 from flexkern.model.families import Family
 from flexkern.model.lora import Loras
@@ -48,6 +49,8 @@ class Engine:
         first_chunk: Latent frames of the first chunk, where it differs (1 for models trained with
             ``independent_first_frame``), for sessions that do not name it.
         horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
+        graphs: Whether passes of the model are captured as CUDA graphs and replayed, where they can be: on a CUDA GPU,
+            with the backend triton. The pictures are the same, bit for bit.
 
     Raises:
         ValueError: chunk, first_chunk, size or horizon are no whole numbers >= 1, another argument is of another kind,
@@ -56,13 +59,14 @@ class Engine:
     Attributes:
         backend_name: The backend that runs, a key of ``flexkern.backends.BACKENDS``.
         backend_choice: The same with the reason, for whoever wants to say it.
+        recorder: Called once per session; what it returns captures that session's passes. None where nothing does.
     """
 
     def __init__(
         self, model: VideoModel, *, schedule: Schedule | None = None, backend: str | Choice = AUTO, chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
-        first_chunk: int | None = None, horizon: int = HORIZON,
+        first_chunk: int | None = None, horizon: int = HORIZON, graphs: bool = True,
     ):  # fmt: skip
         self.model, self.size = model, whole_pair("size", size)
         self.chunk, self.horizon = whole("chunk", chunk, 1), whole("horizon", horizon, 1)
@@ -77,6 +81,8 @@ class Engine:
         self.backend_name = self.backend_choice.name
         if model.device.type == "cuda" and callable(stack := getattr(model, "stack_products", None)):
             stack()
+        require(isinstance(graphs, bool), f"graphs must be True or False, got {graphs!r}")
+        self.recorder = find_recorder(model, self.backend_name) if graphs else None
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     def __repr__(self) -> str:
@@ -112,6 +118,7 @@ class Engine:
         dtype: torch.dtype = torch.bfloat16,
         device: str | torch.device = "cpu",
         backend: str = AUTO,
+        graphs: bool = True,
     ) -> "Engine":
         """The engine for a checkpoint on disk, with what ``flexkern render`` finds for it: VAE, text encoder, schedule.
 
@@ -139,6 +146,7 @@ class Engine:
             dtype: Of the transformer's weights: bfloat16, float16 or float32.
             device: cpu, cuda or cuda:N.
             backend: Of attention, "auto" or one of ``flexkern.backends.BACKENDS``.
+            graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
 
         Raises:
             FileNotFoundError: A file is not there.
@@ -177,7 +185,7 @@ class Engine:
         )
         for note in parts.notes:
             warnings.warn(note, stacklevel=2)
-        return cls.from_parts(parts, text_encoder=own_text, encoder=encoder, decoder=decoder)
+        return cls.from_parts(parts, text_encoder=own_text, encoder=encoder, decoder=decoder, graphs=graphs)
 
     @classmethod
     def from_parts(
@@ -187,6 +195,7 @@ class Engine:
         text_encoder: TextEncoder | None = None,
         encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None,
+        graphs: bool = True,
     ) -> "Engine":
         """The engine of parts that were found and validated; the weights are read here.
 
@@ -195,6 +204,7 @@ class Engine:
             text_encoder: One of your own, in place of the checkpoint's; so are encoder and decoder.
             encoder: Turns pictures into latents.
             decoder: Called without arguments for each session.
+            graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
         """
         loaded, family = load_parts(parts), parts.family
         encode = None if loaded.vae is None else loaded.vae.encode
@@ -209,6 +219,7 @@ class Engine:
             text_encoder=text_encoder or loaded.text_encoder,
             encoder=encoder or encode,
             decoder=decoder or loaded.decoder,
+            graphs=graphs,
         )
 
     @without_gradients

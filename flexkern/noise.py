@@ -6,8 +6,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from flexkern.ahead import Ahead
 from flexkern.policies import NoisePolicy
 from flexkern.state import State, nest, within
+
+Draw = tuple[tuple[int, ...], int | None]
+"""Frames, and the denoising step after which noise is drawn for them: from 0, None for what they start from."""
 
 
 class Noise(Protocol):
@@ -26,8 +30,8 @@ class Noise(Protocol):
         """Continue from a ``state``, bit for bit. Raises ValueError for the state of other noise."""
 
 
-class PolicyNoise:
-    """Noise of a policy: a function of seed, frame and step alone.
+class PolicyNoise(Ahead[Draw, Tensor, State]):
+    """Noise of a policy: a function of seed, frame and step alone. Draws that were expected are made on a thread.
 
     Args:
         policy: Which noise a frame gets.
@@ -35,18 +39,34 @@ class PolicyNoise:
         batch: Number of videos.
         shape: Of one latent frame, [C, h, w].
         target: Latent frames of the video, where known.
+        pinned: Whether draws are in pinned memory, from which a GPU copies while the host goes on.
     """
 
-    def __init__(self, policy: NoisePolicy, seed: int, batch: int, shape: tuple[int, ...], target: int | None):
+    def __init__(
+        self, policy: NoisePolicy, seed: int, batch: int, shape: tuple[int, ...], target: int | None, *,
+        pinned: bool = False,
+    ):  # fmt: skip
+        super().__init__()
         self.sources = [policy.source(seed + b, shape=shape, target=target) for b in range(batch)]
+        self.pinned = pinned
 
     def initial(self, frames: Sequence[int]) -> Tensor:
-        return torch.stack([torch.from_numpy(source.initial(frames)) for source in self.sources])
+        return self._ask((tuple(frames), None))
 
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
-        return torch.stack([torch.from_numpy(source.renoise(frames, step)) for source in self.sources])
+        return self._ask((tuple(frames), step))
 
-    def state(self) -> State:
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self.forget()
+        self._go_back(state)
+
+    def _make(self, call: Draw) -> Tensor:
+        frames, step = call
+        drawn = [source.initial(frames) if step is None else source.renoise(frames, step) for source in self.sources]
+        noise = torch.stack([torch.from_numpy(one) for one in drawn])
+        return noise.pin_memory() if self.pinned else noise
+
+    def _save(self) -> State:
         state: State = {"videos": len(self.sources)}
         for b, source in enumerate(self.sources):
             drawn = source.state().items()
@@ -54,7 +74,7 @@ class PolicyNoise:
             state |= nest(str(b), plain)
         return state
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def _go_back(self, state: Mapping[str, Any]) -> None:
         if state.get("videos") != len(self.sources):
             raise ValueError(f"noise must be of {len(self.sources)} videos, got a state of {state.get('videos')}")
         for b, source in enumerate(self.sources):

@@ -92,10 +92,11 @@ def load(
     pixels: bool | None = None,
     backend: str = AUTO,
     device: str = "cpu",
+    graphs: bool = True,
 ) -> Engine:
     """The engine of a checkpoint, once all is checked. Warns of what a user would want to know.
 
-    Args and Raises: those of ``check``.
+    Args and Raises: those of ``check``; graphs: as ``Engine``'s.
     """
     parts = check(
         checkpoint,
@@ -109,4 +110,4 @@ def load(
     )
     for note in parts.notes:
         warnings.warn(note, stacklevel=2)
-    return Engine.from_parts(parts)
+    return Engine.from_parts(parts, graphs=graphs)

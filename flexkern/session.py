@@ -20,11 +20,12 @@ from flexkern.backends import Backend
 from flexkern.cache import FrameCache
 from flexkern.checks import require, whole, whole_pair
 from flexkern.finite import HANDED_IN, Watch, validate_finite
+from flexkern.graphs import Passes, Recorder
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import Decoder, Encoder, VideoModel
 from flexkern.model.schedule import Schedule
 from flexkern.modes import ordinary, without_gradients
-from flexkern.noise import Noise, PolicyNoise
+from flexkern.noise import Draw, Noise, PolicyNoise
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
 from flexkern.state import State, nest, plain, require_same, stateful, within
@@ -64,6 +65,7 @@ class Loop(Protocol):
     size: tuple[int, int]
     encoder: Encoder | None
     decoder: Callable[[], Decoder] | None
+    recorder: Callable[[], Recorder] | None
 
     def embed(self, prompt: Prompt, /) -> Tensor:
         """The text encoder's output [B, L, text_dim]; a tensor is returned as it is."""
@@ -73,7 +75,11 @@ class Loop(Protocol):
 
 
 class Session:
-    """One video, chunk by chunk: iterate over it, or call ``step``. Arguments and errors are ``Engine.session``'s."""
+    """One video, chunk by chunk: iterate over it, or call ``step``. Arguments and errors are ``Engine.session``'s.
+
+    Attributes:
+        passes: Runs the transformer; says how many CUDA graphs it holds, and how many bytes, or why none.
+    """
 
     def __init__(
         self, engine: Loop, prompt: Prompt, *, preset: str | Preset = "flex", seed: int = 0,
@@ -94,7 +100,8 @@ class Session:
         chosen = self.preset.for_horizon(engine.horizon)
         chosen.validate(chunk=most, least=least, bands=bands, heads=heads, target=frames)
         self._embedding = engine.embed(prompt)
-        self.text = engine.encode(self._embedding)
+        self.passes = Passes(model, engine.recorder)
+        self.text = self.passes.hold(engine.encode(self._embedding))
         self.batch = self.text[0][0].shape[0]
         self.window = CacheWindow(
             chosen, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
@@ -102,7 +109,13 @@ class Session:
             target=frames,
         )  # fmt: skip
         shape = (config.out_dim, *self.size)
-        self.noise: Noise = noise or PolicyNoise(self.window.preset.noise, seed, self.batch, shape, frames)
+        self._drawn: PolicyNoise | None = None  # ahead, on a thread; of other noise nobody knows what it depends on
+        if noise is None:
+            noise = self._drawn = PolicyNoise(
+                self.window.preset.noise, seed, self.batch, shape, frames,
+                pinned=torch.device(model.device).type == "cuda",
+            )  # fmt: skip
+        self.noise: Noise = noise
         self.decode: Decoder | None = engine.decoder() if engine.decoder else None
         self.next_frame = 0
         self.chunks = 0
@@ -140,15 +153,16 @@ class Session:
         frames = list(range(self.next_frame, self.next_frame + count))
         memory = self._prepare(frames, cut=self._cut)
         schedule, kind = self.engine.schedule, self.engine.model.config.prediction
-        z = self.noise.initial(frames).to(self.engine.model.device)
         timesteps = schedule.timesteps(first_chunk=first)
+        self._draw_ahead(frames, len(timesteps))
+        z = self._on_device(self.noise.initial(frames))
         passes = []
         for i, timestep in enumerate(timesteps):
             passes.append((z, timestep))
             clean = schedule.clean(z, self._predict(z, timestep, memory), timestep, kind)
             if i + 1 < len(timesteps):
                 noise = self.noise.renoise(frames, i) if schedule.fresh else schedule.noise(z, clean, timestep)
-                z = schedule.noisy(clean, noise.to(clean.device), timesteps[i + 1])
+                z = schedule.noisy(clean, self._on_device(noise), timesteps[i + 1])
         clean = ordinary(clean)
         self._finish(clean, frames, memory)
         denoised = mark(self.engine.model.device)
@@ -239,7 +253,7 @@ class Session:
         text = self.engine.encode(embedding)
         if text[0][0].shape[0] != self.batch:
             raise ValueError(f"prompt must be for {self.batch} videos, got {text[0][0].shape[0]}")
-        self._embedding, self.text = embedding, text
+        self._embedding, self.text = embedding, self.passes.hold(text)
         if count := self.window.switch():
             assert self._recent is not None, "a preset that recaches remembers its last frames"
             self._fill(self._recent[:, -count:], self.window.memory)
@@ -298,7 +312,7 @@ class Session:
             decoder.restore(within("decoder", state))
         device = self.engine.model.device
         self._embedding = state["embedding"].to(device)
-        self.text = self.engine.encode(self._embedding)
+        self.text = self.passes.hold(self.engine.encode(self._embedding))
         self._recent = state["recent"].to(device) if "recent" in state else None
         self.next_frame, self.chunks, self._cut = state["next_frame"], state["chunks"], state["cut"]
         self._watch = Watch(self.engine.model)
@@ -320,18 +334,32 @@ class Session:
     @torch.inference_mode()
     def _predict(self, z: Tensor, timestep: float, memory: PagedMemory) -> Tensor:
         """The model's prediction for noisy latents."""
-        prediction = self.engine.model(z, self._timesteps(z, timestep), self.text, memory)
+        prediction = self.passes(z, timestep, self.text, memory)
         assert prediction is not None, "only a pass for keys and values alone predicts nothing"
         return prediction
 
     @torch.inference_mode()
     def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
         """The clean pass: afterwards the pages hold keys and values of clean latents."""
-        timesteps = self._timesteps(clean, self.engine.schedule.context_timestep)
-        self.engine.model(clean, timesteps, self.text, memory, keys_only=True)
+        self.passes(clean, self.engine.schedule.context_timestep, self.text, memory, keys_only=True)
 
-    def _timesteps(self, z: Tensor, timestep: float) -> Tensor:
-        return torch.full(z.shape[:2], timestep, dtype=torch.float32, device=z.device)
+    def _on_device(self, noise: Tensor) -> Tensor:
+        """Noise where the model is. That of the session is not waited for: it is pinned, and nobody overwrites it."""
+        return noise.to(self.engine.model.device, non_blocking=self._drawn is not None)
+
+    def _draw_ahead(self, frames: Sequence[int], steps: int) -> None:
+        """Let a thread draw the noise of this chunk and the next while the model is at work."""
+        if self._drawn is None:
+            return
+        schedule, end = self.engine.schedule, frames[-1] + 1
+        chunks = [(tuple(frames), steps)]
+        if self.target is None or end < self.target:
+            chunks.append((tuple(range(end, end + self.engine.chunk)), len(schedule.steps)))
+        draws: list[Draw] = []
+        for chunk, passes in chunks:
+            draws.append((chunk, None))
+            draws += [(chunk, i) for i in range(passes - 1) if schedule.fresh]
+        self._drawn.expect(draws)
 
     def _finish(self, clean: Tensor, frames: Sequence[int], memory: PagedMemory) -> None:
         """The clean pass, and the bookkeeping after a chunk."""

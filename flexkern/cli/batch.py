@@ -66,9 +66,9 @@ class Batch:
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         if self.parts is None:
-            engine = open_demo(self.weights, self.command.backend, self.device)
+            engine = open_demo(self.weights, self.command.backend, self.device, graphs=self.command.graphs)
         else:
-            engine = Engine.from_parts(self.parts)
+            engine = Engine.from_parts(self.parts, graphs=self.command.graphs)
             if self.parts.saves_embeddings:
                 note(f"{self.parts.embeddings}: embeddings of {len(self.prompts)} prompts")
         for prompt in self.prompts:  # one that the model cannot follow is told before the first video
@@ -148,8 +148,8 @@ class Batch:
     def shares(self, other: "Batch") -> bool:
         """Whether one engine does for both."""
         alike = lambda one: (
-            one.family, one.device, one.threads, one.checkpoint, one.weights, one.command.backend, one.command.image,
-            one.command.latents is None,
+            one.family, one.device, one.threads, one.checkpoint, one.weights, one.command.backend, one.command.graphs,
+            one.command.image, one.command.latents is None,
         )  # fmt: skip
         return bool(alike(self) == alike(other))
 
@@ -175,8 +175,8 @@ def validate_demo(weights: Path | None) -> None:
         raise ValueError(f"{error}; for a checkpoint give --model {' | '.join(FAMILIES)}") from None
 
 
-def open_demo(weights: Path | None, backend: str, device: str) -> "Engine":
+def open_demo(weights: Path | None, backend: str, device: str, *, graphs: bool = True) -> "Engine":
     """The engine of the demo, or of weights of its form."""
     from flexkern import demo
 
-    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device)
+    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device, graphs=graphs)

@@ -136,6 +136,8 @@ class Flags:
     it, else sdpa, and says which"""
     device: Annotated[str | None, option("NAME")] = None
     """cpu, cuda or cuda:N; default: the first GPU, or the CPU if there is none"""
+    graphs: bool = True
+    """replay passes of the transformer as CUDA graphs where that can be: on a GPU, with the backend triton"""
     threads: Annotated[int | None, option("INT")] = None
     """number of CPU threads that torch uses; default: torch's own choice"""
     progress: bool = True

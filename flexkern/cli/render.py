@@ -53,6 +53,7 @@ class Render(Flags):
             begun.threads = (
                 self.threads or begun.threads or stopped.record["identity"].get("threads")
             )  # sums depend on it
+            begun.graphs &= self.graphs
             batch = begun.batch(
                 Setting(command=begun), begun.follow_research(), [replace(stopped.order, target=target)]
             )

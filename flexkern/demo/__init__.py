@@ -53,19 +53,22 @@ def encode_prompts(prompts: list[str]) -> Tensor:
     return torch.stack([world.embed(world.Scene.parse(prompt)) for prompt in prompts])
 
 
-def load_engine(weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu") -> Engine:
+def load_engine(
+    weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu", graphs: bool = True
+) -> Engine:
     """The demo model, ready to render, in float32.
 
     Args:
         weights: Those that come with flexkern, or a safetensors file of the same form.
         backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
         device: Where to put it.
+        graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
 
     Raises:
         ValueError: The backend cannot run there.
     """
     return Engine.from_pretrained(
-        weights, dtype=torch.float32, device=device, backend=backend, schedule=SCHEDULE,
+        weights, dtype=torch.float32, device=device, backend=backend, graphs=graphs, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import pytest
 import torch
+from recorder import StandIn
 from safetensors.torch import save_file
 from videos import pictures_in
 
@@ -96,6 +97,12 @@ def test_threads_reach_torch(session_of, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     session_of("--threads", 3)
     assert asked == [3]
+
+
+def test_graphs_are_taken_unless_told_otherwise(session_of, monkeypatch):
+    monkeypatch.setattr("flexkern.engine.find_recorder", lambda model, backend: StandIn)
+    assert session_of().passes.why_not is None
+    assert session_of("--no-graphs").passes.why_not == "none are wanted, or the engine cannot have any"
 
 
 def test_help_lists_every_policy_field_with_the_presets_value(flexkern_, monkeypatch):

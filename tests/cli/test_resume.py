@@ -65,7 +65,7 @@ def test_resume_needs_nothing_but_the_file(flexkern_, stopped_at, tmp_path, monk
     assert code == 130 and err.endswith("; flexkern render --resume video.mp4 goes on from picture 18\n")
     Path("s.yaml").unlink()
     monkeypatch.chdir("/")
-    code, out, err = flexkern_("render", "--resume", tmp_path / "video.mp4", "--no-progress")
+    code, out, err = flexkern_("render", "--resume", tmp_path / "video.mp4", "--no-progress", "--no-graphs")
     assert (code, out) == (0, f"{tmp_path}/video.mp4: 30 pictures, 1.9 s\n")
     assert not err
     assert (tmp_path / "video.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
