@@ -29,8 +29,9 @@ from engine_paths import CHUNK, Made, Setup, Way, count_bytes, ways
 from roofs import DEVICE, Roofs, allocated
 
 from flexkern.finite import NotFiniteError
+from flexkern.model.savings import fold_padding
 from flexkern.model.schedule import Schedule
-from flexkern.model.wan import CONFIGS, CausalWan, WanConfig, fold_padding
+from flexkern.model.wan import CONFIGS, CausalWan, WanConfig
 from flexkern.noise import PolicyNoise
 from flexkern.policies import get_preset
 from flexkern.policies.position import HORIZON

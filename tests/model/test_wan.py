@@ -11,7 +11,8 @@ from torch import nn
 from flexkern.backends import get_backend
 from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
-from flexkern.model.wan import CausalWan, WanConfig, fold_padding, products, stack
+from flexkern.model.savings import fold_padding, products, stack
+from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.plan import band_split, make_plan, place_turns
 from flexkern.policies import PositionPolicy
 from flexkern.testing import assert_as_accurate
