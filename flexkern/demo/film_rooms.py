@@ -1,6 +1,6 @@
 """Films of rooms: the first chunk is given, the lights go off and on as a script says, the model makes the rest.
 
-engine = load_engine("rooms.safetensors")
+engine = load_engine()
 case = Case.random(scenes=16, frames=252, seed=0)
 latents = film(engine, case, "flex")                # [16, 252, 3, SIZE, SIZE] in [-1, 1]
 truth = case.truth()                                # what they should be
@@ -19,17 +19,19 @@ from flexkern.engine import Engine
 from flexkern.policies import Preset
 from flexkern.session import Chunk
 
+WEIGHTS = Path(__file__).parent / "rooms.safetensors"
+
 
 def encode_prompts(prompts: list[str]) -> Tensor:
     """The text encoder: [B, TEXT_LEN, TEXT_DIM]. Raises ValueError for prompts outside the grammar of rooms."""
     return torch.stack([rooms.embed(rooms.Scene.parse(prompt)) for prompt in prompts])
 
 
-def load_engine(weights: str | Path, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
+def load_engine(weights: str | Path = WEIGHTS, *, backend: str = "sdpa", device: str = "cpu") -> Engine:
     """A model of rooms, ready to render, in float32; without a decoder, because its latents are pictures already.
 
     Args:
-        weights: What ``flexkern.demo.train_rooms`` wrote.
+        weights: Those that come with flexkern, or what ``flexkern.demo.train_rooms`` wrote.
         backend: Name of the attention backend, a key of ``flexkern.backends.BACKENDS``.
         device: Where to put it.
 

@@ -1,6 +1,6 @@
 """Who forgets and who remembers: one room at twelve times the training length, filmed with several methods.
 
-    python -m flexkern.demo.show_rooms --weights rooms.safetensors --out rooms_out
+    python -m flexkern.demo.show_rooms --out rooms_out
 
 The lights go out for longer than the window, again and again. Writes sheet.png (one row a method, the truth first),
 films.webp (the same, moving), curves.png (memory and motion over time, over a few more rooms) and figures.csv.
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from flexkern.demo import FPS, rooms
 from flexkern.demo.evaluate import Spread
-from flexkern.demo.film_rooms import Case, film, load_engine
+from flexkern.demo.film_rooms import WEIGHTS, Case, film, load_engine
 from flexkern.demo.measure import curves
 from flexkern.demo.measure_rooms import FIGURES, Marks, measure, summary
 from flexkern.demo.picture import FACE, INK, drift_plot
@@ -49,7 +49,7 @@ SPED = 2  # every so manieth frame is in the animation
 class Args:
     """What to film."""
 
-    weights: Path
+    weights: Path = WEIGHTS
     out: Path = Path("rooms_out")
     seed: int = 0
     frames: int = 12 * rooms.TRAIN_FRAMES

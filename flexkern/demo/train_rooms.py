@@ -165,7 +165,7 @@ class Args:
     """How to train."""
 
     size: Literal["demo", "small"] = "demo"  # small: the proof's
-    steps: int = 8000  # of training, in all legs together
+    steps: int = 2700  # of training, in all legs together
     minutes: float | None = None  # stop this leg after so many
     seed: int = 0
     rate: float = 2e-3  # peak learning rate

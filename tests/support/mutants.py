@@ -168,7 +168,7 @@ MUTANTS = [
         "*shift_strides[:2], *scale_strides[:2])",
     ),
     # always a modulation
-    ("kernels/pointwise/add_modulate.py", "(offset + scale)", "(1.0 + scale)"),
+    ("kernels/pointwise/add_modulate.py", "(offset + scale)[None, :]", "(1.0 + scale)[None, :]"),
     # eps is ignored
     ("kernels/pointwise/add_modulate.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
     # no shift

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from flexkern.kernels import reference
-from flexkern.model.wan import CONFIGS, CausalWan
+from flexkern.model.wan import CONFIGS, CausalWan, Stream
 
 CONFIG = CONFIGS["tiny"]
 
@@ -272,7 +272,7 @@ class CausalWanModel(CausalWan):
                 if not update["is_recompute"]:
                     cache["global_end_index"].fill_(end)
                     cache["local_end_index"].fill_(filled)
-        out = self.head(x.unflatten(1, (e.shape[1], -1)), e, reference)
+        out = self.head(Stream(x=x.unflatten(1, (e.shape[1], -1))), e, reference)
         return self.unpatchify(out, *latents.shape[-2:]).transpose(1, 2)
 
 
