@@ -29,16 +29,30 @@ def products(linears: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
 def stack(linears: Sequence[nn.Linear]) -> None:
     """Lay weights and biases of linear layers one behind another in memory, so that ``products`` takes them for one.
 
-    Parameters stay those of each layer, under the same names; only where they lie changes. Parameters that were made in
-    inference mode cannot be moved, and are left where they are.
+    Parameters stay those of each layer, under the same names; only where they lie changes. Those that lie together
+    already stay where they are, with whatever else reads them there; those that were made in inference mode cannot be
+    moved.
     """
     if any(part.is_inference() for linear in linears for part in (linear.weight, linear.bias)):
         return
     with torch.inference_mode(False), torch.no_grad():  # parameters outlive the mode they are laid out in
         for name in ("weight", "bias"):
             parts = [getattr(linear, name) for linear in linears]
-            for part, laid in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
-                part.data = laid
+            if not lie_together(parts):
+                for part, laid in zip(parts, torch.cat(parts).split([len(part) for part in parts]), strict=True):
+                    part.data = laid
+
+
+def lie_together(parts: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors of one dtype lie one behind another in one storage."""
+    first = parts[0]
+    at, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == storage and part.dtype == first.dtype
+        if not (same and part.is_contiguous() and part.storage_offset() == at):
+            return False
+        at += part.numel()
+    return True
 
 
 def joined(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor, list[int]] | None:
@@ -51,16 +65,10 @@ def joined(linears: Sequence[nn.Module]) -> tuple[Tensor, Tensor, list[int]] | N
     sizes = [linear.out_features for linear in found]
     both: list[Tensor] = []
     for parts in ([linear.weight for linear in found], [linear.bias for linear in found]):
-        first = parts[0]
-        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        trains = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        if trains or not lie_together(parts):
             return None
-        at = first.storage_offset()
-        for part in parts:
-            same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() and part.dtype == first.dtype
-            if not (same and part.is_contiguous() and part.storage_offset() == at):
-                return None
-            at += part.numel()
-        both.append(first.as_strided((sum(sizes), *first.shape[1:]), first.stride()))
+        both.append(parts[0].as_strided((sum(sizes), *parts[0].shape[1:]), parts[0].stride()))
     return both[0], both[1], sizes
 
 

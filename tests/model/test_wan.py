@@ -130,6 +130,9 @@ def test_stacked_layers_are_one_product_of_the_same_parameters(monkeypatch):
     for one, other, part, (weight, bias) in zip(found, expected, parts, before, strict=True):
         torch.testing.assert_close(one, other)
         assert torch.equal(part.weight, weight) and torch.equal(part.bias, bias)
+    lying = [part.weight.data_ptr() for part in parts]
+    stack(parts)
+    assert [part.weight.data_ptr() for part in parts] == lying, "those that lie together stay there"
     some, count = called(parts[1:], x, monkeypatch)
     assert count == 1 and torch.equal(some[0], products(parts[1:], x)[0])
     torch.testing.assert_close(some[1], expected[2])
