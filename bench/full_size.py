@@ -9,11 +9,11 @@ Needs the extras model and video. Time and peak memory are printed; the peak cou
 
 import argparse
 import json
-import resource
 import sys
 import time
 from pathlib import Path
 
+import machine
 import torch
 from safetensors.torch import save_file
 
@@ -48,11 +48,11 @@ def main() -> int:
     folder = parser.parse_args().folder
     if not (folder / "google/umt5-xxl").is_dir():
         write(folder)
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    begun, before = time.perf_counter(), machine.peak_resident()
     given = ["render", "--model", "self-forcing", "--weights", folder, "--prompt", "a cat", "--size", SIZE]
     status = command([*map(str, given), "--num_output_frames", "3", "--out", str(folder / "video.mp4")])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"{time.perf_counter() - begun:.1f} s, peak {peak / 1e6:.1f} GB resident, {before / 1e6:.1f} GB before")
+    peak = machine.peak_resident()
+    print(f"{time.perf_counter() - begun:.1f} s, peak {peak / 1e9:.1f} GB resident, {before / 1e9:.1f} GB before")
     return status
 
 

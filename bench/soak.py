@@ -11,7 +11,6 @@ more, undisturbed, and compares the bytes.
 import csv
 import hashlib
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -21,6 +20,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,12 +45,6 @@ class Args:
     results: Path = ROOT / "bench" / "results" / "demo"
     worker: Path | None = None
     """a video to begin or to go on with; rows go to stdout. For the process that is killed"""
-
-
-def resident_mb() -> float:
-    """Memory of this process that is in RAM, in 1e6 bytes (Linux)."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def work(args: Args, target: Path) -> None:
@@ -79,7 +73,8 @@ def work(args: Args, target: Path) -> None:
         taken.append(1000 * (time.perf_counter() - start))
         if len(taken) == args.chunks:
             kept, spent = job.checkpoints, time.perf_counter() - began
-            row = (job.writer.pictures, statistics.median(taken), resident_mb(), spent, kept.copying, kept.writing)
+            pace, memory = statistics.median(taken), machine.resident() / 1e6
+            row = (job.writer.pictures, pace, memory, spent, kept.copying, kept.writing)
             print(json.dumps(row), flush=True)
             taken.clear()
         return chunk
