@@ -161,13 +161,15 @@ def require_rows(shape: torch.Size, **strides: tuple[int, ...] | None) -> int:
     Raises ValueError unless all have contiguous tokens at one distance, even, so that pairs can be loaded whole.
     """
     *counts, heads, dim = shape
-    rows = {name: token_row(counts, one) for name, one in strides.items() if one is not None}
-    for name, row in rows.items():
-        one = strides[name]
-        assert one is not None
+    rows = {}
+    for name, one in strides.items():
+        if one is None:
+            continue
+        row = token_row(counts, one)
         if row is None or not is_dense((heads, dim), one[3:]):
             of = f"shape {list(shape)}, strides {one}"
             raise ValueError(f"tokens of {name} must be contiguous and at one distance, got {of}")
+        rows[name] = row
     found = {row for row in rows.values() if row}  # 0: of a single token
     if len(found) > 1 or any(row % 2 for row in found):
         raise ValueError(f"query, key and value must have their tokens at one even distance, got {rows}")

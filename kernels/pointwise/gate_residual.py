@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common import cast, require_contiguous, require_contiguous_channels
 from ..prepared import Prepared, keep
+from .tokens import load_row
 
 
 @triton.jit
@@ -32,7 +33,7 @@ def _gate_residual(
     mask = (offs_s < tokens)[:, None] & mask_c[None, :]
     offs = ((batch * frames + frame) * tokens + offs_s)[:, None] * CHANNELS + offs_c[None, :]
 
-    gate = tl.load(gate_ptr + batch * stride_gb + frame * stride_gf + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    gate = load_row(gate_ptr, batch, frame, stride_gb, stride_gf, offs_c, mask_c)
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     update = tl.load(update_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     y = x + update * gate[None, :]

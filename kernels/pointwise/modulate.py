@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..common import cast, require_contiguous, require_contiguous_channels, row_tile
 from ..prepared import Prepared, keep
+from .tokens import load_row, modulated_norm, token_tile
 
 
 @triton.jit
@@ -24,21 +25,12 @@ def _modulate(
     CHANNELS: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     # one program per BLOCK_S tokens of one frame, which stay in registers between their one load and their one store
-    frame, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    offs_s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    offs_c = tl.arange(0, BLOCK_C)
-    mask_c = offs_c < CHANNELS
-    mask = (offs_s < tokens)[:, None] & mask_c[None, :]
-    offs = ((batch * frames + frame) * tokens + offs_s)[:, None] * CHANNELS + offs_c[None, :]
+    batch, frame, offs_c, mask_c, offs, mask = token_tile(frames, tokens, CHANNELS, BLOCK_S, BLOCK_C)
 
     x = tl.load(x_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    scale = tl.load(scale_ptr + batch * stride_cb + frame * stride_cf + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    shift = tl.load(shift_ptr + batch * stride_hb + frame * stride_hf + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-
-    # padding must not count as deviation from the mean
-    x = tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)
-    inverse = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS + eps)
-    y = x * inverse[:, None] * (1.0 + scale)[None, :] + shift[None, :]
+    scale = load_row(scale_ptr, batch, frame, stride_cb, stride_cf, offs_c, mask_c)
+    shift = load_row(shift_ptr, batch, frame, stride_hb, stride_hf, offs_c, mask_c)
+    y = modulated_norm(x, 1.0 + scale, shift, mask_c, eps, CHANNELS)
     tl.store(out_ptr + offs, cast(y, out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -1,20 +1,12 @@
 import pytest
 import torch
+from tokens import DTYPES, SHAPES
 
 from flexkern.kernels import reference
 from flexkern.kernels.pointwise.add_modulate import add_modulate
 from flexkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
-SHAPES = [  # B, F, S, C
-    (2, 3, 1, 192),
-    (1, 2, 7, 160),
-    (2, 1, 33, 64),
-    (1, 1, 16, 1536),
-    (1, 2, 3, 5120),
-    (1, 2, 40, 8),
-]
 
 
 def make_inputs(shape, dtype, device, gated=True):
@@ -40,7 +32,7 @@ def check(inputs, **kwargs):
 
 @DTYPES
 @pytest.mark.parametrize("gated", [True, False], ids=["gate", "no-gate"])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "B{}-F{}-S{}-C{}".format(*s))
+@SHAPES
 def test_matches_oracle(shape, gated, dtype, device):
     check(make_inputs(shape, dtype, device, gated))
 

@@ -1,12 +1,12 @@
 import pytest
 import torch
+from tokens import DTYPES
 
 from flexkern.kernels import reference
 from flexkern.kernels.vae.add_norm_silu import add_norm_silu
 from flexkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 SHAPES = [(1, 1, 1, 1, 96), (2, 3, 5, 7, 96), (1, 2, 3, 11, 192), (1, 1, 3, 2, 384), (2, 4, 1, 33, 8)]
 
 

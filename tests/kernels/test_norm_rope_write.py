@@ -1,12 +1,12 @@
 import pytest
 import torch
+from tokens import DTYPES
 
 from flexkern.kernels import reference
 from flexkern.kernels.pages.norm_rope_write import norm_rope_write
 from flexkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 SHAPES = [  # B, F, S, H, D, T
     (2, 2, 3, 5, 64, 12),
     (1, 1, 33, 5, 32, 4),

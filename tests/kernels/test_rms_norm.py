@@ -1,12 +1,12 @@
 import pytest
 import torch
+from tokens import DTYPES
 
 from flexkern.kernels import reference
 from flexkern.kernels.pointwise.rms_norm import rms_norm
 from flexkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.usefixtures("poisoned_outputs")
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 SHAPES = [(2, 1, 192), (1, 7, 160), (33, 64), (16, 1536), (3, 5120), (80, 8)]
 
 

@@ -1,10 +1,9 @@
 import pytest
 import torch
+from tokens import DTYPES
 
 from flexkern.kernels import reference
 from flexkern.kernels.vae.to_bytes import to_bytes
-
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 
 
 def converted(x):

@@ -8,6 +8,7 @@ TESTS = {
     "kernels/pointwise/modulate.py": ["kernels/test_modulate.py"],
     "kernels/pointwise/gate_residual.py": ["kernels/test_gate_residual.py"],
     "kernels/pointwise/add_modulate.py": ["kernels/test_add_modulate.py"],
+    "kernels/pointwise/tokens.py": ["kernels/test_modulate.py", "kernels/test_add_modulate.py"],
     "kernels/pages/norm_rope_write.py": ["kernels/test_norm_rope_write.py"],
     "kernels/vae/add_norm_silu.py": ["kernels/test_add_norm_silu.py"],
     "kernels/vae/to_bytes.py": ["kernels/test_to_bytes.py"],
@@ -88,25 +89,33 @@ MUTANTS = [
     ),
     # the rows of an incomplete last block are forgotten
     ("kernels/pointwise/rms_norm.py", "triton.cdiv(rows, block_r)", "rows // block_r"),
+    # shift read with the strides of scale
+    ("kernels/pointwise/modulate.py", "*shift_strides[:2]", "*scale_strides[:2]"),
+    # not 1 + scale
+    ("kernels/pointwise/modulate.py", "1.0 + scale", "scale"),
+    # scale and shift change places
+    ("kernels/pointwise/modulate.py", "1.0 + scale, shift", "1.0 + shift, scale"),
+    # every frame gets the shift of the first
+    ("kernels/pointwise/modulate.py", "load_row(shift_ptr, batch, frame", "load_row(shift_ptr, batch, 0"),
+    # eps is another
+    ("kernels/pointwise/modulate.py", "mask_c, eps, CHANNELS", "mask_c, 1e-6, CHANNELS"),
+    # rounded twice
+    ("kernels/pointwise/modulate.py", "cast(y, out", "cast(y.to(tl.float16).to(tl.float32), out"),
     # padding counts as deviation from the mean
     (
-        "kernels/pointwise/modulate.py",
+        "kernels/pointwise/tokens.py",
         "tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)",
         "x - (tl.sum(x, 1) / CHANNELS)[:, None]",
     ),
-    # shift read with the strides of scale
-    ("kernels/pointwise/modulate.py", "*shift_strides[:2]", "*scale_strides[:2]"),
-    # the batch of scale is forgotten
-    ("kernels/pointwise/modulate.py", "scale_ptr + batch * stride_cb", "scale_ptr"),
-    # not 1 + scale
-    ("kernels/pointwise/modulate.py", "(1.0 + scale)", "scale"),
+    # the batch of a frame's row is forgotten
+    ("kernels/pointwise/tokens.py", "ptr + batch * stride_b", "ptr"),
     # unbiased variance
-    ("kernels/pointwise/modulate.py", "/ CHANNELS + eps", "/ (CHANNELS - 1) + eps"),
+    ("kernels/pointwise/tokens.py", "/ CHANNELS + eps", "/ (CHANNELS - 1) + eps"),
     # eps is ignored
-    ("kernels/pointwise/modulate.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
+    ("kernels/pointwise/tokens.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
     # variance in one pass, which cancels
     (
-        "kernels/pointwise/modulate.py",
+        "kernels/pointwise/tokens.py",
         """    x = tl.where(mask_c[None, :], x - (tl.sum(x, 1) / CHANNELS)[:, None], 0.0)
     inverse = tl.rsqrt(tl.sum(x * x, 1) / CHANNELS + eps)
 """,
@@ -116,7 +125,11 @@ MUTANTS = [
 """,
     ),
     # no shift
-    ("kernels/pointwise/modulate.py", " + shift[None, :]", ""),
+    ("kernels/pointwise/tokens.py", " + shift[None, :]", ""),
+    # the last token of a frame is not written
+    ("kernels/pointwise/tokens.py", "(offs_s < tokens)", "(offs_s < tokens - 1)"),
+    # the batch of x is forgotten
+    ("kernels/pointwise/tokens.py", "(batch * frames + frame)", "frame"),
     # no gate
     ("kernels/pointwise/gate_residual.py", "update * gate[None, :]", "update"),
     # the last token of a frame is not written
@@ -136,7 +149,7 @@ MUTANTS = [
     # the batch of x is forgotten
     ("kernels/pointwise/gate_residual.py", "(batch * frames + frame)", "frame"),
     # no gate
-    ("kernels/pointwise/add_modulate.py", "update *= gate.to(tl.float32)[None, :]", "update *= 1.0"),
+    ("kernels/pointwise/add_modulate.py", "update *= load_row", "update *= 1.0 + 0.0 * load_row"),
     # a gate although there is none
     ("kernels/pointwise/add_modulate.py", '"HAS_GATE": gate_strides is not None', '"HAS_GATE": True'),
     # every frame gets the gate of the first
@@ -152,14 +165,8 @@ MUTANTS = [
     # the norm is of the rounded sum
     (
         "kernels/pointwise/add_modulate.py",
-        "    # padding must not count as deviation from the mean\n",
-        "    total = total.to(tl.float16).to(tl.float32)\n",
-    ),
-    # padding counts as deviation from the mean
-    (
-        "kernels/pointwise/add_modulate.py",
-        "tl.where(mask_c[None, :], total - (tl.sum(total, 1) / CHANNELS)[:, None], 0.0)",
-        "total - (tl.sum(total, 1) / CHANNELS)[:, None]",
+        "modulated_norm(total, ",
+        "modulated_norm(total.to(tl.float16).to(tl.float32), ",
     ),
     # scale and shift read with each other's strides
     (
@@ -168,19 +175,11 @@ MUTANTS = [
         "*shift_strides[:2], *scale_strides[:2])",
     ),
     # always a modulation
-    ("kernels/pointwise/add_modulate.py", "(offset + scale)[None, :]", "(1.0 + scale)[None, :]"),
-    # eps is ignored
-    ("kernels/pointwise/add_modulate.py", "/ CHANNELS + eps", "/ CHANNELS + 1e-6"),
-    # no shift
-    ("kernels/pointwise/add_modulate.py", " + shift[None, :]", ""),
-    # the last token of a frame is not written
-    ("kernels/pointwise/add_modulate.py", "(offs_s < tokens)", "(offs_s < tokens - 1)"),
-    # the batch of x is forgotten
-    ("kernels/pointwise/add_modulate.py", "(batch * frames + frame)", "frame"),
+    ("kernels/pointwise/add_modulate.py", "offset + scale, ", "1.0 + scale, "),
     # rows are read as if each product stood alone
     ("kernels/pages/norm_rope_write.py", "row = token * ROW", "row = token * CHANNELS"),
-    # the query is written as far apart as it was read
-    ("kernels/pages/norm_rope_write.py", "out_ptr + token * CHANNELS", "out_ptr + row"),
+    # the queries of two tokens are written to one row
+    ("kernels/pages/norm_rope_write.py", "out_ptr + token * CHANNELS", "out_ptr + token // 2 * CHANNELS"),
     # the mean counts the padding
     ("kernels/pages/norm_rope_write.py", "/ (2 * HEADS * PAIRS) + eps", "/ (2 * BLOCK_H * BLOCK_P) + eps"),
     # eps is ignored
