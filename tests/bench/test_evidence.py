@@ -5,6 +5,7 @@ import json
 import math
 
 import evidence
+import evidence_tables
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from flexkern.demo import rooms
 from flexkern.demo.film_rooms import Case, film, load_engine
 from flexkern.demo.train_rooms import SIZES
 from flexkern.model.wan import CausalWan, WanConfig
+from flexkern.policies import get_preset
 
 SMALL = WanConfig(**{**SIZES["demo"].to_dict(), "dim": 64, "num_heads": 1, "num_layers": 1, "ffn_dim": 64})
 
@@ -28,13 +30,22 @@ def weights(tmp_path_factory):
 
 @pytest.fixture
 def args(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(evidence, "PARTS", evidence.PARTS[:1] + evidence.PARTS[-1:])
+    monkeypatch.setattr(evidence, "PARTS", (evidence.PARTS[0], evidence.PARTS[3], evidence.PARTS[-1]))
     monkeypatch.setattr(evidence, "CHOICES", evidence.CHOICES[:1])
-    monkeypatch.setattr(evidence, "RESAMPLES", 50)
+    monkeypatch.setattr(evidence_tables, "RESAMPLES", 50)
     monkeypatch.setenv("FLEXKERN_COMMIT", "abc")
     evidence.machine.commit.cache_clear()
     yield evidence.Args(
-        weights=weights, out=tmp_path, films=2, horizons=(1, 3), presets=("self-forcing", "flex"), apart=3, threads=1
+        weights=weights,
+        out=tmp_path,
+        films=2,
+        horizons=(1, 3),
+        presets=("self-forcing", "riflex", "sink"),
+        far=4,
+        far_presets=("self-forcing",),
+        parts=3,
+        choices=3,
+        processes=1,
     )
     evidence.machine.commit.cache_clear()
 
@@ -56,27 +67,32 @@ def test_parts_are_each_alone_each_pair_and_all():
 def test_one_command_makes_rows_tables_pictures_and_a_reading_and_goes_on_where_it_stopped(args, monkeypatch):
     evidence.main(args)
     rows = evidence.read(args.out / "films.csv")
-    # 2 films of: 2 presets at 2 horizons, 3 variants at one
-    assert len(rows) == 2 * (2 * 2 + 3) and {row["commit"] for row in rows} == {"abc"}
-    assert {(row["horizon"], row["range"]) for row in rows} == {("1", "3-20"), ("3", "21-62")}
-    same = {
-        (row["part"], row["film"]): row["ground"] for row in rows if (row["variant"], row["horizon"]) == ("flex", "3")
-    }
-    assert same["presets", "0"] == same["apart", "0"] != same["apart", "1"]
-    for name in ("presets", "taken_apart"):
+    # 2 films of: 3 presets at 2 horizons, one of them farther; the part and the choice that are not among them at one
+    assert len(rows) == 2 * (3 * 2 + 1 + 2) and {row["commit"] for row in rows} == {"abc"}
+    assert {(row["horizon"], row["range"]) for row in rows} == {("1", "3-20"), ("3", "21-62"), ("4", "21-83")}
+    tables = {"presets": {"self-forcing"}, "parts": {"self-forcing", "sink"}, "choices": {"flex"}}
+    for name, against in tables.items():
         table = list(csv.DictReader((args.out / f"{name}.csv").open()))
-        assert {row["figure"] for row in table} == set(evidence.FIGURES) and {row["films"] for row in table} == {"2"}
+        assert {row["figure"] for row in table} == set(evidence_tables.FIGURES) and {row["films"] for row in table} == {
+            "2"
+        }
+        assert {row["against"] for row in table} == against
         assert (args.out / f"{name}.png").stat().st_size > 10_000
     said = (args.out / "reading.md").read_text()
-    assert "## Presets at 1 times" in said and "## FLEX taken apart at 3 times" in said
-    for chosen in ("flex", "slow the sink's distance only"):
-        assert f"- **{chosen}**: ground" in said
+    for title in (
+        "Presets, 1 times",
+        "Presets, 4 times",
+        "Parts of FLEX, 3 times",
+        "What the paper leaves open, 3 times",
+    ):
+        assert f"## {title} the horizon" in said
+    assert "against sink" in said and "| slow the sink's distance only | 0." in said
 
     monkeypatch.setattr(evidence, "film", lambda *_: pytest.fail("filmed again"))
     evidence.main(args)
     path = args.out / "films.csv"
     text = path.read_text()
-    path.write_text(text + "presets,fle")  # a line that was cut off
+    path.write_text(text + "self-for")  # a line that was cut off
     evidence.main(args)
     assert path.read_text() == text
     lines = text.splitlines(keepends=True)
@@ -87,6 +103,16 @@ def test_one_command_makes_rows_tables_pictures_and_a_reading_and_goes_on_where_
     assert len(again) == len(rows) and {k: v for k, v in again[-1].items() if k != "seconds"} == {
         k: v for k, v in rows[-1].items() if k != "seconds"
     }
+
+
+def test_several_processes_make_the_same_rows(args):
+    evidence.main(args)
+    alone = evidence.read(args.out / "films.csv")
+    args.out, args.processes = args.out / "two", 2
+    evidence.main(args)
+    order = lambda row: (row["variant"], row["horizon"], row["film"])
+    timeless = lambda rows: [row | {"seconds": ""} for row in sorted(rows, key=order)]
+    assert timeless(evidence.read(args.out / "films.csv")) == timeless(alone)
 
 
 def test_rows_of_another_commit_or_other_weights_are_refused(args, monkeypatch):
@@ -101,19 +127,19 @@ def test_a_horizon_is_the_beginning_of_a_longer_film(weights):
     engine = load_engine(weights)
     short, long = (Case.random(scenes=1, frames=frames, seed=3) for frames in (21, 42))
     for name in ("self-forcing", "flex", "pi"):
-        preset = evidence.get_preset(name)
+        preset = get_preset(name)
         assert not evidence.depends_on_length(preset)
         assert torch.equal(film(engine, short, preset), film(engine, long, preset)[:, :21])
-    static = evidence.get_preset("flex", {"position.scale_schedule": "static"})
+    static = get_preset("flex", {"position.scale_schedule": "static"})
     assert evidence.depends_on_length(static)
     assert not torch.equal(film(engine, short, static), film(engine, long, static)[:, :21])
 
 
 def test_intervals_of_paired_differences():
-    mean, low, high = evidence.interval([1.0, 2.0, 3.0, 4.0, math.nan])
+    mean, low, high = evidence_tables.interval([1.0, 2.0, 3.0, 4.0, math.nan])
     assert mean == 2.5 and 1.0 <= low < 2.0 and 3.0 < high <= 4.0
-    assert evidence.interval([0.5] * 4) == (0.5, 0.5, 0.5)
-    assert all(map(math.isnan, evidence.interval([math.nan])))
+    assert evidence_tables.interval([0.5] * 4) == (0.5, 0.5, 0.5)
+    assert all(map(math.isnan, evidence_tables.interval([math.nan])))
 
 
 @pytest.mark.parametrize(
@@ -126,9 +152,9 @@ def test_intervals_of_paired_differences():
 )  # fmt: skip
 def test_verdicts(figure, difference, verdict):
     mean, low, high = difference
-    one = evidence.Result(
-        variant="v", horizon=3, figure=figure, films=2, mean=0, low=0, high=0, difference=mean, difference_low=low,
-        difference_high=high,
+    one = evidence_tables.Result(
+        variant="v", against="w", horizon=3, figure=figure, films=2, mean=0, low=0, high=0, difference=mean,
+        difference_low=low, difference_high=high,
     )  # fmt: skip
     assert one.verdict == verdict
 
