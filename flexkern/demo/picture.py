@@ -1,20 +1,23 @@
-"""The demo's pictures: a contact sheet of videos side by side, and how their figures go over time."""
+"""The demo's pictures: a sheet of films, the same moving, and how their figures go over time."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+
+from flexkern.demo import FPS, rooms
 
 matplotlib.use("agg")  # files only: no display needed
 
 INK, FAINT = "#222222", "#8a8a8a"
-TRAIL = 6  # frames
 STYLES = (  # colours of Okabe and Ito, which colour-blind eyes tell apart, and dashes for those who print in grey
     ("#D55E00", "solid"), ("#0072B2", "solid"), ("#009E73", "dashed"), ("#CC79A7", "dashdot"), ("#E69F00", "dotted"),
     ("#56B4E9", "dashed"),
@@ -22,97 +25,82 @@ STYLES = (  # colours of Okabe and Ito, which colour-blind eyes tell apart, and 
 Panel = tuple[str, str, str, float, float]
 PANELS: tuple[
     Panel, ...
-] = (  # figure, title, what its axis says, the value that the prompt asks for, upper end of the axis at least
-    ("identity", "Identity", "right colour and outline", 1.0, 1.05),
+] = (  # figure, title, what its axis says, the value of the truth, upper end of the axis at least
+    ("ground", "Ground", "RGB distance to the first second's", 0.0, 0.3),
+    ("palette", "Shapes' colours", "overlap with the first second's", 1.0, 1.05),
+    ("course", "Course", "where straight flight puts it", 1.0, 1.05),
     ("speed", "Motion", "speed / the prompt's", 1.0, 1.3),
-    ("ground", "Ground colour", "RGB distance to the prompt's", 0.0, 0.1),
 )
+TILE, GAP, LABEL = 96, 6, 128  # pixels of the sheet
+SPED = 2  # every so manieth frame is in the animation
 FACE = "DejaVu Sans"
 FONT = {"font.family": FACE, "font.size": 11, "axes.edgecolor": FAINT, "text.color": INK}
 FONT |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK}
 
 
-def evenly(frames: int, count: int) -> list[int]:
-    """``count`` frame numbers from the first to the last, evenly spaced; all of them where there are fewer."""
-    count = min(count, frames)
-    return [round(i * (frames - 1) / max(1, count - 1)) for i in range(count)]
+def shown(lights: torch.Tensor) -> list[int]:
+    """Frames for a sheet: the first, the end of the first light, the middle of the first dark, and of every light."""
+    edges = [*rooms.switches(lights), (len(lights), False)]
+    spans = [(start, stop, on) for (start, on), (stop, _) in zip(edges, edges[1:], strict=False)]
+    middle = lambda start, stop: (start + stop) // 2
+    dark = [middle(start, stop) for start, stop, on in spans if not on][:1]
+    lit = [middle(start, stop) for start, stop, on in spans[1:] if on]
+    return sorted([0, spans[0][1] - 1, *dark, *lit])
 
 
-def _strip(pixels: NDArray[np.uint8], shown: Sequence[int], size: int) -> list[NDArray[np.uint8]]:
-    return [
-        np.asarray(Image.fromarray(pixels[frame]).resize((size, size), Image.Resampling.LANCZOS)) for frame in shown
-    ]
+def tiles(pictures: torch.Tensor, size: int) -> list[Image.Image]:
+    """Pictures [T, 3, h, w] in [-1, 1] at another size."""
+    pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(one).resize((size, size), Image.Resampling.BICUBIC) for one in pixels]
 
 
-def contact_sheet(
-    path: Path, videos: dict[str, NDArray[np.uint8]], *, title: str, fps: float, horizon: int, count: int = 21,
-    tracks: dict[str, NDArray[Any]] | None = None,
-) -> None:  # fmt: skip
-    """Write a PNG: one row per video, by name, and ``count`` of its frames from left to right; the horizon is marked.
-
-    Args:
-        path: The file to write.
-        videos: uint8 [frames, height, width, 3] each, equally long.
-        title: Stands above the rows.
-        fps: Frames per second.
-        horizon: Frames of a training clip.
-        count: Pictures per row.
-        tracks: [frames, shapes, 2 (x, y)] each, in widths of a picture: dots show where the shapes were in the
-            ``TRAIL`` frames before, because evenly spaced pictures of something that bounces to and fro can look as if
-            it stood still.
-
-    Raises:
-        ValueError: There is no video, or their lengths differ.
-    """
-    lengths = {len(pixels) for pixels in videos.values()}
-    if len(lengths) != 1 or 0 in lengths:
-        raise ValueError(f"expected videos of one length, got lengths {sorted(lengths)}")
-    frames = lengths.pop()
-    shown = evenly(frames, count)
-    size, gap, wide = 96, 6, 36
-    inside = sum(frame < horizon for frame in shown)
-    left = [i * (size + gap) + (wide - gap) * (i >= inside) for i in range(len(shown))]
-    height, width = len(videos) * (size + gap) - gap, left[-1] + size
-    sheet = np.full((height, width, 3), 255, np.uint8)
-    for row, pixels in enumerate(videos.values()):
-        for x, picture in zip(left, _strip(pixels, shown, size), strict=True):
-            sheet[row * (size + gap) : row * (size + gap) + size, x : x + size] = picture
-
-    margin = {"left": 190, "right": 12, "top": 104, "bottom": 84 if tracks else 46}  # pixels
-    dpi = 100
-    total = width + margin["left"] + margin["right"], height + margin["top"] + margin["bottom"]
-    with matplotlib.rc_context(FONT):
-        figure = Figure(figsize=(total[0] / dpi, total[1] / dpi), dpi=dpi, facecolor="white")
-        box = (margin["left"] / total[0], margin["bottom"] / total[1], width / total[0], height / total[1])
-        axes = figure.add_axes(box)
-        axes.imshow(sheet, interpolation="none", extent=(0, width, height, 0), aspect="auto")
-        axes.spines[:].set_visible(False)
-        axes.tick_params(length=0)
-        axes.set_yticks([row * (size + gap) + size / 2 for row in range(len(videos))], videos, fontsize=19)
-        every = 2 if len(shown) > 12 else 1
-        times = [f"{frame / fps:.1f} s" for frame in shown[::every]]
-        axes.set_xticks([x + size / 2 for x in left[::every]], times, fontsize=16)
-        if 0 < inside < len(shown):
-            middle = left[inside] - wide / 2
-            axes.axvline(middle, color=INK, linewidth=2, linestyle=(0, (4, 3)), clip_on=False)
-            text = f"beyond the training horizon of {horizon} frames, {horizon / fps:.1f} s  →"
-            axes.annotate(text, (middle, 0), (4, 7), textcoords="offset points", fontsize=16, annotation_clip=False)
-        figure.text(margin["left"] / total[0], 1 - 12 / total[1], title, fontsize=21, weight="bold", va="top")
-        if tracks:
-            for row, name in enumerate(videos):
-                _draw_trails(axes, tracks[name], shown, left, row * (size + gap), size)
-            note = f"Dots: where the shapes were in the {TRAIL} frames before."
-            figure.text(margin["left"] / total[0], 12 / total[1], note, fontsize=16, color="#555555")
-        figure.savefig(path, dpi=dpi)
+def font(points: int) -> ImageFont.FreeTypeFont:
+    """The font of the other pictures."""
+    return ImageFont.truetype(findfont(FACE), points)
 
 
-def _draw_trails(
-    axes: Any, track: NDArray[Any], shown: Sequence[int], left: Sequence[int], top: int, size: int
-) -> None:
-    """Dots on a row of pictures for the frames before each."""
-    for frame, x in zip(shown, left, strict=True):
-        dots = track[max(0, frame - TRAIL) : frame].reshape(-1, 2) * size
-        axes.scatter(x + dots[:, 0], top + dots[:, 1], s=9, color="white", edgecolors=INK, linewidths=0.5)
+def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -> None:
+    """Write a PNG: a row for each film [T, 3, h, w], the columns that ``shown`` picks, seconds and lights above."""
+    at = shown(lights)
+    top = 40
+    size = (LABEL + len(at) * (TILE + GAP) - GAP, top + len(films) * (TILE + GAP) - GAP)
+    canvas = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(canvas)
+    large, small = (font(points) for points in (17, 14))
+    for column, frame in enumerate(at):
+        x = LABEL + column * (TILE + GAP) + TILE / 2
+        draw.text((x, 12), f"{frame / FPS:.1f} s", INK, small, anchor="mm")
+        draw.text((x, 29), "" if lights[frame] else "lights off", INK, small, anchor="mm")
+    for row, (name, made) in enumerate(films.items()):
+        y = top + row * (TILE + GAP)
+        draw.text((LABEL - 10, y + TILE / 2), name, INK, large, anchor="rm")
+        for column, tile in enumerate(tiles(made[at], TILE)):
+            canvas.paste(tile, (LABEL + column * (TILE + GAP), y))
+    canvas.save(path)
+
+
+def animation(path: Path, films: Mapping[str, torch.Tensor], *, size: int = 152) -> None:
+    """Write a WebP: the films side by side, moving, every ``SPED``-th frame."""
+    large = font(15)
+    wide = len(films) * (size + GAP) - GAP
+    rows = {name: tiles(made[::SPED], size) for name, made in films.items()}
+    pages = []
+    for number in range(len(next(iter(rows.values())))):
+        page = Image.new("RGB", (wide, size + 24), "white")
+        draw = ImageDraw.Draw(page)
+        for column, (name, made) in enumerate(rows.items()):
+            draw.text((column * (size + GAP) + size / 2, 11), name, INK, large, anchor="mm")
+            page.paste(made[number], (column * (size + GAP), 24))
+        pages.append(page)
+    pages[0].save(
+        path, save_all=True, append_images=pages[1:], duration=round(1000 * SPED / FPS), loop=0, quality=60, method=4
+    )
+
+
+def dark_seconds(lights: torch.Tensor) -> list[tuple[float, float]]:
+    """When the lights are off, from and to, in seconds."""
+    edges = [*rooms.switches(lights), (len(lights), True)]
+    return [(start / FPS, stop / FPS) for (start, on), (stop, _) in zip(edges, edges[1:], strict=False) if not on]
 
 
 def drift_plot(
@@ -161,8 +149,8 @@ def drift_plot(
         handles, names = drawn[0].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside upper right", ncols=len(names), frameon=False)
         videos = len(next(iter(lines.values()))[panels[0][0]])
-        note = f"Mean of {videos} prompts, median (motion) or mean within a sliding window of {window} frames"
-        note += " (fewer at the ends); band: ± 1 standard error. Grey line: what the prompt asks for."
+        note = f"Mean of {videos} rooms, median (motion) or mean within a sliding window of {window} frames"
+        note += " (fewer at the ends); band: ± 1 standard error. Grey line: the truth."
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
         figure.supxlabel(note, fontsize=9.5, color="#555555")
         figure.savefig(path)

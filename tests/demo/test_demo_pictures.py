@@ -15,14 +15,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from flexkern import demo
-from flexkern.demo import evaluate, world
-from flexkern.demo.__main__ import Args, chosen_scenes, main
+from flexkern.demo import __main__ as demo_main
+from flexkern.demo import evaluate, film_rooms, world
+from flexkern.demo.__main__ import Args, film_all, main, method, threads_of_torch
 from flexkern.demo.evaluate import WORLD, Spread, held_out_scenes, windows
-from flexkern.demo.picture import contact_sheet, drift_plot, evenly, mean_and_error
+from flexkern.demo.film_rooms import Case, film
+from flexkern.demo.film_rooms import load_engine as load_rooms
+from flexkern.demo.picture import drift_plot, mean_and_error
 from flexkern.demo.train import CONFIG
 from flexkern.model.wan import CausalWan
-
-PROMPT = "a red disc and a blue square on black, fast"
 
 
 @pytest.fixture(scope="module")
@@ -44,46 +45,9 @@ def shares(path, colour):
     return (np.abs(pixels(path) - np.array(colour)).max(-1) < 12).mean(0)
 
 
-def test_evenly_spaced_frames_begin_and_end_with_the_video():
-    assert evenly(252, 21)[0] == 0 and evenly(252, 21)[-1] == 251 and len(evenly(252, 21)) == 21
-    assert evenly(5, 21) == [0, 1, 2, 3, 4] and evenly(1, 21) == [0]
-
-
-def test_contact_sheet_shows_time_to_the_right_and_one_row_per_video(tmp_path):
-    early, late = (250, 10, 10), (10, 10, 250)
-    video = np.zeros((40, 32, 32, 3), np.uint8)
-    video[:20], video[20:] = early, late
-    path = tmp_path / "sheet.png"
-    contact_sheet(path, {"one": video}, title="t", fps=16, horizon=20)
-    place = lambda colour: np.flatnonzero(shares(path, colour) > 0.1)
-    assert place(early).max() < place(late).min()
-    height = pixels(path).shape[0]
-    contact_sheet(path, {"one": video, "two": video, "three": video}, title="t", fps=16, horizon=20)
-    assert pixels(path).shape[0] > height + 150
-
-
-def test_contact_sheet_draws_trails_on_the_frames_after_them(tmp_path):
-    video = np.zeros((21, 32, 32, 3), np.uint8)
-    track = np.full((21, 2, 2), np.nan)
-    plain, dotted = tmp_path / "plain.png", tmp_path / "dotted.png"
-    contact_sheet(plain, {"one": video}, title="t", fps=16, horizon=30, tracks={"one": track})
-    track[15, 0] = 0.5
-    contact_sheet(dotted, {"one": video}, title="t", fps=16, horizon=30, tracks={"one": track})
-    changed = np.flatnonzero((pixels(plain) != pixels(dotted)).any((0, 2)))
-    width = pixels(plain).shape[1]
-    assert len(changed) and changed.min() > 0.72 * width  # pictures 16 to 20 of 21
-
-
-@pytest.mark.parametrize("lengths", [(), (4, 5), (0,)])
-def test_contact_sheet_refuses_videos_that_do_not_match(tmp_path, lengths):
-    videos = {str(i): np.zeros((n, 8, 8, 3), np.uint8) for i, n in enumerate(lengths)}
-    with pytest.raises(ValueError, match="videos of one length"):
-        contact_sheet(tmp_path / "x.png", videos, title="t", fps=16, horizon=2)
-
-
 def test_drift_plot_draws_every_line(tmp_path):
     frames = 30
-    level = lambda value: {name: np.full((3, frames), value) for name in ("identity", "speed", "ground")}
+    level = lambda value: {name: np.full((3, frames), value) for name in ("ground", "palette", "course", "speed")}
     colours = [(0xD5, 0x5E, 0x00), (0x00, 0x72, 0xB2)]
     path = tmp_path / "drift.png"
     drift_plot(path, {"a": level(0.2), "b": level(0.7)}, fps=16, horizon=21, window=5, title="t")
@@ -121,14 +85,6 @@ def test_scenes_to_evaluate_are_held_out_and_differ():
         held_out_scenes(9999)
 
 
-def test_the_demo_shows_a_prompt_that_training_never_saw():
-    assert world.held_out(world.Scene.parse(Args().prompt))
-    scenes = chosen_scenes(PROMPT, 4)
-    assert str(scenes[0]) == PROMPT and len(set(map(str, scenes))) == 4
-    with pytest.raises(ValueError, match="the demo model knows"):
-        chosen_scenes("a cat", 4)
-
-
 def test_a_clip_does_not_depend_on_its_batch(weights):
     engine = evaluate.load_engine(weights)
     scenes = held_out_scenes(3)
@@ -153,33 +109,60 @@ def test_evaluate_prints_and_writes_the_same_figures(weights, tmp_path, capsys):
     assert "| difference to self-forcing | flex |" in printed
 
 
-def test_make_demo_writes_everything(weights, tmp_path, capsys):
+def test_make_demo_writes_everything(tmp_path, capsys):
+    """The shipped model, a few frames: two methods at a time, the second from another thread."""
     out = tmp_path / "deep" / "demo"
-    main(Args(out=out, prompt=PROMPT, frames=25, presets=["self-forcing", "flex"], videos=2, weights=weights))
-    names = {"self-forcing.mp4", "flex.mp4", "contact_sheet.png", "drift.png", "figures.csv"}
+    before = torch.get_num_threads()
+    main(Args(out=out, frames=25, methods=["plain window", "lol"], videos=1))
+    names = {"plain-window.mp4", "lol.mp4", "truth.mp4", "sheet.png", "films.webp", "curves.png", "figures.csv"}
     assert {path.name for path in out.iterdir()} == names
-    with av.open(str(out / "flex.mp4")) as video:
-        assert sum(1 for _ in video.decode(video=0)) == 25
-    assert "2 prompts" in capsys.readouterr().out
+    for name in ("truth", "lol"):
+        with av.open(str(out / f"{name}.mp4")) as video:
+            assert sum(1 for _ in video.decode(video=0)) == 25
+    assert "frames 21 to 24" in capsys.readouterr().out and torch.get_num_threads() == before
 
 
-def test_an_unknown_preset_is_refused_before_any_work(weights, tmp_path):
-    with pytest.raises(ValueError, match="no preset 'flux'"):
-        main(Args(out=tmp_path / "none", presets=["flux"], weights=weights))
+def test_films_of_several_threads_are_those_of_one():
+    case = Case.random(scenes=2, frames=9, seed=5)
+    presets = {name: method(name) for name in ("sink", "flex")}
+    found = film_all(Args(frames=9), case, presets)
+    with threads_of_torch(1):
+        for name, preset in presets.items():
+            assert torch.equal(found[name], film(load_rooms(), case, preset))
+
+
+def test_a_fault_in_one_method_ends_the_others(monkeypatch):
+    def chunks(engine, case, preset):
+        if preset.retention.sink:
+            raise ValueError("a fault")
+        yield from film_chunks(engine, case, preset)
+
+    film_chunks = demo_main.film_chunks
+    monkeypatch.setattr(demo_main, "film_chunks", chunks)
+    case = Case.random(scenes=1, frames=2520, seed=5)
+    with pytest.raises(ValueError, match="a fault"):  # at once: 2520 frames take minutes
+        film_all(Args(frames=2520), case, {name: method(name) for name in ("flex", "plain window")})
+
+
+@pytest.mark.parametrize("name", ["flux", "plain"])
+def test_an_unknown_method_is_refused_before_any_work(name, tmp_path):
+    with pytest.raises(ValueError, match=f"no preset '{name}'"):
+        main(Args(out=tmp_path / "none", methods=["flex", name]))
     assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("module", ["flexkern.demo", "flexkern.demo.evaluate", "flexkern.demo.train"])
-def test_ctrl_c_is_one_quiet_line(module, monkeypatch, capsys, tmp_path):
+def test_ctrl_c_ends_with_one_quiet_line(module, monkeypatch, capsys, tmp_path):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(sys, "argv", [module, "--out", str(tmp_path / "out")])
     monkeypatch.setattr(demo, "load_engine", interrupted)
+    monkeypatch.setattr(film_rooms, "load_engine", interrupted)
     monkeypatch.setattr(torch, "manual_seed", interrupted)
     for name in [name for name in sys.modules if name == module or name == f"{module}.__main__"]:
         if name != "flexkern.demo":
             monkeypatch.delitem(sys.modules, name)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__")
-    assert stopped.value.code == 130 and capsys.readouterr().err == f"{module}: interrupted\n"
+    assert stopped.value.code == 130 and capsys.readouterr().err.endswith(f"{module}: interrupted\n")

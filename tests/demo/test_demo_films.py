@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from flexkern.demo import rooms, show_rooms
+from flexkern.demo import __main__ as shown
+from flexkern.demo import picture, rooms
 from flexkern.demo.film_rooms import Case
 from flexkern.demo.measure_rooms import measure
 
@@ -17,28 +18,27 @@ def case():
 
 
 def test_a_sheet_shows_every_light_and_one_dark():
-    at = show_rooms.shown(rooms.script(252))
+    at = picture.shown(rooms.script(252))
     assert at == [0, 20, 33, 51, 87, 123, 159, 195, 231]
     assert [bool(rooms.script(252)[frame]) for frame in at] == [frame != 33 for frame in at]
-    assert show_rooms.dark_seconds(rooms.script(63)) == [(21 / 16, 45 / 16), (57 / 16, 63 / 16)]
+    assert picture.dark_seconds(rooms.script(63)) == [(21 / 16, 45 / 16), (57 / 16, 63 / 16)]
 
 
 def test_methods_differ_as_their_names_say():
-    found = show_rooms.methods()
+    found = {name: shown.method(name) for name in shown.METHODS}
     assert [found[name].retention.sink for name in found] == [0, 3, 3, 3]
     assert [found[name].position.mode for name in found] == ["none", "none", "pi", "by_parts"]
     assert {one.retention.window for one in found.values()} == {21}
 
 
 def test_everything_is_written(case, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(show_rooms, "load_engine", lambda weights, device: None)
-    monkeypatch.setattr(show_rooms, "film", lambda engine, case, preset: case.truth().roll(1, 0))  # the other's room
-    args = show_rooms.Args(weights=tmp_path / "none", out=tmp_path, videos=2, frames=63, seed=1)
-    show_rooms.main(args, chosen=("plain window",))
+    other = lambda args, case, presets: {name: case.truth().roll(1, 0) for name in presets}  # the other's room
+    monkeypatch.setattr(shown, "film_all", other)
+    shown.main(shown.Args(out=tmp_path, methods=["plain window"], videos=2, frames=63, seed=1))
     sheet = Image.open(tmp_path / "sheet.png")
     assert sheet.size == (128 + 4 * 102 - 6, 40 + 2 * 102 - 6)
     # the first row, second column: the truth at frame 20
-    expected = show_rooms.tiles(case.truth()[0, 20:21], 96)[0].getpixel((48, 48))
+    expected = picture.tiles(case.truth()[0, 20:21], 96)[0].getpixel((48, 48))
     assert sheet.getpixel((128 + 102 + 48, 40 + 48)) == expected
     moving = Image.open(tmp_path / "films.webp")
     assert moving.n_frames == 32 and moving.size == (2 * 158 - 6, 176)
@@ -51,6 +51,6 @@ def test_everything_is_written(case, tmp_path, monkeypatch, capsys):
 
 
 def test_curves_have_a_panel_for_each_figure(case):
-    found = show_rooms.lines({"truth": measure(case.truth(), case)}, 21)
-    assert all(found["truth"][name].shape == (2, 63) for name, *_ in show_rooms.PANELS)
+    found = shown.lines({"truth": measure(case.truth(), case)}, 21)
+    assert all(found["truth"][name].shape == (2, 63) for name, *_ in picture.PANELS)
     assert torch.tensor(found["truth"]["palette"]).nan_to_num(1).min() > 0.6
