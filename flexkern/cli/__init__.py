@@ -21,7 +21,7 @@ from flexkern.checks import did_you_mean
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
 
 # modules; the one that is named is loaded
-COMMANDS = "render", "decode", "schema", "inspect", "metrics", "sheet", "presets", "warmup", "bench", "doctor"
+COMMANDS = "render", "decode", "schema", "inspect", "metrics", "sheet", "eval", "presets", "warmup", "bench", "doctor"
 
 
 @leaving_quietly()
