@@ -1,7 +1,8 @@
 """Does it work? Presets at 1 to 48 times the training horizon, then FLEX taken apart, on the world that needs memory.
 
-    python bench/evidence.py                    # the small setting: 16 films a variant, 75 minutes on two cores
+    python bench/evidence.py                    # the small setting: 16 films a variant, about two hours on two cores
     python bench/evidence.py --films 48         # three times as many
+    python bench/evidence.py --tables           # once more from films.csv, without filming
 
 Every variant films the same rooms, prompts and noise, so that variants are compared film by film: a difference is the
 mean over films of the difference to another variant, with a paired bootstrap interval of 95 %: presets and the parts
@@ -29,7 +30,7 @@ from pathlib import Path
 import machine
 import torch
 import tyro
-from evidence_tables import FIGURES, Row, draw, reading, results, write_results
+from evidence_tables import FIGURES, Row, draw, films, reading, results, write_results
 from variants import CHOICES, FLEX, PARTS, PLAIN, SINK, Variant
 
 from flexkern.demo import rooms
@@ -64,6 +65,7 @@ class Args:
     processes: int = os.cpu_count() or 1  # each has an engine of its own
     threads: int = 1  # of each
     device: str = "cpu"
+    tables: bool = False  # only these, from the films that were measured, whatever weights and commit they are of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,8 +235,11 @@ def join(cases: Sequence[Case]) -> Case:
 def main(args: Args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "films.csv"
-    make_missing(args, path)
+    if not args.tables:
+        make_missing(args, path)
     rows = read(path)
+    if not rows:
+        raise ValueError(f"{path} has no films")
     commit = rows[0]["commit"]
     parts, choices = [one.name for one in PARTS], [*LEAST, *(one.name for one in CHOICES)]
     presets = results(rows, args.presets, PLAIN)
@@ -247,10 +252,10 @@ def main(args: Args) -> None:
     pictures = {"presets": [one for one in presets if one.horizon == longest], "parts": of_parts[PLAIN]}
     for name, found in (*pictures.items(), ("choices", of_choices)):
         if found:
-            where = f"difference to {found[0].against} at {found[0].horizon} x, {args.films} films"
+            where = f"difference to {found[0].against} at {found[0].horizon} x, {films(found)} films"
             draw(args.out / f"{name}.png", found, f"{name}: {where}")
     about = (
-        f"{args.films} films a variant, each with a room, a prompt and noise of its own, the same for all variants; "
+        "Films of a variant have a room, a prompt and noise of their own each, the same for all variants; "
         "means over all frames beyond the horizon (at one horizon: over all that were not given), differences film by "
         f"film with paired bootstrap intervals of 95 %. Commit {commit}, weights {rows[0]['weights']}, torch "
         f"{rows[0]['torch']}, {rows[0]['day']}, device {args.device}."

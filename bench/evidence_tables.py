@@ -16,6 +16,7 @@ RESAMPLES = 10_000
 MEMORY, MOTION = ("ground", "palette"), ("course", "speed")
 FIGURES = (*MEMORY, "area", *MOTION)
 BETTER = {"ground": -1, "palette": 1, "course": 1, "speed": 1}  # which way; of an area neither
+DIGITS = {"ground": 4}  # after the point, where not three
 
 Row = dict[str, str]  # of films.csv
 
@@ -120,11 +121,19 @@ def table(found: Sequence[Result]) -> list[str]:
         those = [one for one in found if one.variant == name and one.figure in BETTER]
         cells = []
         for one in those:
-            said = f"{one.difference:+.3f} ({one.difference_low:+.3f} to {one.difference_high:+.3f})"
+            digits = DIGITS.get(one.figure, 3)
+            low, high = f"{one.difference_low:+.{digits}f}", f"{one.difference_high:+.{digits}f}"
+            said = f"{one.difference:+.{digits}f} ({low} to {high})"
             mark = {"better": f", **better** {said}", "worse": f", **worse** {said}"}.get(one.verdict, f", {said}")
-            cells.append(f"{one.mean:.3f}" + ("" if name == against else mark))
+            cells.append(f"{one.mean:.{digits}f}" + ("" if name == against else mark))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
+
+
+def films(found: Sequence[Result]) -> str:
+    """How many films the results are of."""
+    counts = sorted({one.films for one in found})
+    return " or ".join(map(str, counts))
 
 
 def reading(sections: Sequence[tuple[str, Sequence[Result]]], about: str) -> str:
@@ -133,5 +142,10 @@ def reading(sections: Sequence[tuple[str, Sequence[Result]]], about: str) -> str
     for title, found in sections:
         for horizon in sorted({one.horizon for one in found}):
             those = [one for one in found if one.horizon == horizon]
-            lines += [f"## {title}, {horizon} times the horizon, against {those[0].against}", "", *table(those), ""]
+            lines += [
+                f"## {title}, {horizon} times the horizon, {films(those)} films, against {those[0].against}",
+                "",
+                *table(those),
+                "",
+            ]
     return "\n".join(lines)

@@ -130,7 +130,8 @@ def report(path: Path, marks: Mapping[str, Marks], frames: int) -> str:
 def write_video(path: Path, film: torch.Tensor) -> None:
     """An mp4 of a film [T, 3, h, w] in [-1, 1]."""
     with VideoWriter(path, VIDEO, VIDEO, FPS) as writer:
-        writer.write(np.stack([np.asarray(picture) for picture in tiles(film, VIDEO)]))
+        for part in film.split(FPS):  # a second at a time: an hour of pictures does not fit into memory
+            writer.write(np.stack([np.asarray(picture) for picture in tiles(part, VIDEO)]))
 
 
 def main(args: Args) -> None:

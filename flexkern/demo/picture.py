@@ -1,5 +1,6 @@
 """The demo's pictures: a sheet of films, the same moving, and how their figures go over time."""
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,20 +33,23 @@ PANELS: tuple[
     ("speed", "Motion", "speed / the prompt's", 1.0, 1.3),
 )
 TILE, GAP, LABEL = 96, 6, 128  # pixels of the sheet
-SPED = 2  # every so manieth frame is in the animation
+MOST = 6  # lights after the first, on a sheet
+SPED, PAGES = 2, 126  # every so manieth frame is in the animation, which has so many at most
 FACE = "DejaVu Sans"
 FONT = {"font.family": FACE, "font.size": 11, "axes.edgecolor": FAINT, "text.color": INK}
 FONT |= {"axes.labelcolor": INK, "xtick.color": INK, "ytick.color": INK, "axes.titlecolor": INK}
 
 
 def shown(lights: torch.Tensor) -> list[int]:
-    """Frames for a sheet: the first, the end of the first light, the middle of the first dark, and of every light."""
+    """Frames for a sheet: the first, the end of the first light, the middle of the first dark, and of every light; of
+    a long film every so manieth light, the last among them."""
     edges = [*rooms.switches(lights), (len(lights), False)]
     spans = [(start, stop, on) for (start, on), (stop, _) in zip(edges, edges[1:], strict=False)]
     middle = lambda start, stop: (start + stop) // 2
     dark = [middle(start, stop) for start, stop, on in spans if not on][:1]
     lit = [middle(start, stop) for start, stop, on in spans[1:] if on]
-    return sorted([0, spans[0][1] - 1, *dark, *lit])
+    step = max(1, math.ceil(len(lit) / MOST))
+    return sorted([0, spans[0][1] - 1, *dark, *lit[::-1][::step]])
 
 
 def tiles(pictures: torch.Tensor, size: int) -> list[Image.Image]:
@@ -80,10 +84,10 @@ def sheet(path: Path, films: Mapping[str, torch.Tensor], lights: torch.Tensor) -
 
 
 def animation(path: Path, films: Mapping[str, torch.Tensor], *, size: int = 152) -> None:
-    """Write a WebP: the films side by side, moving, every ``SPED``-th frame."""
+    """Write a WebP: the beginning of the films side by side, moving, every ``SPED``-th frame."""
     large = font(15)
     wide = len(films) * (size + GAP) - GAP
-    rows = {name: tiles(made[::SPED], size) for name, made in films.items()}
+    rows = {name: tiles(made[: SPED * PAGES : SPED], size) for name, made in films.items()}
     pages = []
     for number in range(len(next(iter(rows.values())))):
         page = Image.new("RGB", (wide, size + 24), "white")

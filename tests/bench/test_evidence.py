@@ -115,6 +115,22 @@ def test_several_processes_make_the_same_rows(args):
     assert timeless(evidence.read(args.out / "films.csv")) == timeless(alone)
 
 
+def test_tables_are_made_again_without_a_model(args, monkeypatch):
+    args.tables = True
+    with pytest.raises(ValueError, match=r"films.csv has no films"):
+        evidence.main(args)
+    args.tables, args.far, args.parts, args.choices, args.horizons = False, 0, 0, 0, (1,)
+    evidence.main(args)
+    first = (args.out / "reading.md").read_text()
+    (args.out / "reading.md").unlink()
+    monkeypatch.setenv("FLEXKERN_COMMIT", "another")
+    evidence.machine.commit.cache_clear()
+    monkeypatch.setattr(evidence, "film", lambda *_: pytest.fail("filmed again"))
+    args.tables, args.weights = True, args.out / "none"
+    evidence.main(args)
+    assert (args.out / "reading.md").read_text() == first
+
+
 def test_rows_of_another_commit_or_other_weights_are_refused(args, monkeypatch):
     path = args.out / "films.csv"
     row = dict.fromkeys(evidence.COLUMNS, "0")

@@ -21,6 +21,8 @@ def test_a_sheet_shows_every_light_and_one_dark():
     at = picture.shown(rooms.script(252))
     assert at == [0, 20, 33, 51, 87, 123, 159, 195, 231]
     assert [bool(rooms.script(252)[frame]) for frame in at] == [frame != 33 for frame in at]
+    long = picture.shown(rooms.script(2520))
+    assert len(long) == 9 and long[:3] == [0, 20, 33] and long[-1] > 2450
     assert picture.dark_seconds(rooms.script(63)) == [(21 / 16, 45 / 16), (57 / 16, 63 / 16)]
 
 
