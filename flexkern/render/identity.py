@@ -51,6 +51,11 @@ def identity(engine: "Engine", prompts: Sequence[str], *, writes: str) -> dict[s
         found["threads"] = torch.get_num_threads()
     if engine.backend_name not in ("sdpa", "reference"):
         found |= {name: told for name in ("triton", "flash-attn", "xformers") if (told := _installed(name))}
+    if engine.backend_name == "triton":
+        from flexkern.kernels.attention.select import selected
+
+        chosen = selected(device, engine.model.config.head_dim, engine.model.dtype)
+        found["attention kernel"] = f"{chosen.path}, {chosen.config or chosen.variant}"  # a tile that was found, too
     found["weights"] = fingerprint(_tensors(engine.model, DEPTH))
     embeddings = ((prompt, engine.embed(prompt)) for prompt in prompts)
     found["embeddings of the prompts"] = fingerprint(embeddings)

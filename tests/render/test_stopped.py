@@ -13,6 +13,7 @@ from small_render import PICTURES, SCRIPT, small_engine, small_family, small_ord
 from flexkern.finite import NotFiniteError
 from flexkern.render import find_stopped, prepare, render, resume
 from flexkern.render.checkpoint import read_checkpoint, write_checkpoint
+from flexkern.render.identity import differences, identity
 from flexkern.render.parts import checkpoints
 from flexkern.render.record import read_record
 from flexkern.session import Session
@@ -207,6 +208,23 @@ def test_versions_count_from_when_it_last_went_on(engine, stopped, monkeypatch, 
     job = go_on(stopped, engine, anyway=True)
     assert [entry["picture"] for entry in job.record["history"]] == [60, 75]
     assert job.run(progress=False) and stopped.read_bytes() == whole  # the version was not really another
+
+
+@pytest.mark.triton(3, 4)
+def test_the_attention_kernel_and_its_tile_count(monkeypatch):
+    from flexkern.kernels.attention import select
+    from flexkern.kernels.attention.tiles import frame_attention_config
+
+    engine = small_engine(backend="triton")
+    told = []
+    for arch, kept in ((80, None), (80, frame_attention_config(120, 64, torch.bfloat16)), (90, None)):
+        monkeypatch.setattr(select, "_ask", lambda *_, arch=arch, kept=kept: (arch, kept))
+        select.forget()
+        told.append(identity(engine, [], writes="latents"))
+    select.forget()
+    assert len({one["attention kernel"] for one in told}) >= 2 and "portable" in told[0]["attention kernel"]
+    (difference,) = differences(told[0], told[1])
+    assert difference.startswith("attention kernel was 'portable, ")
 
 
 def test_another_model_cannot_go_on(engine, stopped):
