@@ -1,8 +1,8 @@
 """The command line: ``flexkern render | decode | schema | inspect | metrics | sheet | presets | warmup | bench |
 doctor``.
 
-Bad input gets one line on stderr and exit status 2, before any work; ``flexkern.cli.status`` has the others. Faults of
-our own keep their traceback. What is heavy is imported by the command that needs it, so that errors and help come at
+Bad input gets one line on stderr and exit status 2, before any work; ``flexkern.render.status`` has the others. Faults
+of our own keep their traceback. What is heavy is imported by the command that needs it, so that errors and help come at
 once.
 """
 

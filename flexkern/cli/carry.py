@@ -9,48 +9,42 @@ goes on; one that fails does not end the others. The manifest has a line of JSON
     seed, preset, prompt, pictures         of the order
 """
 
-import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.cli import status
-from flexkern.cli.batch import BAD, Batch
 from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import Flags
-from flexkern.cli.resume import saved_options, way_on
-from flexkern.render.encoding import STDOUT, is_sequence
+from flexkern.cli.lots import Lot
+from flexkern.cli.resume import saved_options
+from flexkern.render import status
+from flexkern.render.encoding import STDOUT
 
 if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.families import Family
     from flexkern.render import EventLog, Job, Order, PipeJob, Watch
+    from flexkern.render.ending import Ending
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ending:
-    """How a render ended."""
-
-    status: int
-    message: str = ""
-    """why, where it is not done"""
+BAD = ValueError, OSError, NotImplementedError  # what a user can mend
 
 
-def render_all(batches: Sequence[Batch], command: Flags) -> int:
-    """Make the videos of all batches. Returns the exit status.
+def render_all(lots: Sequence[Lot], command: Flags) -> int:
+    """Make the videos of all lots. Returns the exit status.
 
     Raises SystemExit with one line where there is one video, and it fails.
     """
-    several, manifest = is_several(batches, command), manifest_path(batches, command)
+    several, manifest = is_several(lots, command), manifest_path(lots, command)
     with refusing(*BAD):
         log = open_log(command)
-        done = {id(order) for batch in batches for order in batch.orders if several and skips(order, batch)}
+        skipped = several and not command.overwrite
+        done = {id(order) for lot in lots for order in lot.batch.orders if skipped and lot.batch.skips(order)}
     failed: list[int] = []
-    for batch in batches:
+    for lot in lots:
         waiting = []
-        for order in batch.orders:
+        for order in lot.batch.orders:
             if id(order) in done:
                 note(f"{order.target}: is finished already, nothing of it has changed: skipped")
                 enter(manifest, order, "skipped")
@@ -59,9 +53,9 @@ def render_all(batches: Sequence[Batch], command: Flags) -> int:
         if not waiting:
             continue
         try:
-            engine = batch.open()
+            engine = open_engine(lot)
         except BAD as error:
-            if len(batches) == 1:
+            if len(lots) == 1:
                 with refusing(*BAD):
                     raise
             for order in waiting:
@@ -73,7 +67,7 @@ def render_all(batches: Sequence[Batch], command: Flags) -> int:
             with refusing(*BAD):
                 command.output_folder.mkdir(parents=True, exist_ok=True)
         for order in waiting:
-            ending = render_one(order, batch, engine, log, goes_on=several and not command.overwrite)
+            ending = render_one(order, lot, engine, log, goes_on=several and not command.overwrite)
             if ending.status == status.DONE:
                 enter(manifest, order, "finished")
                 continue
@@ -87,40 +81,34 @@ def render_all(batches: Sequence[Batch], command: Flags) -> int:
             enter(manifest, order, "failed", ending.message, ending.status)
             failed.append(ending.status)
     if failed:
-        count = sum(len(batch.orders) for batch in batches)
+        count = sum(len(lot.batch.orders) for lot in lots)
         note(f"{len(failed)} of {count} videos failed{f', see {manifest}' if manifest else ''}")
     return status.DONE if not failed else failed[0] if len(set(failed)) == 1 else status.FAILED
 
 
-def is_several(batches: Sequence[Batch], command: Flags) -> bool:
+def is_several(lots: Sequence[Lot], command: Flags) -> bool:
     """Whether what is done is skipped, and what fails survived: for several videos, lists of prompts and job files."""
-    return command.job is not None or command.data_path is not None or sum(len(batch.orders) for batch in batches) > 1
+    return command.job is not None or command.data_path is not None or sum(len(lot.batch.orders) for lot in lots) > 1
 
 
-def skips(order: "Order", batch: Batch) -> bool:
-    """Whether an order is done already. Raises FileExistsError where its target is something else."""
-    from flexkern.render import is_done, validate_new
-    from flexkern.render.target import JOB, parts_name, taken
-
-    if batch.command.overwrite or order.target == STDOUT:
-        return False
-    if is_done(order, batch.about(order)):
-        return True
-    begun = (parts_name(order.target) / JOB).is_file()  # and stopped: it goes on
-    if not begun or (taken(order.target) and not is_sequence(order.target)):
-        validate_new(order.target)
-    return False
+def open_engine(lot: Lot) -> "Engine":
+    """The engine of a lot, with weights loaded and prompts encoded."""
+    engine = lot.batch.open(tell=note if lot.command.progress else lambda _: None)
+    if (parts := lot.batch.parts) is not None and parts.saves_embeddings:
+        note(f"{parts.embeddings}: embeddings of {len(lot.batch.prompts)} prompts")
+    return engine
 
 
-def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | None", *, goes_on: bool) -> Ending:
+def render_one(order: "Order", lot: Lot, engine: "Engine", log: "EventLog | None", *, goes_on: bool) -> "Ending":
     """Make one video.
 
     goes_on: whether a render of it that was stopped is continued.
     """
     from flexkern.render import prepare, prepare_pipe, resume
-    from flexkern.render.target import JOB, parts_name
+    from flexkern.render.batch import begun
+    from flexkern.render.ending import Ending
 
-    command, family = batch.command, batch.family
+    command, batch, family = lot.command, lot.batch, lot.batch.family
     watch = make_watch(command, log, order)
 
     def tell(text: str) -> None:
@@ -131,7 +119,7 @@ def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | 
         job: Job | PipeJob
         if order.target == STDOUT:
             job = prepare_pipe(order, engine, family, sys.stdout.buffer)
-        elif goes_on and (parts_name(order.target) / JOB).is_file():
+        elif goes_on and begun(order.target):
             job = resume(order.target, engine, family, order=order, tell=tell)
         else:
             job = prepare(
@@ -146,19 +134,20 @@ def render_one(order: "Order", batch: Batch, engine: "Engine", log: "EventLog | 
     except BAD as error:
         watch.failed(order.target, str(error))
         return Ending(status=status.REFUSED, message=str(error))
-    if batch.parts is None and not batch.told:  # of a checkpoint it was told before the weights were read
+    if batch.parts is None and not lot.told:  # of a checkpoint it was told before the weights were read
         note(str(engine.backend_choice))
-        batch.told = True
+        lot.told = True
     if command.progress:
         note(header(order, engine, family))
-    return carry_out(job, family, watch)
+    return finish_one(job, family, watch)
 
 
-def carry_out(job: "Job | PipeJob", family: "Family", watch: "Watch") -> Ending:
+def finish_one(job: "Job | PipeJob", family: "Family", watch: "Watch") -> "Ending":
     """Make the video of a job, and tell what was made."""
-    ending = run(job, watch)
+    from flexkern.render.ending import carry_out
+
+    ending = carry_out(job, watch)
     if ending.status != status.DONE:
-        watch.failed(job.order.target, ending.message)
         return ending
     order, made = job.order, job.writer.pictures
     watch.finished(order.target)
@@ -166,30 +155,6 @@ def carry_out(job: "Job | PipeJob", family: "Family", watch: "Watch") -> Ending:
     length = pictures if order.writes == "video" else f"{family.frames(made)} latent frames"
     print(f"{order.target}: {length}", file=sys.stderr if order.target == STDOUT else sys.stdout, flush=True)
     return ending
-
-
-def run(job: "Job | PipeJob", watch: "Watch") -> Ending:
-    """Make the video of a job, and say how that ended."""
-    from flexkern.finite import NotFiniteError
-    from flexkern.render import is_out_of_memory, render, stoppable
-
-    try:
-        with stoppable() as signals:
-            finished = job.run(progress=watch.progress, loop=render, watch=watch)
-    except NotFiniteError as error:  # weights that overflow
-        return Ending(status=status.FAILED, message=f"{error}; {job.kept}")
-    except BrokenPipeError:  # who reads stdout has seen enough
-        raise
-    except Exception as error:
-        if not isinstance(error, OSError) and not is_out_of_memory(error):
-            raise
-        why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
-        ended = status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT
-        return Ending(status=ended, message=f"{why}; {job.kept}{way_on(job)}")
-    if not finished:
-        number = signals[0] if signals else signal.SIGINT
-        return Ending(status=status.SIGNAL + number, message=f"interrupted: {job.kept}{way_on(job)}")
-    return Ending(status=status.DONE)
 
 
 def header(order: "Order", engine: "Engine", family: "Family") -> str:
@@ -225,11 +190,11 @@ def make_watch(command: Flags, log: "EventLog | None", order: "Order") -> "Watch
     return Watch(progress=command.progress, preview=command.preview, log=log, about=about)
 
 
-def manifest_path(batches: Sequence[Batch], command: Flags) -> Path | None:
+def manifest_path(lots: Sequence[Lot], command: Flags) -> Path | None:
     """Where the manifest goes: to --manifest, the folder of --data-path, or beside the job file; None for one video."""
     if command.manifest is not None:
         return command.manifest
-    if sum(len(batch.orders) for batch in batches) == 1:
+    if sum(len(lot.batch.orders) for lot in lots) == 1:
         return None
     if command.output_folder is not None:
         return command.output_folder / "manifest.jsonl"

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from flexkern.checks import require
-from flexkern.cli import status
 from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import option
-from flexkern.cli.policies import DEMO
+from flexkern.render import status
+from flexkern.render.choices import DEMO
 
 if TYPE_CHECKING:
     from flexkern.render.decoding import HeldLatents

@@ -1,7 +1,6 @@
 """The options of ``flexkern render``, and which of them exclude each other."""
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -9,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from flexkern.checks import is_float32, require
-from flexkern.cli.policies import DEMO
-from flexkern.cli.research import Research
+from flexkern.render.choices import DEMO, NOT_FOR_DEMO, flag, read_size, validate_for_demo
+from flexkern.render.research import Research
 
 if TYPE_CHECKING:
     from flexkern.render.encoding import Encoding
+    from flexkern.render.spec import JobSpec
 
-PROMPT = "a red disc and a blue square on dark green, fast"
 SEEDS = 2**64
 EXCLUSIVE = (
     ("latents", "fps"), ("latents", "crf"), ("latents", "format"),
@@ -28,12 +27,11 @@ NEEDS = (
     ("extended_prompt_path", "data_path"), ("save_with_index", "data_path"), ("i2v", "image"),
     ("resume_anyway", "resume"),
 )  # fmt: skip
-NOT_FOR_DEMO = (
-    "vae", "vae_backend", "text_encoder", "tokenizer", "embeddings", "lora", "lora_scale", "ema", "no_ema", "dtype",
-    "size", "image", "chunk", "first_chunk", "num_output_frames", "latents", "config_path",
+MAKING = (  # fields of a job that are options of the same name and kind, and say what makes a video
+    "model", "weights", "vae", "text_encoder", "tokenizer", "embeddings", "lora", "lora_scale", "dtype", "config_path",
+    "size", "chunk", "first_chunk", "image", "seconds", "frames", "num_output_frames", "latents", "backend", "device",
+    "threads",
 )  # fmt: skip
-LENGTHS = ("seconds", "frames", "num_output_frames")
-SHOWN = ("prompt", "prompts", "data_path")
 OUTPUTS = ("out", "latents")
 
 
@@ -186,36 +184,30 @@ class Flags:
         Raises:
             FileNotFoundError: A file that it names is not there.
         """
-        said = dict(research.flags)
-        for group in (LENGTHS, SHOWN, ("ema", "no_ema")):
-            if any(map(self.given, group)):
-                said = {name: value for name, value in said.items() if name not in group}
-        if self.given("out") or self.given("latents"):
-            said.pop("output_folder", None)
-        if "data_path" not in said:
-            said.pop("extended_prompt_path", None)
         taken = []
-        for name, value in said.items():
-            if self.given(name) or (name == "seed" and self.seed is not None):
-                continue
-            if name in ("weights", "lora", "data_path", "extended_prompt_path"):
-                value = research.file(name)
+        given = lambda name: self.given(name) or (name == "seed" and self.seed is not None)
+        for name, value in research.stand_ins(given).items():
             if name == "lora":
                 scale = self.lora_scale[0] if len(self.lora_scale) == 1 else 1.0
                 require(len(self.lora_scale) <= 1, f"--lora-scale: {research.path} names one LoRA")
                 self.lora, self.lora_scale = (value,), (scale * research.lora_scale,)
             else:
-                setattr(self, name, Path(value) if name == "output_folder" else value)
+                setattr(self, name, value)
             taken.append(f"{flag(name)} {value}" if value is not True else flag(name))
         return taken
 
-    def loras(self) -> tuple[tuple[Path, float], ...]:
-        """Every LoRA with its factor. Raises ValueError where their numbers differ."""
-        scales = self.lora_scale or (1.0,) * len(self.lora)
-        if len(scales) != len(self.lora):
-            told = f"got {len(self.lora)} of --lora and {len(scales)} of --lora-scale"
+    def validate_loras(self) -> None:
+        """Raises ValueError where the numbers of LoRAs and of factors differ."""
+        if self.lora_scale and len(self.lora_scale) != len(self.lora):
+            told = f"got {len(self.lora)} of --lora and {len(self.lora_scale)} of --lora-scale"
             raise ValueError(f"--lora-scale is given once for each --lora, or not at all: {told}")
-        return tuple(zip(self.lora, scales, strict=True))
+
+    def spec(self) -> "JobSpec":
+        """What is said of what makes a video and of its length; what it shows is left out."""
+        from flexkern.render.spec import JobSpec
+
+        said: dict[str, Any] = {name: getattr(self, name) for name in MAKING}
+        return JobSpec(**said, ema=True if self.ema else False if self.no_ema else None, encoding=self.encoding())
 
     def encoding(self) -> "Encoding":
         """What is said of the form of the video. Raises ValueError for a number out of range."""
@@ -225,12 +217,7 @@ class Flags:
 
     def read_size(self) -> tuple[int, int] | None:
         """Height and width in pixels, None where none is given. Raises ValueError for another form."""
-        if self.size is None:
-            return None
-        found = re.fullmatch(r"\s*(\d+)\s*[xX×*]\s*(\d+)\s*", self.size, re.ASCII)
-        require(found is not None, f"--size must be HEIGHTxWIDTH in pixels, such as 480x832, got {self.size!r}")
-        assert found is not None
-        return int(found[1]), int(found[2])
+        return read_size(self.size)
 
     def inputs(self) -> dict[str, Path]:
         """The files that are read, by their options."""
@@ -242,16 +229,7 @@ class Flags:
 
     def validate_for_demo(self) -> None:
         """Raises ValueError where a flag was given that the demo has no use for."""
-        from flexkern.model.families import FAMILIES
-
-        if given := [name for name in NOT_FOR_DEMO if self.given(name)]:
-            known = f"name what --weights are with --model {' | '.join(FAMILIES)}"
-            raise ValueError(f"{flag(given[0])} is for checkpoints: {known}")
-
-
-def flag(name: str) -> str:
-    """A field of ``Flags`` as one types it."""
-    return f"--{name.replace('_', '-')}"
+        validate_for_demo([name for name in NOT_FOR_DEMO if self.given(name)])
 
 
 def size_words(height: int, width: int) -> str:

@@ -1,7 +1,6 @@
 """From a job file to commands: one for each of its jobs, with the options that stand beside the file in their place."""
 
 import copy
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -9,10 +8,12 @@ from typing import Generic, TypeVar
 
 from flexkern.checks import require
 from flexkern.cli.errors import note
-from flexkern.cli.flags import LENGTHS, OUTPUTS, SHOWN, Flags, flag
-from flexkern.cli.videos import Shown
+from flexkern.cli.flags import OUTPUTS, Flags
+from flexkern.render.assembly import Shown, in_fields
+from flexkern.render.choices import flag
 from flexkern.render.encoding import Encoding
 from flexkern.render.jobfile import JobEntry, read_jobs
+from flexkern.render.research import LENGTHS, SHOWN
 from flexkern.render.spec import JobSpec
 
 C = TypeVar("C", bound=Flags)
@@ -39,9 +40,7 @@ class Setting(Generic[C]):
         except (ValueError, OSError, NotImplementedError) as error:
             if self.where is None or isinstance(error, BrokenPipeError):
                 raise
-            said = str(error)
-            for f in fields(JobSpec):
-                said = re.sub(rf"{flag(f.name)}(?![\w-])", f.name, said)
+            said = in_fields(str(error))
             file = self.where.partition(", line")[0]
             prefix = "" if said.startswith(f"{file}, line") else f"{self.where}: "
             raise ValueError(f"{prefix}{said}") from None

@@ -3,19 +3,17 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import field, fields, make_dataclass
-from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import tyro
 
 from flexkern.checks import field_docs
 from flexkern.cli.argv import spellings
-from flexkern.cli.research import Research, read_research
 from flexkern.policies import Preset, get_preset, idle_fields
 from flexkern.policies.presets import POLICIES
+from flexkern.render.choices import DEMO, base_preset, chosen_model, flag
+from flexkern.render.research import Research, read_research
 
-DEMO = "demo"  # the model where none is named
-PRESET = "flex"
 ABOUT = {  # what stands above the options of a policy
     "position": "Where in time every frame sits. The model counts time in bands, each of which turns at a speed of its "
     "own. r_j: turns of band j in train_len frames. s: how many times longer than training the video is. g, g_j: the "
@@ -107,39 +105,5 @@ def without_effect(preset: Preset, overrides: Mapping[str, object], research: Re
         if name not in overrides or overrides[name] == getattr(getattr(plain, policy), field_name):
             continue
         from_file = research is not None and name in research.policies and research.policies[name] == overrides[name]
-        named.append(research.key(name) if research is not None and from_file else as_option(name))
+        named.append(research.key(name) if research is not None and from_file else flag(name))
     return f"without effect in {preset.name}: {', '.join(named)}; see flexkern presets {preset.name}" if named else None
-
-
-def as_option(name: str) -> str:
-    """A field of a preset, by its dotted name, as one types it."""
-    return f"--{name.replace('_', '-')}"
-
-
-def base_preset(name: str | None, model: str, research: Research | None) -> Preset:
-    """The preset of that name, else the configuration's or the model's, with what a configuration says of it."""
-    if name is None and research is not None:
-        name = research.preset
-    if name is None and is_family(model):
-        from flexkern.model.families import FAMILIES
-
-        name = FAMILIES[model].preset
-    return get_preset(name or PRESET, research.policies if research else None)
-
-
-def chosen_model(model: str, config: str | Path | None, weights: str | Path | None) -> str:
-    """The model; where only a configuration of a research repository is given, the family that its name tells."""
-    if model != DEMO or config is None:
-        return model
-    from flexkern.model.families import family_of, guess_family
-
-    return guess_family(Path(config).name) or (family_of(weights) if weights else None) or "self-forcing"
-
-
-def is_family(model: str) -> bool:
-    """Whether --model names a family of checkpoints."""
-    if model == DEMO:
-        return False
-    from flexkern.model.families import FAMILIES
-
-    return model in FAMILIES

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 import tyro
 
 from flexkern.cli.errors import refusing
-from flexkern.cli.policies import as_option
 from flexkern.policies import (
     NoisePolicy,
     PositionPolicy,
@@ -18,6 +17,7 @@ from flexkern.policies import (
     idle_fields,
 )
 from flexkern.policies.presets import POLICIES, PRESETS
+from flexkern.render.choices import flag
 
 RAMP = "Bands of fewer than {low:g} cycles in training are slowed by s, those of {high:g} or more stay as trained."
 SLOWED = {
@@ -114,7 +114,7 @@ def describe(preset: Preset) -> list[str]:
         lines.append("")
         used = getattr(preset, policy)
         for field in fields(used):
-            option = as_option(f"{policy}.{field.name}")
+            option = flag(f"{policy}.{field.name}")
             if f"{policy}.{field.name}" in idle:
                 continue
             value = getattr(used, field.name)
@@ -123,7 +123,7 @@ def describe(preset: Preset) -> list[str]:
             lines.append(f"{f'{option} {shown_value(value)}':38} {PLAIN[f'{policy}.{field.name}']}".rstrip())
     stars = ["* follows another value, or the model, unless it is given"] * follows
     without = textwrap.wrap(
-        f"Without effect in {preset.name}: {', '.join(map(as_option, idle))}", 100, break_on_hyphens=False
+        f"Without effect in {preset.name}: {', '.join(map(flag, idle))}", 100, break_on_hyphens=False
     )
     return [*lines, "", *stars, *without, "flexkern render --preset NAME --help says all of each option."]
 

@@ -7,22 +7,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.checks import did_you_mean
-from flexkern.cli import status
-from flexkern.cli.batch import BAD, Batch, Plan, validate_demo
-from flexkern.cli.carry import carry_out, make_watch, open_log, render_all
-from flexkern.cli.errors import in_flags, note, refuse, refusing, translated
+from flexkern.cli.carry import BAD, finish_one, make_watch, open_log, render_all
+from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
-from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family, without_effect
-from flexkern.cli.research import Research, read_research
+from flexkern.cli.lots import Lot, Plan
+from flexkern.cli.policies import chosen_overrides, without_effect
 from flexkern.cli.resume import options_from, validate_alone
-from flexkern.cli.videos import chosen_videos, timed, validate_targets
+from flexkern.cli.videos import chosen_videos
 from flexkern.policies import get_preset
+from flexkern.render import status
+from flexkern.render.assembly import chosen_checkpoint, chosen_family, chosen_weights, timed
+from flexkern.render.choices import base_preset, chosen_model, is_family
 from flexkern.render.encoding import STDOUT
+from flexkern.render.research import Research, read_research
+from flexkern.render.target import validate_targets
 
 if TYPE_CHECKING:
-    from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
     from flexkern.render import Order
 
@@ -35,8 +36,8 @@ class Render(Flags):
         if self.resume is not None:
             return self.go_on(self.resume)
         with refusing(*BAD):
-            batches = self.begin()
-        return render_all(batches, self)
+            lots = self.begin()
+        return render_all(lots, self)
 
     def go_on(self, target: Path) -> int:
         """The render to the file, from its last checkpoint. Returns the exit status."""
@@ -54,20 +55,19 @@ class Render(Flags):
                 self.threads or begun.threads or stopped.record["identity"].get("threads")
             )  # sums depend on it
             begun.graphs &= self.graphs
-            batch = begun.batch(
-                Setting(command=begun), begun.follow_research(), [replace(stopped.order, target=target)]
-            )
-            begun.check(batch)
-            job = resume(target, batch.open(), batch.family, anyway=self.resume_anyway, tell=note)
+            lot = begun.lot(Setting(command=begun), begun.follow_research(), [replace(stopped.order, target=target)])
+            lot.check()
+            tell = note if self.progress else lambda _: None
+            job = resume(target, lot.batch.open(tell=tell), lot.batch.family, anyway=self.resume_anyway, tell=note)
             watch = make_watch(self, open_log(self), job.order)
-        ending = carry_out(job, batch.family, watch)
+        ending = finish_one(job, lot.batch.family, watch)
         if ending.status >= status.SIGNAL:
             note(ending.message)
         elif ending.status != status.DONE:
             refuse(ending.message, ending.status)
         return ending.status
 
-    def begin(self) -> list[Batch]:
+    def begin(self) -> list[Lot]:
         """What to make and what makes it, checked as a whole; nothing is loaded. Raises what ``run`` refuses."""
         from flexkern.render import sidecar_path, validate_new, validate_preview
 
@@ -86,18 +86,18 @@ class Render(Flags):
             raise ValueError(f"stdout takes one video, got {len(targets)}")
         if len(targets) == 1 and self.job is None and self.data_path is None and targets[0] != STDOUT:
             validate_new(targets[0], overwrite=self.overwrite)
-        batches: list[Batch] = []
+        lots: list[Lot] = []
         for plan in plans:
             with plan.setting.blaming():
-                batch = plan.setting.command.measure(plan)
-            if batches and batches[-1].shares(batch):
-                batches[-1].orders += batch.orders
+                lot = plan.setting.command.measure(plan)
+            if lots and lots[-1].batch.shares(lot.batch):
+                lots[-1].batch.orders += lot.batch.orders
             else:
-                batches.append(batch)
-        for batch in batches:
-            with batch.setting.blaming():
-                batch.setting.command.check(batch)
-        return batches
+                lots.append(lot)
+        for lot in lots:
+            with lot.setting.blaming():
+                lot.check()
+        return lots
 
     def read(self, setting: Setting["Render"]) -> Plan:
         """What is asked for, from flags and small files alone."""
@@ -105,7 +105,7 @@ class Render(Flags):
         if (size := self.read_size()) is not None:
             note(size_words(*size))
         research = self.follow_research()
-        self.loras()
+        self.validate_loras()
         self.model = chosen_model(self.model, self.config_path, self.weights)
         base = base_preset(self.preset, self.model, research)
         overrides = chosen_overrides(self, base, research, setting.overrides)
@@ -113,10 +113,10 @@ class Render(Flags):
         if idle := without_effect(preset, overrides, research):
             note(idle)
         videos = chosen_videos(self, preset, research, setting.inline)
-        self.chosen_weights()
+        chosen_weights(self.spec())
         return Plan(setting=setting, research=research, base=base, overrides=overrides, videos=videos)
 
-    def measure(self, plan: Plan) -> Batch:
+    def measure(self, plan: Plan) -> Lot:
         """The orders, with the length of each video in pictures, once the family is known."""
         from flexkern.pipeline import validate_device
         from flexkern.render import Order, validate_form
@@ -124,7 +124,8 @@ class Render(Flags):
         if self.device:
             validate_device(self.device, "--device")
         family = self.chosen_family(plan.research)
-        lengths = {video.shown: timed(video.shown, self, family, plan.research) for video in plan.videos}
+        spec = self.spec()
+        lengths = {video.shown: timed(video.shown, spec, family, plan.research) for video in plan.videos}
         for told in dict.fromkeys(told for _, _, told in lengths.values() if told):
             note(told)
         encoding = self.encoding()
@@ -150,58 +151,36 @@ class Render(Flags):
             height, width = family.picture_size
             for video in plan.videos:
                 validate_form(width, height, family.fps, encoding, video.target)
-        return self.batch(plan.setting, plan.research, orders)
+        return self.lot(plan.setting, plan.research, orders)
 
-    def batch(self, setting: Setting[Any], research: Research | None, orders: "list[Order]") -> Batch:
+    def lot(self, setting: Setting[Any], research: Research | None, orders: "list[Order]") -> Lot:
         """Orders, with what makes them."""
         import torch
 
         from flexkern.pipeline import validate_device
+        from flexkern.render.batch import Batch
 
         device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         validate_device(device, "--device")
-        family = self.chosen_family(research)
-        checkpointed = is_family(self.model)
-        return Batch(
-            setting=setting,
+        spec, family = self.spec(), self.chosen_family(research)
+        checkpoint = chosen_checkpoint(spec, family, self.vae_backend or "auto")
+        batch = Batch(
+            base=spec,
             family=family,
             device=device,
             threads=self.threads or torch.get_num_threads(),
             orders=orders,
-            checkpoint=self.chosen_checkpoint(family) if checkpointed else None,
-            weights=None if checkpointed else self.chosen_weights(),
+            checkpoint=checkpoint,
+            weights=None if checkpoint is not None else chosen_weights(spec),
+            graphs=self.graphs,
         )
+        return Lot(setting=setting, batch=batch)
 
-    def check(self, batch: Batch) -> None:
-        """Find the parts of the batch's checkpoint, and check them for its orders before weights are read."""
-        from flexkern.demo import encode_prompts
-        from flexkern.pipeline import MissingPart, check, validate_preset
-
-        if batch.checkpoint is None:
-            validate_demo(batch.weights)
-            for prompt in batch.prompts:
-                encode_prompts([prompt])
-            return
-        family, orders = batch.family, batch.orders
-        try:
-            parts = batch.parts = check(
-                batch.checkpoint,
-                prompts=batch.prompts,
-                preset=orders[0].method,
-                frames=family.frames(orders[0].pictures),
-                image=self.image,
-                pixels=self.latents is None,
-                backend=self.backend,
-                device=batch.device,
-            )
-        except MissingPart as error:
-            raise ValueError(translated(error.part, error.why)) from None
-        for order in orders[1:]:
-            validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
-        found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}
-        validate_targets([order.target for order in orders], {name: path for name, path in found.items() if path})
-        for line in (str(parts), str(parts.backend), *map(in_flags, parts.notes), *self.not_needed(parts)):
-            note(line)
+    def chosen_family(self, research: Research | None) -> "Family":
+        """The family of --model, with what other options change of it; or the demo's."""
+        if not is_family(self.model):
+            self.validate_for_demo()
+        return chosen_family(self.spec(), research)
 
     def follow_research(self) -> Research | None:
         """The configuration, with what it says in place of options taken, and what is not used told."""
@@ -219,64 +198,3 @@ class Render(Flags):
         if research.note:
             note(research.note)
         return research
-
-    def not_needed(self, parts: "Parts") -> list[str]:
-        """What was named and is not used."""
-        words = []
-        if self.vae is not None and parts.vae is None:
-            words.append(f"--vae {self.vae} is not needed: --latents are not decoded")
-        if parts.text_encoder is None and parts.embeddings is not None:
-            named = {"--text-encoder": self.text_encoder, "--tokenizer": self.tokenizer}
-            words += [f"{name} {path} is not needed: {parts.embeddings} is" for name, path in named.items() if path]
-        return words
-
-    def chosen_weights(self) -> Path | None:
-        """The file that --model or --weights names, None for the one that comes with flexkern."""
-        if self.model == DEMO or is_family(self.model):
-            return self.weights
-        if self.weights is not None:
-            raise ValueError("give --model FILE or --weights FILE, not both")
-        if not Path(self.model).exists():
-            from flexkern.model.families import FAMILIES
-
-            known = f"expected demo, {', '.join(FAMILIES)} or a safetensors file"
-            raise FileNotFoundError(f"there is no model {self.model!r}: {known}{did_you_mean(self.model, FAMILIES)}")
-        return Path(self.model)
-
-    def chosen_family(self, research: Research | None) -> "Family":
-        """The family of --model with what --config-path, --chunk, --first-chunk and --size change; or the demo's."""
-        from flexkern import demo
-        from flexkern.model.families import FAMILIES
-
-        if not is_family(self.model):
-            self.validate_for_demo()
-            return demo.family()
-        family = FAMILIES[self.model]
-        given: dict[str, Any] = dict(research.family if research else {})
-        first_steps = given.pop("first_steps", None)
-        given |= {name: value for name in ("chunk", "first_chunk") if (value := getattr(self, name)) is not None}
-        if (size := self.read_size()) is not None:
-            given["size"] = family.latent_size(*size)
-        family = family.override(**given)
-        if first_steps is None:
-            return family
-        return replace(family, schedule=replace(family.schedule, first_steps=first_steps))
-
-    def chosen_checkpoint(self, family: "Family") -> "Checkpoint":
-        """The checkpoint that the flags name."""
-        from flexkern.pipeline import Checkpoint
-
-        if self.weights is None:
-            raise ValueError(f"--model {self.model} needs --weights PATH, a file or a folder")
-        return Checkpoint(
-            weights=self.weights,
-            family=family,
-            vae=self.vae,
-            vae_backend=self.vae_backend or "auto",
-            text_encoder=self.text_encoder,
-            tokenizer=self.tokenizer,
-            embeddings=self.embeddings,
-            lora=self.loras() or None,
-            ema=True if self.ema else False if self.no_ema else None,
-            dtype=self.dtype or "bfloat16",
-        )

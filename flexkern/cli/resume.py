@@ -3,22 +3,19 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flexkern.checks import require
-from flexkern.cli.flags import Flags, flag
+from flexkern.cli.flags import Flags
 from flexkern.policies.presets import POLICIES
-
-if TYPE_CHECKING:
-    from flexkern.render import Job, PipeJob
+from flexkern.render.choices import PATH, flag, plain
 
 BESIDE = ("resume", "resume_anyway", "threads", "graphs", "progress")  # options that may be given with --resume
-PATH = "path"
 
 
 def saved_options(given: Flags) -> dict[str, Any]:
     """What was given, as JSON takes it; paths from the root, so that it holds wherever the next command is run."""
-    return {f.name: _plain(getattr(given, f.name)) for f in _ours(given) if _changed(given, f)}
+    return {f.name: plain(getattr(given, f.name)) for f in _ours(given) if _changed(given, f)}
 
 
 def options_from(saved: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,17 +36,6 @@ def validate_alone(given: Flags) -> None:
         raise ValueError(f"--resume goes on with what was ordered: {flag(others[0])} cannot be given with it")
 
 
-def way_on(job: "Job | PipeJob") -> str:
-    """How to go on with a job that was stopped, as the end of a sentence; empty where nothing is left of it."""
-    from flexkern.render import PipeJob
-
-    if isinstance(job, PipeJob) or not job.can_resume:
-        return ""
-    made = job.checkpoints.pictures
-    where = f"from picture {made}" if made else "from the start, there is no checkpoint yet"
-    return f"; flexkern render --resume {job.order.target} goes on {where}"
-
-
 def _ours(given: Flags) -> list[Field[Any]]:
     return [f for f in fields(given) if f.name not in POLICIES]
 
@@ -57,12 +43,6 @@ def _ours(given: Flags) -> list[Field[Any]]:
 def _changed(given: Flags, one: "Field[Any]") -> bool:
     default = one.default if one.default_factory is MISSING else one.default_factory()
     return bool(getattr(given, one.name) != default)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return {PATH: str(value.absolute())}
-    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _read(value: Any) -> Any:

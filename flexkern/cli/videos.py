@@ -4,34 +4,16 @@ Files are read and targets looked at before torch is loaded; times and lengths f
 """
 
 import os
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from flexkern.cli.errors import note
-from flexkern.cli.flags import PROMPT, SEEDS, Flags
-from flexkern.cli.policies import is_family
-from flexkern.cli.research import Research
+from flexkern.cli.flags import SEEDS, Flags
 from flexkern.policies import Preset
-
-if TYPE_CHECKING:
-    from flexkern.model.families import Family
-    from flexkern.render import Pace, PromptSwitch
-
-SECONDS = 10.0  # of a video whose length is not given; of a prompt in a list of them
-LAST = "its last prompt, at {:g} seconds, is shown as long as the one before it"
-OTHER_LENGTH = "--seconds, --frames or --num-output-frames sets another length"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shown:
-    """What one video shows: prompts with times, or prompts that follow each other, whose times are still to be set."""
-
-    source: str
-    """where that is said, for messages"""
-    script: "tuple[PromptSwitch, ...]" = ()
-    prompts: tuple[str, ...] = ()
+from flexkern.render.assembly import Shown
+from flexkern.render.choices import PROMPT, is_family
+from flexkern.render.research import Research
+from flexkern.render.target import validate_targets
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,19 +114,6 @@ def chosen_target(flags: Flags) -> Path:
     return folder
 
 
-def validate_targets(targets: Sequence[Path], inputs: Mapping[str, Path]) -> None:
-    """Raises ValueError where two videos have one file, or a file that is read would be overwritten."""
-    read = {path.resolve(): name for name, path in inputs.items()}
-    seen = set()
-    for target in targets:
-        path = target.resolve()
-        if path in seen:
-            raise ValueError(f"two videos would be written to {target}")
-        if path in read:
-            raise ValueError(f"{target} would be overwritten: it is also {read[path]}")
-        seen.add(path)
-
-
 def validate_folder(folder: Path) -> None:
     """Raises ValueError or PermissionError where no file can be written to the folder, which may be made first."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -153,53 +122,3 @@ def validate_folder(folder: Path) -> None:
         raise ValueError(f"--output-folder {folder} {where}")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"no permission to write {there}")
-
-
-def timed(
-    shown: Shown, flags: Flags, family: "Family", research: Research | None
-) -> "tuple[tuple[PromptSwitch, ...], int, str | None]":
-    """The script of a video, its length in pictures, and a note on the length where it follows the prompts.
-
-    Raises ValueError for a length that is not whole chunks, and for a prompt that would never be shown.
-    """
-    from flexkern.engine import frames_for
-    from flexkern.render import Pace, seconds_needed, spread, validate_shown
-
-    pace = Pace(chunk=family.chunk, first_chunk=family.first_chunk, per_frame=family.pictures_per_frame, fps=family.fps)
-    pictures, told = given_pictures(flags, family), None
-    switches = research.switches if research is not None and shown.prompts else None
-    try:
-        if shown.prompts:
-            if pictures is None:
-                pictures, told = pictures_for(shown.prompts, switches, pace)
-            script = spread(shown.prompts, pictures, pace, switches)
-        else:
-            script = shown.script
-            if pictures is None:
-                needed = seconds_needed(script)
-                pictures = frames_for(max(SECONDS, needed), family.fps)
-                told = LAST.format(script[-1].at) if needed > SECONDS else None
-        validate_shown(script, pictures, pace)
-    except ValueError as error:
-        raise ValueError(f"{shown.source}: {error}") from None
-    length = f"{pictures / family.fps:g} seconds"
-    return script, pictures, told and f"{shown.source}: {length}, so that {told}; {OTHER_LENGTH}"
-
-
-def pictures_for(prompts: Sequence[str], switches: Sequence[int] | None, pace: "Pace") -> tuple[int, str | None]:
-    """The length of a video of several prompts where none is given, and why."""
-    if switches is None:
-        told = f"each of {len(prompts)} prompts is shown for {SECONDS:g} seconds" if len(prompts) > 1 else None
-        return round(SECONDS * pace.fps) * len(prompts), told
-    frames = 2 * switches[-1] - (0, *switches)[-2]
-    return 1 + (frames - 1) * pace.per_frame, LAST.format((1 + (switches[-1] - 1) * pace.per_frame) / pace.fps)
-
-
-def given_pictures(flags: Flags, family: "Family") -> int | None:
-    """Length of the video in pictures, None where no option says it."""
-    from flexkern.engine import frames_for
-
-    if flags.num_output_frames is not None:
-        family.validate_frames(flags.num_output_frames)
-        return family.pictures(flags.num_output_frames)
-    return flags.frames or (None if flags.seconds is None else frames_for(flags.seconds, family.fps))

@@ -9,8 +9,9 @@ import tyro
 from flexkern.checks import require
 from flexkern.cli.errors import note, refusing
 from flexkern.cli.flags import Flags, option
-from flexkern.cli.policies import DEMO, base_preset, chosen_overrides, is_family
+from flexkern.cli.policies import chosen_overrides
 from flexkern.policies import get_preset
+from flexkern.render.choices import DEMO, base_preset, is_family
 
 if TYPE_CHECKING:
     from flexkern.engine import Engine

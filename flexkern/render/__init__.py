@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from flexkern.render.stopped import Stopped, clear_parts, find_stopped, resume
     from flexkern.render.target import validate_new
     from flexkern.render.watch import EventLog, Watch, validate_preview
+    from flexkern.render.worker import Outcome, Progress, Worker
     from flexkern.render.writer import VideoWriter, validate_encoder, validate_target
 
 __all__ = [
@@ -45,9 +46,11 @@ __all__ = [
     "JobSpec",
     "LatentsFile",
     "Order",
+    "Outcome",
     "Pace",
     "PipeJob",
     "PipeWriter",
+    "Progress",
     "PromptList",
     "PromptSwitch",
     "SequenceWriter",
@@ -55,6 +58,7 @@ __all__ = [
     "Stopped",
     "VideoWriter",
     "Watch",
+    "Worker",
     "clear_parts",
     "find_stopped",
     "is_done",
@@ -116,6 +120,7 @@ _HOMES = {  # module: what it holds
     "stopped": ("Stopped", "clear_parts", "find_stopped", "resume"),
     "target": ("validate_new",),
     "watch": ("EventLog", "Watch", "validate_preview"),
+    "worker": ("Outcome", "Progress", "Worker"),
     "writer": ("VideoWriter", "validate_encoder", "validate_target"),
 }
 

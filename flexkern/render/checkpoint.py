@@ -142,15 +142,16 @@ class Checkpoints:
         self._told = False
         self.pictures, self.copying, self.writing = pictures, 0.0, 0.0
 
-    def take(self, pictures: int, state: Callable[[], State]) -> None:
+    def take(self, pictures: int, state: Callable[[], State], *, now: bool = False) -> None:
         """Write a checkpoint, if it is time for one and the last is complete.
 
         Args:
             pictures: How many are made.
             state: Gives a copy of all that the render needs to go on.
+            now: Whether it is time in any case: the render stops here.
         """
         busy = self._thread is not None and self._thread.is_alive()
-        if busy and self._every == 0:
+        if now or (busy and self._every == 0):
             self.wait()  # somebody wants every one
         elif busy or time.monotonic() < self._next:
             return

@@ -30,6 +30,8 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
     from flexkern.session import Chunk, Session
 
 
+Stop = Callable[[], bool]
+"""asked before each chunk, from the thread that renders: whether to stop there"""
 Filled = SegmentWriter | SequenceWriter | LatentsFile
 """what a job can fill, each a ``Writer``"""
 
@@ -87,7 +89,12 @@ class Job:
         return self.parts.job.is_file()
 
     def run(
-        self, *, progress: bool = True, loop: "Callable[..., bool] | None" = None, watch: Watch | None = None
+        self,
+        *,
+        progress: bool = True,
+        loop: "Callable[..., bool] | None" = None,
+        watch: Watch | None = None,
+        stop: Stop | None = None,
     ) -> bool:
         """Write the video and finish its file; where that fails, keep what was made, and what is needed to go on.
 
@@ -95,9 +102,10 @@ class Job:
             progress: Show a bar on stderr.
             loop: Takes the place of ``render``, for a caller that wraps it.
             watch: Follows it, in place of the bar.
+            stop: Asked before each chunk; where it says True a checkpoint is written, and the render stops.
 
         Returns:
-            True, or False where Ctrl-C came first.
+            True, or False where Ctrl-C or ``stop`` came first.
 
         Raises:
             OSError: The file, or its sidecar, cannot be written to its end.
@@ -120,6 +128,7 @@ class Job:
                 after=self._after,
                 fps=self.fps,
                 watch=watch,
+                stop=None if stop is None else lambda followed: stop() and self._stopping(followed),
             )
             self.checkpoints.wait()
             if finished:
@@ -147,13 +156,18 @@ class Job:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.order.target)) from None
 
-    def _after(self, followed: int) -> None:
+    def _after(self, followed: int, *, now: bool = False) -> None:
         state = lambda: {
             **nest("session", self.session.state()), **nest("writer", self.writer.state()),
             "followed": followed, "record": self.record,
         }  # fmt: skip
         with uninterrupted():
-            self.checkpoints.take(self.writer.pictures, state)
+            self.checkpoints.take(self.writer.pictures, state, now=now)
+
+    def _stopping(self, followed: int) -> bool:
+        if self.session.chunks and self.checkpoints.pictures < self.writer.pictures:
+            self._after(followed, now=True)
+        return True
 
 
 def prepare(
@@ -279,6 +293,7 @@ def render(
     after: Callable[[int], None] | None = None,
     fps: float | None = None,
     watch: Watch | None = None,
+    stop: Callable[[int], bool] | None = None,
 ) -> bool:
     """Write the first pictures of the session's video, wherever its chunks end.
 
@@ -295,9 +310,10 @@ def render(
         after: Called when a chunk is written and another follows, with the same number.
         fps: Pictures per second that the script counts by. Default: the writer's.
         watch: Follows it, in place of the bar.
+        stop: Called before each chunk, with the number of ``followed``; where it returns True the render stops.
 
     Returns:
-        True, or False where Ctrl-C came first.
+        True, or False where Ctrl-C or ``stop`` came first.
 
     Raises:
         OSError: The file has no room.
@@ -311,6 +327,8 @@ def render(
             made += _write(writer, start, pictures)
             watch.wrote(start, made)
         while made < pictures:
+            if stop is not None and stop(len(script) - len(waiting)):
+                return False
             due = [switch for switch in waiting if switch.at * rate <= made + 1e-6]
             if due:
                 session.switch(due[-1].prompt)

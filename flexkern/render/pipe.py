@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, BinaryIO
 
-from flexkern.render.job import begin_session, begin_with
+from flexkern.render.job import Stop, begin_session, begin_with
 from flexkern.render.order import Order
 from flexkern.render.outputs import PipeWriter
 from flexkern.render.sidecar import tags
@@ -33,12 +33,15 @@ class PipeJob:
         """What was written, in words."""
         return f"{self.writer.pictures} of {self.order.pictures} pictures were written"
 
-    def run(self, *, progress: bool = True, loop: Callable[..., bool], watch: Watch | None = None) -> bool:
+    def run(
+        self, *, progress: bool = True, loop: Callable[..., bool], watch: Watch | None = None, stop: Stop | None = None
+    ) -> bool:
         """Write the stream. Arguments, result and errors are those of ``Job.run``."""
         try:
             return loop(
                 self.session, self.writer, pictures=self.order.pictures, script=self.order.script[1:],
                 progress=progress, start=self.start, fps=self.fps, watch=watch,
+                stop=None if stop is None else lambda _: stop(),
             )  # fmt: skip
         finally:
             with uninterrupted():

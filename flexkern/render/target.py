@@ -13,7 +13,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
@@ -84,6 +84,19 @@ def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
     if begun:
         ways = f"--resume {path} goes on with it, --overwrite begins anew"
         raise FileExistsError(f"{path} was begun already, and {parts.name} holds what was made: {ways}")
+
+
+def validate_targets(targets: Sequence[Path], inputs: Mapping[str, Path]) -> None:
+    """Raises ValueError where two videos have one file, or a file that is read would be overwritten."""
+    read = {path.resolve(): name for name, path in inputs.items()}
+    seen = set()
+    for target in targets:
+        path = target.resolve()
+        if path in seen:
+            raise ValueError(f"two videos would be written to {target}")
+        if path in read:
+            raise ValueError(f"{target} would be overwritten: it is also {read[path]}")
+        seen.add(path)
 
 
 def taken(path: Path) -> bool:

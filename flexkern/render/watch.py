@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from tqdm import tqdm
 
@@ -38,6 +38,13 @@ BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate
 EVERY = 10.0  # seconds between two lines of progress
 PREVIEW_EVERY = 1.0  # seconds between two previews, at least
 PREVIEWS = (".png", ".jpg", ".jpeg")
+
+
+class Listener(Protocol):
+    """Whatever events go to."""
+
+    def write(self, event: str, **about: Any) -> None:
+        """An event, and what it says; both as the log of ``flexkern render --log`` has them."""
 
 
 class EventLog:
@@ -99,7 +106,7 @@ class Watch:
         *,
         progress: bool = True,
         preview: str | Path | None = None,
-        log: EventLog | None = None,
+        log: Listener | None = None,
         about: Mapping[str, Any] | None = None,
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,

@@ -1,29 +1,22 @@
 """Commands to run: the demo in a folder of its own, and checkpoints of every published layout at tiny size."""
 
-import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from tiny_demo import save_tiny
 
 import flexkern.render
 from flexkern import demo
 from flexkern.cli import main
-from flexkern.demo.train import CONFIG
-from flexkern.model.wan import CausalWan
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A model of the demo's form that has learned nothing."""
-    torch.manual_seed(0)
-    config = replace(CONFIG, dim=64, ffn_dim=64, num_heads=1, num_layers=1, freq_dim=32)
-    path = tmp_path_factory.mktemp("model") / "tiny.safetensors"
-    save_file(CausalWan(config).state_dict(), path, {"flexkern_config": json.dumps(config.to_dict())})
-    return str(path)
+    return str(save_tiny(tmp_path_factory.mktemp("model") / "tiny.safetensors"))
 
 
 @pytest.fixture

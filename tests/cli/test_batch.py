@@ -168,7 +168,7 @@ def test_a_sidecar_replaces_no_job_file(flexkern_):
 
 
 def test_a_person_sees_what_is_rendered_how_far_it_is_and_how_fast_it_was(flexkern_, monkeypatch):
-    monkeypatch.setattr("flexkern.cli.batch.AT_ONCE", 0)
+    monkeypatch.setattr("flexkern.render.batch.AT_ONCE", 0)
     status, out, err = flexkern_("render", "--frames", 6, "--retention.sink", 2, "--prompt", RED)
     lines = err.splitlines()
     assert status == 0 and out == "video.mp4: 6 pictures, 0.4 s\n"

@@ -219,7 +219,7 @@ def test_what_does_not_parse_is_status_2(flexkern_, tmp_path, arguments):
 @pytest.mark.parametrize(("module", "package"), [("av", "av"), ("tyro", "tyro"), ("yaml", "pyyaml")])
 def test_a_missing_package_is_named(flexkern_, monkeypatch, module, package):
     monkeypatch.setattr(flexkern, "render", flexkern.render)  # an import sets it anew
-    for name in [name for name in sys.modules if name.startswith(("flexkern.render", "flexkern.cli.render"))]:
+    for name in [name for name in sys.modules if name.startswith(("flexkern.render", "flexkern.cli."))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, module, None)
     advice = need_of(module).advice

@@ -13,8 +13,8 @@ pytest.importorskip("transformers", reason='needs pip install "flexkern[model]"'
 import layouts
 
 import flexkern.render
-from flexkern.cli.research import FLAGS, FORMS, read_research
 from flexkern.policies import get_preset
+from flexkern.render.research import FLAGS, FORMS, read_research
 from flexkern.session import Session
 
 SMALL = ("--size", "32x48", "--dtype", "float32", "--no-progress", "--embeddings", "@prompts.safetensors")

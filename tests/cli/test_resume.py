@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from videos import pictures_in
 
 from flexkern import demo
-from flexkern.cli import status
+from flexkern.render import status
 from flexkern.render.checkpoint import Checkpoints
 from flexkern.session import Session
 

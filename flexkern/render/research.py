@@ -14,7 +14,7 @@ Source: configs/ of Self-Forcing, LongLive, CausVid and Rolling Forcing.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -24,6 +24,8 @@ from flexkern.checks import require
 from flexkern.model.schedule import Schedule
 
 INFINITE = "longlive-infinite"
+LENGTHS = ("seconds", "frames", "num_output_frames")  # options of which one is given at most
+SHOWN = ("prompt", "prompts", "data_path")
 FAMILY = {  # key: field of Family or Schedule
     "num_frame_per_block": "chunk",
     "denoising_step_list": "steps",
@@ -138,6 +140,30 @@ class Research:
         option = f"--{flag.replace('_', '-')}"
         where = "neither here nor beside it"
         raise FileNotFoundError(f"{self.path} names {key} {named}, which is {where}: give {option}, or take it out")
+
+    def stand_ins(self, given: Callable[[str], bool]) -> dict[str, Any]:
+        """Values for options that are not given, by their names; files as paths, of a LoRA one.
+
+        Args:
+            given: Whether an option is.
+
+        Raises:
+            FileNotFoundError: A file that it names is not there.
+        """
+        said = dict(self.flags)
+        for group in (LENGTHS, SHOWN, ("ema", "no_ema")):
+            if any(map(given, group)):
+                said = {name: value for name, value in said.items() if name not in group}
+        if given("out") or given("latents"):
+            said.pop("output_folder", None)
+        if "data_path" not in said:
+            said.pop("extended_prompt_path", None)
+        files = ("weights", "lora", "data_path", "extended_prompt_path")
+        return {
+            name: self.file(name) if name in files else Path(value) if name == "output_folder" else value
+            for name, value in said.items()
+            if not given(name)
+        }
 
 
 def read_research(path: str | Path) -> Research:

@@ -1,0 +1,67 @@
+"""How a render ended: one exit status, and one sentence that says what is kept and how to go on."""
+
+import signal
+from dataclasses import dataclass
+
+from flexkern.finite import NotFiniteError
+from flexkern.render import status
+from flexkern.render.checkpoint import is_out_of_memory
+from flexkern.render.job import Job, Stop, render
+from flexkern.render.pipe import PipeJob
+from flexkern.render.signals import stoppable
+from flexkern.render.watch import Watch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ending:
+    """How a render ended."""
+
+    status: int
+    """one of ``flexkern.render.status``"""
+    message: str = ""
+    """why, where it is not done"""
+
+
+def carry_out(job: Job | PipeJob, watch: Watch, *, stop: Stop | None = None) -> Ending:
+    """Make the video of a job, and say how that ended; what is not a matter of room, memory or numbers is raised.
+
+    Args:
+        job: What is rendered.
+        watch: Follows it, and hears of a failure; of success when the caller has told it.
+        stop: Asked before each chunk whether to stop there.
+    """
+    ending = _run(job, watch, stop)
+    if ending.status != status.DONE:
+        watch.failed(job.order.target, ending.message)
+    return ending
+
+
+def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
+    try:
+        with stoppable() as signals:
+            finished = job.run(progress=watch.progress, loop=render, watch=watch, stop=stop)
+    except NotFiniteError as error:  # weights that overflow
+        return Ending(status=status.FAILED, message=f"{error}; {job.kept}")
+    except BrokenPipeError:  # who reads stdout has seen enough
+        raise
+    except Exception as error:
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
+        ended = status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT
+        return Ending(status=ended, message=f"{why}; {job.kept}{way_on(job)}")
+    if finished:
+        return Ending(status=status.DONE)
+    if signals or stop is None:
+        number = signals[0] if signals else signal.SIGINT
+        return Ending(status=status.SIGNAL + number, message=f"interrupted: {job.kept}{way_on(job)}")
+    return Ending(status=status.CAN_RESUME, message=f"stopped: {job.kept}{way_on(job)}")
+
+
+def way_on(job: Job | PipeJob) -> str:
+    """How to go on with a job that was stopped, as the end of a sentence; empty where nothing is left of it."""
+    if isinstance(job, PipeJob) or not job.can_resume:
+        return ""
+    made = job.checkpoints.pictures
+    where = f"from picture {made}" if made else "from the start, there is no checkpoint yet"
+    return f"; flexkern render --resume {job.order.target} goes on {where}"
