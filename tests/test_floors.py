@@ -30,6 +30,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
     ["flexkern.engine", "flexkern.parallel"],
     ["flexkern.pipeline", "flexkern.warmup"],
     ["flexkern.render", "flexkern.metrics", "flexkern.integrations", "flexkern.demo"],
+    ["flexkern.serve"],
     ["flexkern.cli", "flexkern"],
 ]
 HEIGHT = {prefix: height for height, floor in enumerate(FLOORS) for prefix in floor}
