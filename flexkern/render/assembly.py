@@ -4,6 +4,7 @@ Messages are in words of the options of ``flexkern render``; ``in_fields`` puts 
 loads weights, and what needs no torch loads none.
 """
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -192,3 +193,9 @@ def saved_options(spec: JobSpec) -> dict[str, Any]:
     """What a job says of what makes it, as the options that ``flexkern render --resume`` reads from a record."""
     saved = {name: plain(value) for name in SAVED if (value := getattr(spec, name)) not in (None, ())}
     return saved | ({} if spec.ema is None else {"ema" if spec.ema else "no_ema": True})
+
+
+def sharing_key(spec: JobSpec) -> str:
+    """Equal for jobs that one engine does for, as far as their fields tell."""
+    said = {**saved_options(spec), "latents": spec.latents is not None, "device": spec.device}
+    return json.dumps(said, sort_keys=True)

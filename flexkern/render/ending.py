@@ -37,9 +37,15 @@ def carry_out(job: Job | PipeJob, watch: Watch, *, stop: Stop | None = None) -> 
 
 
 def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
+    said = [False]
+
+    def asked() -> bool:
+        said[0] = stop is not None and stop()
+        return said[0]
+
     try:
         with stoppable() as signals:
-            finished = job.run(progress=watch.progress, loop=render, watch=watch, stop=stop)
+            finished = job.run(progress=watch.progress, loop=render, watch=watch, stop=asked)
     except NotFiniteError as error:  # weights that overflow
         return Ending(status=status.FAILED, message=f"{error}; {job.kept}")
     except BrokenPipeError:  # who reads stdout has seen enough
@@ -52,7 +58,7 @@ def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
         return Ending(status=ended, message=f"{why}; {job.kept}{way_on(job)}")
     if finished:
         return Ending(status=status.DONE)
-    if signals or stop is None:
+    if not said[0]:
         number = signals[0] if signals else signal.SIGINT
         return Ending(status=status.SIGNAL + number, message=f"interrupted: {job.kept}{way_on(job)}")
     return Ending(status=status.CAN_RESUME, message=f"stopped: {job.kept}{way_on(job)}")

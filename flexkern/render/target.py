@@ -65,7 +65,7 @@ def validate_file(path: str | Path, what: str, suffix: str, *, free: bool = True
     for held in (unfinished_name(path), parts_name(path) / LOCK):
         if free and held.is_file():
             with held.open("rb", buffering=0) as file:
-                _lock(file, path, shared=True)
+                lock_file(file, path, shared=True)
 
 
 def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
@@ -204,7 +204,7 @@ def claim(unfinished: Path, path: Path) -> FileIO:
     while True:
         file = FileIO(os.open(unfinished, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666), "r+")
         try:
-            _lock(file, path)
+            lock_file(file, path)
             if os.path.samestat(os.fstat(file.fileno()), os.stat(unfinished)):
                 return file
         except FileNotFoundError:
@@ -263,8 +263,8 @@ def sync_folder(folder: Path) -> None:
         os.close(opened)
 
 
-def _lock(file: FileIO, path: Path, *, shared: bool = False) -> None:
-    """Lock the file until it is closed. Raises BlockingIOError where another process has."""
+def lock_file(file: FileIO, path: Path, *, shared: bool = False) -> None:
+    """Lock the file until it is closed, beside others where it is shared. Raises BlockingIOError where it is held."""
     if fcntl is None:
         return
     for patience in (True, True, False):  # a check holds a lock for a moment
