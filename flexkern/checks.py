@@ -18,6 +18,7 @@ BOUNDS = {  # name of a bound: in words, and whether a value is within it
     "exclusiveMinimum": ("more than", gt),
     "maximum": ("at most", le),
 }
+_HINTS: dict[type, dict[str, Any]] = {}
 LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
@@ -31,7 +32,7 @@ def check_fields(instance: Any) -> None:
         TypeError: Names the field, what it takes and what it got.
         ValueError: The same, where a ``Literal`` excludes a string.
     """
-    hints = get_type_hints(type(instance))
+    hints = hints_of(type(instance))
     for field in fields(instance):
         value, hint = getattr(instance, field.name), hints[field.name]
         if not _fits(value, hint):
@@ -40,6 +41,13 @@ def check_fields(instance: Any) -> None:
             name = f"{type(instance).__name__}.{field.name}"
             raise error(f"{name} must be {_describe(hint)}, got {value!r}{did_you_mean(value, words)}")
         object.__setattr__(instance, field.name, python_numbers(value))
+
+
+def hints_of(cls: type) -> dict[str, Any]:
+    """The annotations of a class by name, as objects; resolved once, since jobs are read by the hundred thousand."""
+    if cls not in _HINTS:
+        _HINTS[cls] = get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def check_bounds(instance: Any) -> None:

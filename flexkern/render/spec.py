@@ -8,9 +8,9 @@
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args
 
-from flexkern.checks import check_bounds, check_fields, did_you_mean, require
+from flexkern.checks import check_bounds, check_fields, did_you_mean, hints_of, require
 from flexkern.policies import get_preset
 from flexkern.render.encoding import STDOUT, Encoding, read_encoding
 from flexkern.render.script import PromptSwitch, parse_script, validate_script
@@ -156,7 +156,7 @@ class JobSpec:
         Raises:
             SpecError: Names the field and what is wrong in it.
         """
-        hints, given = get_type_hints(cls), {}
+        hints, given = hints_of(cls), {}
         for name, value in content.items():
             if name not in hints:
                 raise SpecError(str(name), f"a job has no field {name!r}{did_you_mean(name, hints)}")

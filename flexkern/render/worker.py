@@ -11,7 +11,7 @@ runs jobs need not know what became of an earlier try: the same call again is ri
 
 import gc
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -177,6 +177,17 @@ class Worker:
                 batch.skips(order)
         except (ValueError, OSError, NotImplementedError) as error:
             raise _in_words(error) from None
+
+    def check_prompts(self, spec: JobSpec, prompts: Sequence[str]) -> None:
+        """Raises ValueError where a job that is like one that was checked has a prompt that its model cannot read."""
+        if not is_family(chosen_model(spec.model, spec.config_path, spec.weights)):
+            from flexkern.demo import encode_prompts
+
+            encode_prompts(list(prompts))
+        elif spec.embeddings is not None:
+            from flexkern.model.embeddings import SavedEmbeddings
+
+            SavedEmbeddings(spec.embeddings).width(prompts)
 
     def run(
         self,

@@ -16,6 +16,7 @@ from flexkern.serve.fleet import News
 from flexkern.serve.task import Result, Task, carry_out
 
 STORE = 80 * 2**20  # bytes of Ray's object store: jobs and results are small, and videos never pass through it
+STARTS = 3  # of Ray on this machine, until it is given up
 NEEDED = 'flexkern fleet needs Ray: pip install "flexkern[cluster]"; --shard I/N does without'
 
 
@@ -94,6 +95,7 @@ class RayFarm:
         self._options, self._tell = dict(options or {}), tell
         self._actors: dict[str, Any] = {}
         self._refs: dict[Any, tuple[str, str]] = {}
+        self._pids: dict[str, int] = {}
         self._count = 0
         self._ours = False
 
@@ -101,14 +103,7 @@ class RayFarm:
         """Ray runs, and actors are being made. Raises ConnectionError for an address where there is no cluster."""
         ray = self._ray
         if not ray.is_initialized():
-            local: dict[str, Any] = {}
-            if self._address is None:
-                wanted = max(self._workers, os.cpu_count() or 1)  # workers of CPUs may be more than processors
-                local = {"num_cpus": wanted, "include_dashboard": False, "object_store_memory": STORE}
-            ray.init(
-                address=self._address or "local", logging_level=logging.ERROR, log_to_driver=False,
-                configure_logging=False, **local,
-            )  # fmt: skip
+            self._init()
             self._ours = True
         there = ray.cluster_resources()
         gpus = there.get("GPU", 0.0)
@@ -121,6 +116,27 @@ class RayFarm:
         self._tell(f"{count} workers on {where}, {self._gpus:g} GPUs each")
         for _ in range(count):
             self._make()
+
+    def _init(self) -> None:
+        local: dict[str, Any] = {}
+        if self._address is None:
+            wanted = max(self._workers, os.cpu_count() or 1)  # workers of CPUs may be more than processors
+            local = {"num_cpus": wanted, "include_dashboard": False, "object_store_memory": STORE}
+        for left in reversed(range(STARTS)):
+            try:
+                self._ray.init(
+                    address=self._address or "local",
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    **local,
+                )
+                return
+            except Exception as error:  # Ray gives itself 30 seconds, which a busy machine may need more than once
+                self._ray.shutdown()
+                if not left or "timed out during startup" not in str(error):
+                    raise
+                self._tell("Ray did not start in time on this machine: once more")
 
     def _make(self) -> None:
         name = f"worker-{self._count}"
@@ -152,6 +168,7 @@ class RayFarm:
         except self._ray.exceptions.RayError as error:
             return self._lost(worker, error)
         if kind == "ready":
+            self._pids[worker] = result
             return News(worker=worker, kind="ready")
         return News(worker=worker, kind="ended", result=result)
 
@@ -162,6 +179,7 @@ class RayFarm:
         else:
             why = next(iter(str(error).strip().splitlines()), type(error).__name__)
         self._kill(self._actors.pop(worker))
+        self._pids.pop(worker, None)
         self._make()
         return News(worker=worker, kind="lost", why=why)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from array import array
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,15 +43,16 @@ def read_line(text: str, number: int, jobs: Path, folder: Path) -> JobSpec:
     except ValueError as error:
         raise ValueError(f"not JSON: {getattr(error, 'msg', None) or error}") from None
     require(isinstance(content, dict), f"a job must be a mapping of fields, got {text.strip()[:60]!r}")
-    named = {name: content.pop(name) for name in ("out", "latents") if name in content}
-    spec = JobSpec.from_dict(content, jobs.parent)
-    said = JobSpec.from_dict(named or {"out": f"{number:06}.mp4"})  # seen from nowhere
-    name = said.latents or said.out
-    assert name is not None
-    require(name != STDOUT, "a fleet writes files, not to stdout: give a name as out")
-    inside = not name.is_absolute() and ".." not in name.parts
-    require(inside, f"{'latents' if said.latents else 'out'} must be inside the folder of --out, got {str(name)!r}")
-    return replace(spec, latents=folder / name) if said.latents else replace(spec, out=folder / name)
+    if "out" not in content and "latents" not in content:
+        content["out"] = f"{number:06}.mp4"
+    for name in ("out", "latents"):
+        value = content.get(name)
+        if isinstance(value, str) and value:  # what is no name is refused with the other fields
+            require(value != str(STDOUT), "a fleet writes files, not to stdout: give a name as out")
+            inside = not Path(value).is_absolute() and ".." not in Path(value).parts
+            require(inside and value[0] != "~", f"{name} must be inside the folder of --out, got {value!r}")
+            content[name] = str(folder / value)
+    return JobSpec.from_dict(content, jobs.parent)
 
 
 def identity(spec: JobSpec, folder: Path) -> bytes:
