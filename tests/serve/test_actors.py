@@ -24,9 +24,9 @@ KILLS = 12
 def cluster():
     """Ray on this machine, shared by the tests of this file."""
     farm = RayFarm(workers=2, options={"threads": 1, "every": 0})
-    farm.start()
+    farm._init()
     yield
-    farm.close()
+    farm._ray.shutdown()
 
 
 def fleet_of(folder, jobs, **options):
@@ -61,7 +61,7 @@ class Killing:
     def wait(self, seconds):
         for worker, task in list(self._task.items()):
             parts = task.target.with_name(f"{task.target.name}.parts")
-            if self._moments and list(parts.glob("checkpoint-*")) and worker in self.farm._pids:
+            if self._moments and list(parts.glob("checkpoint-*.safetensors")) and worker in self.farm._pids:
                 time.sleep(self._moments.pop())
                 os.kill(self.farm._pids[worker], signal.SIGKILL)
                 self.killed += 1
