@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean, require
-from flexkern.render.choices import DEMO, flag, is_family, plain, read_size
+from flexkern.render.choices import DEMO, PROMPT, flag, is_family, plain, read_size
 from flexkern.render.research import LENGTHS, Research
 from flexkern.render.script import Pace, PromptSwitch, seconds_needed, spread, validate_shown
 from flexkern.render.spec import JobSpec
@@ -199,3 +199,27 @@ def sharing_key(spec: JobSpec) -> str:
     """Equal for jobs that one engine does for, as far as their fields tell."""
     said = {**saved_options(spec), "latents": spec.latents is not None, "device": spec.device}
     return json.dumps(said, sort_keys=True)
+
+
+def shown_of(spec: JobSpec) -> Shown:
+    """What the video shows. Raises ValueError where a checkpoint gets no prompt."""
+    if spec.prompts:
+        return Shown(source="prompts", script=spec.script, prompts=spec.texts)
+    if spec.prompt is None and is_family(spec.model):
+        raise ValueError(f"model {spec.model} needs prompt or prompts")
+    prompt = PROMPT if spec.prompt is None else spec.prompt
+    return Shown(source="prompt", script=(PromptSwitch(at=0, prompt=prompt),))
+
+
+def given_of(spec: JobSpec) -> list[str]:
+    """The fields that are said."""
+    return [name for name in JobSpec.__slots__ if getattr(spec, name) not in (None, ())]
+
+
+def inputs_of(spec: JobSpec) -> dict[str, Path]:
+    """The files that are read, by their fields."""
+    names = ("weights", "vae", "text_encoder", "embeddings", "image", "config_path")
+    found = {name: path for name in names if (path := getattr(spec, name))}
+    if Path(spec.model).is_file():
+        found["model"] = Path(spec.model)
+    return found | {f"lora ({path.name})": path for path in spec.lora}

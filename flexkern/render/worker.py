@@ -21,18 +21,20 @@ from flexkern.finite import NotFiniteError
 from flexkern.policies import get_preset
 from flexkern.render import status
 from flexkern.render.assembly import (
-    Shown,
     chosen_checkpoint,
     chosen_family,
     chosen_weights,
+    given_of,
     in_fields,
+    inputs_of,
     saved_options,
+    shown_of,
     timed,
     with_stand_ins,
 )
 from flexkern.render.batch import Batch, begun
 from flexkern.render.checkpoint import EVERY, is_out_of_memory
-from flexkern.render.choices import PROMPT, base_preset, chosen_model, is_family, validate_for_demo
+from flexkern.render.choices import base_preset, chosen_model, is_family, validate_for_demo
 from flexkern.render.encoding import STDOUT
 from flexkern.render.ending import carry_out
 from flexkern.render.job import Job, Stop, prepare
@@ -40,7 +42,6 @@ from flexkern.render.order import Order
 from flexkern.render.outputs import validate_form
 from flexkern.render.record import read_record
 from flexkern.render.research import read_research
-from flexkern.render.script import PromptSwitch
 from flexkern.render.sidecar import sidecar_path
 from flexkern.render.spec import JobSpec
 from flexkern.render.stopped import clear_parts, resume
@@ -270,11 +271,11 @@ class Worker:
             if research.note:
                 tell(research.note)
         if not is_family(model):
-            validate_for_demo(_given(spec))
+            validate_for_demo(given_of(spec))
         base = base_preset(spec.preset, model, research)
         overrides = dict(research.policies if research else {}) | dict(spec.overrides)
         preset = get_preset(base.name, overrides)
-        shown = _shown(spec)
+        shown = shown_of(spec)
         family, weights = chosen_family(spec, research), chosen_weights(spec)
         script, pictures, told = timed(shown, spec, family, research)
         if told:
@@ -296,7 +297,7 @@ class Worker:
             height, width = family.picture_size
             validate_form(width, height, family.fps, spec.encoding, target)
         order.validate_files()
-        validate_targets([target, sidecar_path(target)], _inputs(spec))
+        validate_targets([target, sidecar_path(target)], inputs_of(spec))
         device = self._device or spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
         validate_device(device)
         self._threads = self._threads or torch.get_num_threads()
@@ -378,27 +379,3 @@ def _in_words(error: Exception) -> Exception:
     if isinstance(error, OSError) and error.errno is None:
         return type(error)(in_fields(str(error)))
     return error
-
-
-def _shown(spec: JobSpec) -> Shown:
-    """What the video shows. Raises ValueError where a checkpoint gets no prompt."""
-    if spec.prompts:
-        return Shown(source="prompts", script=spec.script, prompts=spec.texts)
-    if spec.prompt is None and is_family(spec.model):
-        raise ValueError(f"model {spec.model} needs prompt or prompts")
-    prompt = PROMPT if spec.prompt is None else spec.prompt
-    return Shown(source="prompt", script=(PromptSwitch(at=0, prompt=prompt),))
-
-
-def _given(spec: JobSpec) -> list[str]:
-    """The fields that are said."""
-    return [name for name in JobSpec.__slots__ if getattr(spec, name) not in (None, ())]
-
-
-def _inputs(spec: JobSpec) -> dict[str, Path]:
-    """The files that are read, by their fields."""
-    names = ("weights", "vae", "text_encoder", "embeddings", "image", "config_path")
-    found = {name: path for name in names if (path := getattr(spec, name))}
-    if Path(spec.model).is_file():
-        found["model"] = Path(spec.model)
-    return found | {f"lora ({path.name})": path for path in spec.lora}
