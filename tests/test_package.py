@@ -184,7 +184,7 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_the_floor_of_the_matrix_is_what_pyproject_says():
-    declared = lower_bounds("video", "model", "metrics")
+    declared = lower_bounds("video", "model", "metrics", "cluster")
     floor = pins("floor")
     assert floor.keys() == declared.keys()
     assert {name for name in floor if Version(floor[name]) != Version(declared[name])} == set()

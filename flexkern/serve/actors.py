@@ -7,11 +7,13 @@ costs is counted in one place, the schedule.
 
 import logging
 import os
+import signal
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexkern.checks import require
+from flexkern.render.signals import STOPS
 from flexkern.serve.fleet import News
 from flexkern.serve.task import Result, Task, carry_out
 
@@ -103,7 +105,11 @@ class RayFarm:
         """Ray runs, and actors are being made. Raises ConnectionError for an address where there is no cluster."""
         ray = self._ray
         if not ray.is_initialized():
+            main = threading.current_thread() is threading.main_thread()
+            before = {number: signal.getsignal(number) for number in STOPS if main}
             self._init()
+            for number, handler in before.items():  # Ray puts its own in their place, and ends at once
+                signal.signal(number, handler)
             self._ours = True
         there = ray.cluster_resources()
         gpus = there.get("GPU", 0.0)
