@@ -6,6 +6,7 @@ session = engine.session("a red disc and a blue square on dark green, fast", pre
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,9 @@ from flexkern.engine import Engine
 from flexkern.model.families import Family
 from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
 from flexkern.model.schedule import Schedule
+
+if TYPE_CHECKING:  # there are builds of torch without what it needs
+    from flexkern.parallel import Ranks
 
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
 FPS = 16
@@ -54,8 +58,9 @@ def encode_prompts(prompts: list[str]) -> Tensor:
 
 
 def load_engine(
-    weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu", graphs: bool = True
-) -> Engine:
+    weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu", graphs: bool = True,
+    ranks: "Ranks | None" = None,
+) -> Engine:  # fmt: skip
     """The demo model, ready to render, in float32.
 
     Args:
@@ -63,12 +68,13 @@ def load_engine(
         backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
         device: Where to put it.
         graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
+        ranks: Compute its sessions together (``flexkern.parallel``).
 
     Raises:
         ValueError: The backend cannot run there.
     """
     return Engine.from_pretrained(
-        weights, dtype=torch.float32, device=device, backend=backend, graphs=graphs, schedule=SCHEDULE,
+        weights, dtype=torch.float32, device=device, backend=backend, graphs=graphs, ranks=ranks, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
 
