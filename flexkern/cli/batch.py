@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
+    from flexkern.parallel import Ranks
     from flexkern.render import JobSpec, Order
 
 AT_ONCE = 50_000_000  # bytes that load before one could read a line about it
@@ -49,6 +50,8 @@ class Batch:
     weights: Path | None
     """of the demo"""
     parts: "Parts | None" = None
+    ranks: "Ranks | None" = None
+    """what computes each video together"""
     told: bool = False
     """whether the demo's backend was said"""
     prints: dict[Path, dict[str, Any]] | None = None
@@ -66,9 +69,11 @@ class Batch:
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         if self.parts is None:
-            engine = open_demo(self.weights, self.command.backend, self.device, graphs=self.command.graphs)
+            engine = open_demo(
+                self.weights, self.command.backend, self.device, graphs=self.command.graphs, ranks=self.ranks
+            )
         else:
-            engine = Engine.from_parts(self.parts, graphs=self.command.graphs)
+            engine = Engine.from_parts(self.parts, graphs=self.command.graphs, ranks=self.ranks)
             if self.parts.saves_embeddings:
                 note(f"{self.parts.embeddings}: embeddings of {len(self.prompts)} prompts")
         for prompt in self.prompts:  # one that the model cannot follow is told before the first video
@@ -175,8 +180,10 @@ def validate_demo(weights: Path | None) -> None:
         raise ValueError(f"{error}; for a checkpoint give --model {' | '.join(FAMILIES)}") from None
 
 
-def open_demo(weights: Path | None, backend: str, device: str, *, graphs: bool = True) -> "Engine":
+def open_demo(
+    weights: Path | None, backend: str, device: str, *, graphs: bool = True, ranks: "Ranks | None" = None
+) -> "Engine":
     """The engine of the demo, or of weights of its form."""
     from flexkern import demo
 
-    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device, graphs=graphs)
+    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device, graphs=graphs, ranks=ranks)

@@ -3,6 +3,7 @@
 Checks go from cheap to dear, and torch is loaded in between, so that most mistakes are told at once.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from flexkern.cli.errors import in_flags, note, refuse, refusing, translated
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
 from flexkern.cli.policies import DEMO, base_preset, chosen_model, chosen_overrides, is_family, without_effect
+from flexkern.cli.ranks import count_ranks, open_ranks, torchrun_count, validate_count
 from flexkern.cli.research import Research, read_research
 from flexkern.cli.resume import options_from, validate_alone
 from flexkern.cli.videos import chosen_videos, timed, validate_targets
@@ -34,12 +36,21 @@ class Render(Flags):
     def run(self) -> int:
         if self.resume is not None:
             return self.go_on(self.resume)
-        with refusing(*BAD):
-            batches = self.begin()
-        return render_all(batches, self)
+        with ExitStack() as held:
+            with refusing(*BAD):
+                batches = self.begin()
+                ranks = held.enter_context(open_ranks(count_ranks(self.gpus), batches[0].device))
+            for batch in batches:
+                batch.ranks = ranks
+            return render_all(batches, self)
 
     def go_on(self, target: Path) -> int:
         """The render to the file, from its last checkpoint. Returns the exit status."""
+        with ExitStack() as held:
+            return self.resumed(target, held)
+
+    def resumed(self, target: Path, held: ExitStack) -> int:
+        """As ``go_on``; held: what ends with it."""
         with refusing(*BAD):
             validate_alone(self)
             from flexkern.render import clear_parts, find_stopped, resume
@@ -54,10 +65,12 @@ class Render(Flags):
                 self.threads or begun.threads or stopped.record["identity"].get("threads")
             )  # sums depend on it
             begun.graphs &= self.graphs
+            begun.gpus = self.gpus or (begun.gpus if torchrun_count() == 1 else None)
             batch = begun.batch(
                 Setting(command=begun), begun.follow_research(), [replace(stopped.order, target=target)]
             )
             begun.check(batch)
+            batch.ranks = held.enter_context(open_ranks(count_ranks(begun.gpus), batch.device))
             job = resume(target, batch.open(), batch.family, anyway=self.resume_anyway, tell=note)
             watch = make_watch(self, open_log(self), job.order)
         ending = carry_out(job, batch.family, watch)
@@ -174,11 +187,14 @@ class Render(Flags):
 
     def check(self, batch: Batch) -> None:
         """Find the parts of the batch's checkpoint, and check them for its orders before weights are read."""
-        from flexkern.demo import encode_prompts
+        from flexkern.demo import WEIGHTS, encode_prompts, read_config
         from flexkern.pipeline import MissingPart, check, validate_preset
 
         if batch.checkpoint is None:
             validate_demo(batch.weights)
+            validate_count(
+                count_ranks(self.gpus), batch.device, read_config(batch.weights or WEIGHTS), batch.family.size
+            )
             for prompt in batch.prompts:
                 encode_prompts([prompt])
             return
@@ -196,6 +212,7 @@ class Render(Flags):
             )
         except MissingPart as error:
             raise ValueError(translated(error.part, error.why)) from None
+        validate_count(count_ranks(self.gpus), batch.device, parts.config, family.size)
         for order in orders[1:]:
             validate_preset(parts, order.method, family.frames(order.pictures), begins=self.image is not None)
         found = {"the transformer": parts.transformer, "the VAE": parts.vae, "the text encoder": parts.text_encoder}

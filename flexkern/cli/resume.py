@@ -12,7 +12,7 @@ from flexkern.policies.presets import POLICIES
 if TYPE_CHECKING:
     from flexkern.render import Job, PipeJob
 
-BESIDE = ("resume", "resume_anyway", "threads", "graphs", "progress")  # options that may be given with --resume
+BESIDE = ("resume", "resume_anyway", "threads", "gpus", "graphs", "progress")  # options that may be given with --resume
 PATH = "path"
 
 

@@ -18,6 +18,7 @@ from flexkern.engine import Engine
 from flexkern.model.families import Family
 from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
 from flexkern.model.schedule import Schedule
+from flexkern.model.wan import WanConfig
 
 if TYPE_CHECKING:  # there are builds of torch without what it needs
     from flexkern.parallel import Ranks
@@ -95,6 +96,11 @@ def family() -> Family:
 
 def validate_weights(weights: str | Path) -> None:
     """Raises FileNotFoundError or ValueError where the file's header is not that of a model of the demo's form."""
+    read_config(weights)
+
+
+def read_config(weights: str | Path) -> WanConfig:
+    """The sizes that the file's header says. Raises FileNotFoundError or ValueError as ``validate_weights``."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(weights)
@@ -112,3 +118,4 @@ def validate_weights(weights: str | Path) -> None:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if any(config.get(name) != value for name, value in needed.items()):
         raise ValueError(other)
+    return WanConfig(**config)

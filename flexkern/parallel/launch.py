@@ -49,12 +49,12 @@ class Processes:
                 return f"rank {rank} of {self.ranks} has ended, {self._how(rank, status)}"
         return None
 
-    def clear(self) -> None:
-        """None of them is left; they have been told to end."""
-        until = time.monotonic() + 10
+    def clear(self, *, at_once: bool) -> None:
+        """None of them is left. at_once: do not wait for those that were told to end, some may not have heard it."""
+        until = time.monotonic() + (0.0 if at_once else 10.0)
         for process in self.started.values():
             try:
-                process.wait(max(0.1, until - time.monotonic()))
+                process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -96,9 +96,7 @@ def start_ranks(
         own = torch.device(kind, 0) if kind == "cuda" else torch.device(kind)
         group = Group(store, rank=0, ranks=count, device=own)
     except BaseException:
-        for process in processes.started.values():
-            process.kill()
-        processes.clear()
+        processes.clear(at_once=True)
         raise
     return Ranks(group, leave=leave or _say_and_leave, ended=processes.ended, clear=processes.clear)
 
@@ -113,12 +111,15 @@ def validate_gpus(count: int, device: str | torch.device, *, called: str) -> Non
         require(count <= there, f"{called} must be at most the {there} GPUs of this machine, got {count}")
 
 
-def join_ranks(environment: Mapping[str, str], device: str | None = None) -> Ranks:
+def join_ranks(
+    environment: Mapping[str, str], device: str | None = None, *, leave: Callable[[str], None] | None = None
+) -> Ranks:
     """Find the ranks that torchrun has started, of which this is number 0, and lead them; or follow, if it is not.
 
     Args:
         environment: Where torchrun says who and where they are.
         device: cuda or cpu, on rank 0. The others learn it from that.
+        leave: As ``start_ranks``'s.
 
     Raises:
         SystemExit: This is not rank 0, and it is over.
@@ -136,7 +137,7 @@ def join_ranks(environment: Mapping[str, str], device: str | None = None) -> Ran
     own = torch.device(kind, int(environment["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
     if rank > 0:
         raise SystemExit(follow(store, rank=rank, ranks=count, device=own))
-    return Ranks(Group(store, rank=0, ranks=count, device=own), leave=_say_and_leave)
+    return Ranks(Group(store, rank=0, ranks=count, device=own), leave=leave or _say_and_leave)
 
 
 def main(argv: list[str]) -> int:

@@ -38,7 +38,7 @@ class Ranks:
         group: The ranks, of which this is number 0.
         leave: As ``Vigil``'s.
         ended: As ``Vigil``'s.
-        clear: Called at the end, when the others were told.
+        clear: Called at the end, when the others were told; ``at_once`` is whether some may not have heard it.
 
     Attributes:
         count: How many there are.
@@ -47,7 +47,7 @@ class Ranks:
 
     def __init__(
         self, group: Group, *, leave: Callable[[str], None], ended: Callable[[], str | None] = lambda: None,
-        clear: Callable[[], None] = lambda: None,
+        clear: Callable[..., None] = lambda at_once: None,
     ):  # fmt: skip
         self.group, self.count, self.device = group, group.ranks, group.device
         self._vigil, self._clear = Vigil(group, leave, ended), clear
@@ -79,7 +79,7 @@ class Ranks:
         except RankError:  # they have ended already
             pass
         self._vigil.stop()
-        self._clear()
+        self._clear(at_once=self._lost is not None)
         if self._lost is None or self.device.type == "cpu":  # a GPU may wait for a rank that is gone
             self.group.close()
 
