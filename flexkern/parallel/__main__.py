@@ -2,8 +2,14 @@
 
 import os
 import sys
+import traceback
 
-from flexkern.parallel.launch import main
+from flexkern.parallel.launch import LOST, main
 
-status = main(sys.argv[1:])
-os._exit(status)  # there is nothing to write out, and taking torch apart takes seconds, for which rank 0 would wait
+try:
+    status = main(sys.argv[1:])
+except Exception:
+    traceback.print_exc()
+    status = LOST
+sys.stderr.flush()
+os._exit(status)  # at once: taking torch apart takes seconds, in which connections stay open and rank 0 waits

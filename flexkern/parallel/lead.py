@@ -36,7 +36,7 @@ class Ranks:
 
     Args:
         group: The ranks, of which this is number 0.
-        leave: As ``Vigil``'s.
+        leave: Called with the reason where another rank has ended and this one waits for a GPU, which never returns.
         ended: As ``Vigil``'s.
         clear: Called at the end, when the others were told; ``at_once`` is whether some may not have heard it.
 
@@ -50,7 +50,8 @@ class Ranks:
         clear: Callable[..., None] = lambda at_once: None,
     ):  # fmt: skip
         self.group, self.count, self.device = group, group.ranks, group.device
-        self._vigil, self._clear = Vigil(group, leave, ended), clear
+        self._vigil, self._clear = Vigil(group, self._left_waiting, ended), clear
+        self._leave = leave
         self._model: CausalWan | None = None
         self._videos, self._forgotten = 0, list[int]()
         self._lost: str | None = None
@@ -65,6 +66,10 @@ class Ranks:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _left_waiting(self, why: str) -> None:
+        if self.device.type == "cuda" and self._lost is None:  # on a CPU the connection's end has told it already
+            self._leave(why)
 
     def close(self) -> None:
         """The other ranks end."""

@@ -20,7 +20,7 @@ def started(monkeypatch):
     begin = Processes.__init__
     monkeypatch.setattr(Processes, "__init__", lambda own, *given: made.append(own) or begin(own, *given))
     with start_ranks(2, "cpu") as ranks:
-        session = Engine(make_model(), ranks=ranks, **USUAL).session(prompt_of(1))
+        session = Engine(make_model(), ranks=ranks, **USUAL).session(prompt_of(1), preset="self-forcing")
         session.step()
         yield ranks, session, made[0]
     assert all(process.poll() is not None for process in made[0].started.values())
@@ -36,18 +36,14 @@ def test_a_rank_that_fails_says_why(started):
     assert repr(ranks) == "Ranks(2 on cpu, lost)"
 
 
-def test_a_rank_that_is_killed_is_named(started):
-    _, session, processes = started
-    threading.Timer(0.2, os.kill, (processes.started[1].pid, signal.SIGKILL)).start()
-    with pytest.raises(RankError, match="rank 1 of 2 has ended, killed by signal 9"):
-        video(session, 1000)
-
-
-def test_signals_are_for_rank_0(started):
+def test_signals_are_for_rank_0_and_a_rank_that_is_killed_is_named(started):
     _, session, processes = started
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(processes.started[1].pid, number)
     session.step()
+    threading.Timer(0.2, os.kill, (processes.started[1].pid, signal.SIGKILL)).start()
+    with pytest.raises(RankError, match="rank 1 of 2 has ended, killed by signal 9"):
+        video(session, 1000)
 
 
 def test_a_pass_that_is_interrupted_ends_the_ranks(started, monkeypatch):
@@ -75,7 +71,9 @@ def test_a_rank_that_never_comes_is_named(monkeypatch):
 
 
 def test_devices():
-    with pytest.raises(ValueError, match="count 2 takes the GPUs from 0 on: the device must be cuda or cpu, got cuda:1"):
+    with pytest.raises(
+        ValueError, match="count 2 takes the GPUs from 0 on: the device must be cuda or cpu, got cuda:1"
+    ):
         start_ranks(2, "cuda:1")
     with pytest.raises(ValueError, match="count must be at most the . GPUs of this machine, got 99"):
         start_ranks(99, "cuda")

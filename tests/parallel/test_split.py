@@ -37,6 +37,8 @@ def test_the_numbers_that_work():
     assert fitting_ranks(heads=12, rows=rows, columns=columns) == [1, 2, 3, 4, 6, 12]
     assert fitting_ranks(heads=40, rows=rows, columns=columns) == [1, 2, 4, 5, 8, 10, 20, 40]
     assert fitting_ranks(heads=40, rows=45, columns=80) == [1, 2, 4, 5, 8, 10, 20, 40]
-    message = "--gpus must share 12 heads and the 30x52 tokens of a frame evenly: expected one of 1, 2, 3, 4, 6, 12, got 8"
+    message = (
+        "--gpus must share 12 heads and the 30x52 tokens of a frame evenly: expected one of 1, 2, 3, 4, 6, 12, got 8"
+    )
     with pytest.raises(ValueError, match=message):
         validate_shares(CONFIGS["1.3B"], (60, 104), 8, called="--gpus")
