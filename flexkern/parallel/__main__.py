@@ -4,7 +4,8 @@ import os
 import sys
 import traceback
 
-from flexkern.parallel.launch import LOST, main
+from flexkern.parallel.follow import LOST
+from flexkern.parallel.launch import main
 
 try:
     status = main(sys.argv[1:])
