@@ -1,7 +1,12 @@
 """How a frame and its heads are cut, and put together again."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+
+import flexkern
 
 from flexkern.model.wan import CONFIGS
 from flexkern.parallel.split import Split, fitting_ranks, validate_shares
@@ -42,3 +47,22 @@ def test_the_numbers_that_work():
     )
     with pytest.raises(ValueError, match=message):
         validate_shares(CONFIGS["1.3B"], (60, 104), 8, called="--gpus")
+
+
+def test_the_page_has_the_arithmetic():
+    """Bytes, links, copies and what is gained, of both tables."""
+    page = Path(flexkern.__file__).with_name("docs").joinpath("parallel.md").read_text()
+    row = r"^\| (\d+) \| ([\d.]+) GB \| (\d+) ms \| (\d+) ms \| (\d+) ms \| (\d+) ms \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = [list(map(float, found)) for found in re.findall(row, page, re.M)]
+    assert [found[0] for found in rows] == [2, 4, 6, 2, 4, 8]
+    for index, (ranks, sent, nvlink, pcie, copies, computing, faster, over_pcie) in enumerate(rows):
+        name, tokens, chunk = ("1.3B", 1560, 0.336) if index < 3 else ("14B", 3600, 4.9)
+        config, passes = CONFIGS[name], 5
+        part = 3 * tokens * config.dim * 2 / ranks * config.num_layers * passes
+        bytes_sent, exchanges = 4 * part * (ranks - 1) / ranks, 2 * config.num_layers * passes
+        links = [bytes_sent / 350e9 + exchanges * 15e-6, bytes_sent / 45e9 + exchanges * 30e-6]
+        packed, alone = 8 * part * 2 / 3e12, chunk / ranks
+        assert sent == pytest.approx(bytes_sent / 1e9, abs=0.01)
+        assert [nvlink, pcie, copies, computing] == pytest.approx([1e3 * t for t in (*links, packed, alone)], abs=0.6)
+        gained = [chunk / (alone + packed + link) for link in links]
+        assert [faster, over_pcie] == pytest.approx(gained, abs=0.06)
