@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import flexkern
-
 from flexkern.model.wan import CONFIGS
 from flexkern.parallel.split import Split, fitting_ranks, validate_shares
 
