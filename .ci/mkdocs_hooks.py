@@ -33,6 +33,10 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.state",
         ],
     ),
+    "parallel": (
+        "More than one GPU",
+        ["flexkern.parallel.launch", "flexkern.parallel.lead", "flexkern.parallel.split", "flexkern.parallel.memory"],
+    ),
     "attention": (
         "Attention functions",
         [

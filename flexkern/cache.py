@@ -33,6 +33,7 @@ class FrameCache:
     """Pages of every layer, and the ordered list of frames in them.
 
     keys, values: [L, B, P, S, H, D]. listed: the occupied pages in the order attention lists them, the sink first.
+    heads: H.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FrameCache:
         shape = layers, batch, pages, tokens, heads, head_dim
         if min(shape) < 1:
             raise ValueError(f"every size of a cache must be at least 1, got [L, B, P, S, H, D] = {list(shape)}")
+        self.heads = heads
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.listed: list[Page] = []
@@ -95,7 +97,7 @@ class FrameCache:
         """The list, and copies of its pages on the CPU, [L, B, R, S, H, D] in list order."""
         return {
             "frames": self.frames, "slots": self.slots,
-            "keys": _gather(self.keys, self.slots), "values": _gather(self.values, self.slots),
+            "keys": self._copied(self.keys), "values": self._copied(self.values),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -107,23 +109,27 @@ class FrameCache:
         frames, slots, count = state["frames"], state["slots"], self.keys.shape[2]
         if len(frames) != len(slots) or len({*slots} & {*range(count)}) != len(slots):
             raise ValueError(f"slots must be different ones of {count}, one a frame, got {slots} for frames {frames}")
-        shape = [*self.keys.shape[:2], len(slots), *self.keys.shape[3:]]
+        layers, batch, _, tokens, _, head_dim = self.keys.shape
+        shape = [layers, batch, len(slots), tokens, self.heads, head_dim]
         for name in ("keys", "values"):
             got = state[name]
             if list(got.shape) != shape or got.dtype != self.keys.dtype:
                 expected = f"{self.keys.dtype} [L, B, R, S, H, D] = {shape}"
                 raise ValueError(f"{name} of the state must be {expected}, got {got.dtype} {list(got.shape)}")
-        for pages, held in ((self.keys, state["keys"]), (self.values, state["values"])):
-            for layer, layer_held in zip(pages, held, strict=True):
-                layer[:, slots] = layer_held.to(pages.device)
         self.listed = [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
+        for pages, held in ((self.keys, state["keys"]), (self.values, state["values"])):
+            self._fill(pages, held)
         self._free = sorted({*range(count)} - {*slots})
 
+    def _copied(self, pages: Tensor) -> Tensor:
+        """The occupied ones of the pages [L, B, P, S, H, D], in list order, copied to the CPU one layer at a time."""
+        layers, batch, _, *page = pages.shape
+        held = torch.empty((layers, batch, len(self.listed), *page), dtype=pages.dtype)
+        for layer, own in zip(held, pages, strict=True):
+            layer.copy_(own[:, self.slots])
+        return held
 
-def _gather(pages: Tensor, slots: Sequence[int]) -> Tensor:
-    """The pages [L, B, P, S, H, D] at these slots, copied to the CPU one layer at a time."""
-    layers, batch, _, *page = pages.shape
-    held = torch.empty((layers, batch, len(slots), *page), dtype=pages.dtype)
-    for layer, own in zip(held, pages, strict=True):
-        layer.copy_(own[:, slots])
-    return held
+    def _fill(self, pages: Tensor, held: Tensor) -> None:
+        """Put what ``_copied`` gave back where it was."""
+        for layer, layer_held in zip(pages, held, strict=True):
+            layer[:, self.slots] = layer_held.to(pages.device)

@@ -11,7 +11,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -28,9 +28,13 @@ from flexkern.model.schedule import Schedule
 from flexkern.model.vae import VaeBackend
 from flexkern.modes import ordinary, without_gradients
 from flexkern.noise import Noise
+from flexkern.parallel.split import validate_shares
 from flexkern.policies import Preset
 from flexkern.policies.position import HORIZON
 from flexkern.session import Prompt, Session
+
+if TYPE_CHECKING:  # there are builds of torch without what it needs
+    from flexkern.parallel import Ranks
 
 
 class Engine:
@@ -51,10 +55,12 @@ class Engine:
         horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
         graphs: Whether passes of the model are captured as CUDA graphs and replayed, where they can be: on a CUDA GPU,
             with the backend triton. The pictures are the same, bit for bit.
+        ranks: Compute the sessions of this engine together (``flexkern.parallel``); None for this process alone.
 
     Raises:
         ValueError: chunk, first_chunk, size or horizon are no whole numbers >= 1, another argument is of another kind,
-            or the backend cannot run on the model's device, or with its heads or dtype.
+            the backend cannot run on the model's device, or with its heads or dtype, or the ranks cannot share it.
+        NotImplementedError: There are ranks, and the model is not flexkern's own.
 
     Attributes:
         backend_name: The backend that runs, a key of ``flexkern.backends.BACKENDS``.
@@ -66,7 +72,7 @@ class Engine:
         self, model: VideoModel, *, schedule: Schedule | None = None, backend: str | Choice = AUTO, chunk: int = 3,
         text_encoder: TextEncoder | None = None, encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
-        first_chunk: int | None = None, horizon: int = HORIZON, graphs: bool = True,
+        first_chunk: int | None = None, horizon: int = HORIZON, graphs: bool = True, ranks: "Ranks | None" = None,
     ):  # fmt: skip
         self.model, self.size = model, whole_pair("size", size)
         self.chunk, self.horizon = whole("chunk", chunk, 1), whole("horizon", horizon, 1)
@@ -82,7 +88,10 @@ class Engine:
         if model.device.type == "cuda" and callable(stack := getattr(model, "stack_products", None)):
             stack()
         require(isinstance(graphs, bool), f"graphs must be True or False, got {graphs!r}")
-        self.recorder = find_recorder(model, self.backend_name) if graphs else None
+        self.ranks = ranks
+        if ranks is not None:
+            ranks.share(model, self.backend_name, self.size)
+        self.recorder = find_recorder(model, self.backend_name) if graphs and ranks is None else None
         self.text_encoder, self.encoder, self.decoder = text_encoder, encoder, decoder
 
     def __repr__(self) -> str:
@@ -119,6 +128,7 @@ class Engine:
         device: str | torch.device = "cpu",
         backend: str = AUTO,
         graphs: bool = True,
+        ranks: "Ranks | None" = None,
     ) -> "Engine":
         """The engine for a checkpoint on disk, with what ``flexkern render`` finds for it: VAE, text encoder, schedule.
 
@@ -147,6 +157,7 @@ class Engine:
             device: cpu, cuda or cuda:N.
             backend: Of attention, "auto" or one of ``flexkern.backends.BACKENDS``.
             graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
+            ranks: Compute its sessions together (``flexkern.parallel``).
 
         Raises:
             FileNotFoundError: A file is not there.
@@ -183,9 +194,13 @@ class Engine:
             backend=backend,
             device=str(device),
         )
+        if ranks is not None:
+            validate_shares(parts.config, parts.family.size, ranks.count)
         for note in parts.notes:
             warnings.warn(note, stacklevel=2)
-        return cls.from_parts(parts, text_encoder=own_text, encoder=encoder, decoder=decoder, graphs=graphs)
+        return cls.from_parts(
+            parts, text_encoder=own_text, encoder=encoder, decoder=decoder, graphs=graphs, ranks=ranks
+        )
 
     @classmethod
     def from_parts(
@@ -196,6 +211,7 @@ class Engine:
         encoder: Encoder | None = None,
         decoder: Callable[[], Decoder] | None = None,
         graphs: bool = True,
+        ranks: "Ranks | None" = None,
     ) -> "Engine":
         """The engine of parts that were found and validated; the weights are read here.
 
@@ -205,6 +221,7 @@ class Engine:
             encoder: Turns pictures into latents.
             decoder: Called without arguments for each session.
             graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
+            ranks: Compute its sessions together (``flexkern.parallel``).
         """
         loaded, family = load_parts(parts), parts.family
         encode = None if loaded.vae is None else loaded.vae.encode
@@ -220,6 +237,7 @@ class Engine:
             encoder=encoder or encode,
             decoder=decoder or loaded.decoder,
             graphs=graphs,
+            ranks=ranks,
         )
 
     @without_gradients

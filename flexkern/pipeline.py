@@ -11,6 +11,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from flexkern.backends.choice import AUTO
 from flexkern.engine import Engine
@@ -22,8 +23,12 @@ from flexkern.model.checkpoint import (
     validate_checkpoint,
     validate_device,
 )
+from flexkern.parallel.split import validate_shares
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
+
+if TYPE_CHECKING:  # there are builds of torch without what it needs
+    from flexkern.parallel import Ranks
 
 __all__ = ["Checkpoint", "MissingPart", "Parts", "check", "load", "validate_device", "validate_preset"]
 
@@ -38,6 +43,7 @@ def check(
     pixels: bool | None = None,
     backend: str = AUTO,
     device: str = "cpu",
+    ranks: int = 1,
 ) -> Parts:
     """The parts of a checkpoint that can be rendered in this way; nothing is loaded.
 
@@ -52,6 +58,7 @@ def check(
         pixels: True needs a VAE, False leaves it out, None takes one where there is one.
         backend: Of attention, "auto" or one of ``flexkern.backends.BACKENDS``.
         device: cpu, cuda or cuda:N.
+        ranks: How many GPUs compute a video together.
 
     Raises:
         FileNotFoundError: A file is not there.
@@ -62,6 +69,7 @@ def check(
     """
     parts = validate_checkpoint(checkpoint, prompts=prompts, image=image, pixels=pixels, backend=backend, device=device)
     validate_channels(parts.transformer, parts.config)
+    validate_shares(parts.config, parts.family.size, ranks)
     validate_preset(parts, parts.family.preset if preset is None else preset, frames, begins=image is not None)
     return parts
 
@@ -93,10 +101,11 @@ def load(
     backend: str = AUTO,
     device: str = "cpu",
     graphs: bool = True,
+    ranks: "Ranks | None" = None,
 ) -> Engine:
     """The engine of a checkpoint, once all is checked. Warns of what a user would want to know.
 
-    Args and Raises: those of ``check``; graphs: as ``Engine``'s.
+    Args and Raises: those of ``check``; graphs and ranks: as ``Engine``'s.
     """
     parts = check(
         checkpoint,
@@ -107,7 +116,8 @@ def load(
         pixels=pixels,
         backend=backend,
         device=device,
+        ranks=1 if ranks is None else ranks.count,
     )
     for note in parts.notes:
         warnings.warn(note, stacklevel=2)
-    return Engine.from_parts(parts, graphs=graphs)
+    return Engine.from_parts(parts, graphs=graphs, ranks=ranks)

@@ -11,7 +11,7 @@ pipeline/interactive_causal_inference.py.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ from flexkern.policies import Preset, get_preset
 from flexkern.state import State, nest, plain, require_same, stateful, within
 from flexkern.stopwatch import Spent, mark
 from flexkern.window import CacheWindow
+
+if TYPE_CHECKING:  # there are builds of torch without what it needs
+    from flexkern.parallel import Ranks
 
 Prompt = str | Sequence[str] | Tensor
 """A text, one for each video of a batch, or what the text encoder makes of them, [B, L, text_dim]."""
@@ -66,6 +69,7 @@ class Loop(Protocol):
     encoder: Encoder | None
     decoder: Callable[[], Decoder] | None
     recorder: Callable[[], Recorder] | None
+    ranks: "Ranks | None"
 
     def embed(self, prompt: Prompt, /) -> Tensor:
         """The text encoder's output [B, L, text_dim]; a tensor is returned as it is."""
@@ -100,10 +104,12 @@ class Session:
         chosen = self.preset.for_horizon(engine.horizon)
         chosen.validate(chunk=most, least=least, bands=bands, heads=heads, target=frames)
         self._embedding = engine.embed(prompt)
-        self.passes = Passes(model, engine.recorder)
+        led = None if engine.ranks is None else engine.ranks.begin(model)
+        self.passes = Passes(model, engine.recorder) if led is None else led.passes()
         self.text = self.passes.hold(engine.encode(self._embedding))
         self.batch = self.text[0][0].shape[0]
-        self.window = CacheWindow(
+        allocate = CacheWindow if led is None else led.window
+        self.window = allocate(
             chosen, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,
             eps=config.eps, dtype=model.dtype, device=model.device, batch=self.batch, rows=rows, columns=columns,
             target=frames,

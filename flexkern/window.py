@@ -13,7 +13,7 @@ import torch
 from flexkern.backends import Backend
 from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
-from flexkern.plan import PlanBuffers, band_split, make_plan, place_turns
+from flexkern.plan import ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
 from flexkern.policies import Preset
 from flexkern.state import State, nest, plain, require_same, within
 
@@ -54,7 +54,7 @@ class CacheWindow:
         self.shape = batch, rows, columns
         preset.position.multipliers(1.0, self.bands, heads)
         with torch.inference_mode(False):  # pages outlive the mode they were made in
-            self.cache = FrameCache(
+            self.cache = self._allocate(
                 layers=layers, batch=batch, pages=preset.retention.capacity, tokens=rows * columns, heads=heads,
                 head_dim=head_dim, dtype=dtype, device=device,
             )  # fmt: skip
@@ -169,9 +169,9 @@ class CacheWindow:
             self._plan(self.frames, state["written"], state["cut"])
 
     def _identity(self) -> State:
-        layers, batch, pages, _, heads, head_dim = self.cache.keys.shape
+        layers, _, pages, _, _, head_dim = self.cache.keys.shape
         return plain({
-            **nest("preset", self.preset.describe()), "layers": layers, "heads": heads, "head_dim": head_dim,
+            **nest("preset", self.preset.describe()), "layers": layers, "heads": self.heads, "head_dim": head_dim,
             "eps": self.eps, "dtype": str(self.cache.keys.dtype), "shape": self.shape, "pages": pages,
         })  # fmt: skip
 
@@ -181,6 +181,14 @@ class CacheWindow:
             query=frames, visible=self.cache.frames, bands=self.bands, heads=self.heads, target=self.target, cut=cut
         )
         plan = make_plan(phases, write_slots=slots, read_slots=self.cache.slots, place_turn=self.place_turn)
-        memory = PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps)
+        memory = self._attend_by(plan, slots)
         self._memory, self.frames, self._written, self._cut = memory, frames, list(slots), cut
         return memory
+
+    def _allocate(self, **sizes: Any) -> FrameCache:
+        """The cache of these sizes, which are ``FrameCache``'s arguments."""
+        return FrameCache(**sizes)
+
+    def _attend_by(self, plan: ChunkPlan, slots: Sequence[int]) -> PagedMemory:
+        """What layers attend through by a plan on the CPU; slots: those it writes to, -1 where a frame is not kept."""
+        return PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps)

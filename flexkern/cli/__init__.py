@@ -19,6 +19,7 @@ from typing import Any
 from flexkern import __version__
 from flexkern.checks import did_you_mean
 from flexkern.cli.errors import leaving_quietly, refuse, refusing
+from flexkern.cli.ranks import follow_torchrun, torchrun_rank
 
 # modules; the one that is named is loaded
 COMMANDS = (
@@ -50,6 +51,8 @@ def run_command(argv: Sequence[str]) -> int:
         from flexkern.cli.bench import Bench
 
         return Bench(words=tuple(argv[1:])).run()
+    if argv and argv[0] == "render" and torchrun_rank() > 0:
+        return follow_torchrun()
     with refusing(ValueError, OSError):
         import tyro
 

@@ -172,7 +172,8 @@ def device_name(engine: "Engine") -> str:
     import torch
 
     device = engine.model.device
-    return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
+    ranks = "" if engine.ranks is None else f"{engine.ranks.count} ranks, of which the first is on "
+    return ranks + (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device))
 
 
 def open_log(command: Flags) -> "EventLog | None":

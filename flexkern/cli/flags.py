@@ -134,6 +134,8 @@ class Flags:
     it, else sdpa, and says which"""
     device: Annotated[str | None, option("NAME")] = None
     """cpu, cuda or cuda:N; default: the first GPU, or the CPU if there is none"""
+    gpus: Annotated[int | None, option("INT")] = None
+    """number of GPUs that compute each video together, or, on a CPU, of processes; default: 1, or those of torchrun"""
     graphs: bool = True
     """replay passes of the transformer as CUDA graphs where that can be: on a GPU, with the backend triton"""
     threads: Annotated[int | None, option("INT")] = None
@@ -162,7 +164,7 @@ class Flags:
             require(not self.given(one) or self.given(other), f"{flag(one)} needs {flag(other)} as well")
         if self.seconds is not None and not (0 < self.seconds < math.inf):
             raise ValueError(f"--seconds must be more than 0, got {self.seconds:g}")
-        for name in ("frames", "threads", "num_output_frames", "chunk", "first_chunk", "num_samples"):
+        for name in ("frames", "threads", "num_output_frames", "chunk", "first_chunk", "num_samples", "gpus"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{flag(name)} must be at least 1, got {value}")
         if self.fps is not None and not 1 <= self.fps <= 1000:

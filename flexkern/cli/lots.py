@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from flexkern.cli.errors import in_flags, note, translated
 from flexkern.cli.flags import Flags
 from flexkern.cli.jobs import Setting
+from flexkern.cli.ranks import count_ranks, validate_count
 from flexkern.cli.videos import Video
 from flexkern.policies import Preset
 from flexkern.render.research import Research
@@ -43,13 +44,17 @@ class Lot:
 
     def check(self) -> None:
         """Find the parts of the checkpoint, check them before weights are read, and tell what was found."""
+        from flexkern.demo import WEIGHTS, read_config
         from flexkern.pipeline import MissingPart
 
         try:
             self.batch.check()
         except MissingPart as error:
             raise ValueError(translated(error.part, error.why)) from None
-        if (parts := self.batch.parts) is not None:
+        parts = self.batch.parts
+        config = read_config(self.batch.weights or WEIGHTS) if parts is None else parts.config
+        validate_count(count_ranks(self.command.gpus), self.batch.device, config, self.batch.family.size)
+        if parts is not None:
             for line in (str(parts), str(parts.backend), *map(in_flags, parts.notes), *self.not_needed()):
                 note(line)
 

@@ -3,6 +3,7 @@
 Checks go from cheap to dear, and torch is loaded in between, so that most mistakes are told at once.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
 from flexkern.cli.lots import Lot, Plan
 from flexkern.cli.policies import chosen_overrides, without_effect
+from flexkern.cli.ranks import count_ranks, open_ranks, torchrun_count
 from flexkern.cli.resume import options_from, validate_alone
 from flexkern.cli.videos import chosen_videos
 from flexkern.policies import get_preset
@@ -35,12 +37,21 @@ class Render(Flags):
     def run(self) -> int:
         if self.resume is not None:
             return self.go_on(self.resume)
-        with refusing(*BAD):
-            lots = self.begin()
-        return render_all(lots, self)
+        with ExitStack() as held:
+            with refusing(*BAD):
+                lots = self.begin()
+                ranks = held.enter_context(open_ranks(count_ranks(self.gpus), lots[0].batch.device))
+            for lot in lots:
+                lot.batch.ranks = ranks
+            return render_all(lots, self)
 
     def go_on(self, target: Path) -> int:
         """The render to the file, from its last checkpoint. Returns the exit status."""
+        with ExitStack() as held:
+            return self.resumed(target, held)
+
+    def resumed(self, target: Path, held: ExitStack) -> int:
+        """As ``go_on``; held: what ends with it."""
         with refusing(*BAD):
             validate_alone(self)
             from flexkern.render import clear_parts, find_stopped, resume
@@ -55,8 +66,10 @@ class Render(Flags):
                 self.threads or begun.threads or stopped.record["identity"].get("threads")
             )  # sums depend on it
             begun.graphs &= self.graphs
+            begun.gpus = self.gpus or (begun.gpus if torchrun_count() == 1 else None)
             lot = begun.lot(Setting(command=begun), begun.follow_research(), [replace(stopped.order, target=target)])
             lot.check()
+            lot.batch.ranks = held.enter_context(open_ranks(count_ranks(begun.gpus), lot.batch.device))
             tell = note if self.progress else lambda _: None
             job = resume(target, lot.batch.open(tell=tell), lot.batch.family, anyway=self.resume_anyway, tell=note)
             watch = make_watch(self, open_log(self), job.order)

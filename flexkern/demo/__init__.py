@@ -6,6 +6,7 @@ session = engine.session("a red disc and a blue square on dark green, fast", pre
 
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,10 @@ from flexkern.engine import Engine
 from flexkern.model.families import Family
 from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
 from flexkern.model.schedule import Schedule
+from flexkern.model.wan import WanConfig
+
+if TYPE_CHECKING:  # there are builds of torch without what it needs
+    from flexkern.parallel import Ranks
 
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
 FPS = 16
@@ -54,8 +59,9 @@ def encode_prompts(prompts: list[str]) -> Tensor:
 
 
 def load_engine(
-    weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu", graphs: bool = True
-) -> Engine:
+    weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu", graphs: bool = True,
+    ranks: "Ranks | None" = None,
+) -> Engine:  # fmt: skip
     """The demo model, ready to render, in float32.
 
     Args:
@@ -63,12 +69,13 @@ def load_engine(
         backend: Name of the attention backend, "auto" or a key of ``flexkern.backends.BACKENDS``.
         device: Where to put it.
         graphs: Whether passes are captured as CUDA graphs and replayed, where they can be.
+        ranks: Compute its sessions together (``flexkern.parallel``).
 
     Raises:
         ValueError: The backend cannot run there.
     """
     return Engine.from_pretrained(
-        weights, dtype=torch.float32, device=device, backend=backend, graphs=graphs, schedule=SCHEDULE,
+        weights, dtype=torch.float32, device=device, backend=backend, graphs=graphs, ranks=ranks, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
 
@@ -89,6 +96,11 @@ def family() -> Family:
 
 def validate_weights(weights: str | Path) -> None:
     """Raises FileNotFoundError or ValueError where the file's header is not that of a model of the demo's form."""
+    read_config(weights)
+
+
+def read_config(weights: str | Path) -> WanConfig:
+    """The sizes that the file's header says. Raises FileNotFoundError or ValueError as ``validate_weights``."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(weights)
@@ -106,3 +118,4 @@ def validate_weights(weights: str | Path) -> None:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from None
     if any(config.get(name) != value for name, value in needed.items()):
         raise ValueError(other)
+    return WanConfig(**config)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
+    from flexkern.parallel import Ranks
 
 AT_ONCE = 50_000_000  # bytes that load before one could read a line about it
 
@@ -37,6 +38,8 @@ class Batch:
     graphs: bool = True
     parts: "Parts | None" = None
     """of the checkpoint, once ``check`` has found them"""
+    ranks: "Ranks | None" = None
+    """what computes each video together"""
     prints: dict[Path, dict[str, Any]] = field(default_factory=dict)
     """fingerprints of files, once they are asked for"""
 
@@ -107,10 +110,10 @@ class Batch:
         if self.threads != torch.get_num_threads():
             torch.set_num_threads(self.threads)
         if self.parts is None:
-            engine = open_demo(self.weights, self.base.backend, self.device, graphs=self.graphs)
+            engine = open_demo(self.weights, self.base.backend, self.device, graphs=self.graphs, ranks=self.ranks)
         else:
             parts = replace(self.parts, prompts=()) if keep_encoder else self.parts
-            engine = Engine.from_parts(parts, graphs=self.graphs)
+            engine = Engine.from_parts(parts, graphs=self.graphs, ranks=self.ranks)
         for prompt in () if keep_encoder else self.prompts:  # told before the first video
             engine.embed(prompt)
         return engine
@@ -215,8 +218,10 @@ def validate_demo(weights: Path | None) -> None:
         raise ValueError(f"{error}; for a checkpoint give --model {' | '.join(FAMILIES)}") from None
 
 
-def open_demo(weights: Path | None, backend: str, device: str, *, graphs: bool = True) -> "Engine":
+def open_demo(
+    weights: Path | None, backend: str, device: str, *, graphs: bool = True, ranks: "Ranks | None" = None
+) -> "Engine":
     """The engine of the demo, or of weights of its form."""
     from flexkern import demo
 
-    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device, graphs=graphs)
+    return demo.load_engine(weights or demo.WEIGHTS, backend=backend, device=device, graphs=graphs, ranks=ranks)

@@ -49,6 +49,8 @@ def identity(engine: "Engine", prompts: Sequence[str], *, writes: str) -> dict[s
     else:
         found |= {"processor": platform.machine(), "vector instructions": torch.backends.cpu.get_cpu_capability()}
         found["threads"] = torch.get_num_threads()
+    if device.type == "cuda" or engine.backend_name == "triton":  # whose sums depend on how rows and tiles are cut
+        found["ranks"] = 1 if engine.ranks is None else engine.ranks.count
     if engine.backend_name not in ("sdpa", "reference"):
         found |= {name: told for name in ("triton", "flash-attn", "xformers") if (told := _installed(name))}
     if engine.backend_name == "triton":
