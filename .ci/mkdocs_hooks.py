@@ -15,8 +15,13 @@ DOCS = "flexkern/docs"
 BROUGHT = {  # file of the repository: its name in the site
     "README.md": "index.md",
     "kernels/README.md": "kernels.md",
-    "bench/results/demo/contact_sheet.png": "pictures/contact_sheet.png",
-    "bench/results/demo/drift.png": "pictures/drift.png",
+    "bench/results/rooms/sheet.png": "pictures/sheet.png",
+    "bench/results/rooms/films.webp": "pictures/films.webp",
+    "bench/results/rooms/curves.png": "pictures/curves.png",
+    "bench/results/rooms/gallery.png": "pictures/gallery.png",
+    "bench/results/evidence/presets.png": "pictures/presets.png",
+    "bench/results/evidence/parts.png": "pictures/parts.png",
+    "bench/results/evidence/choices.png": "pictures/choices.png",
 }
 AREAS = {  # a page each: its title, and the modules, classes or functions that it describes
     "engine": (

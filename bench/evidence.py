@@ -6,8 +6,8 @@
 
 Every variant films the same rooms, prompts and noise, so that variants are compared film by film: a difference is the
 mean over films of the difference to another variant, with a paired bootstrap interval of 95 %: presets and the parts
-of FLEX to the plain window, the parts also to the sink alone, choices that the paper leaves open to FLEX as it is by
-default. Figures are means over all frames beyond the horizon (of 1 x: over all generated ones), never over a part that
+of FLEX to the plain window, the parts also to the sink alone, choices that the paper leaves open to the paper's own
+equation. Figures are means over all frames beyond the horizon (of 1 x: over all generated ones), never over a part that
 was chosen later.
 
 Resumable: films.csv gets the rows of a batch of films in one write, and what it has is not made again; rows of other
@@ -31,7 +31,7 @@ import machine
 import torch
 import tyro
 from evidence_tables import FIGURES, Row, draw, films, reading, results, write_results
-from variants import CHOICES, FLEX, PARTS, PLAIN, SINK, Variant
+from variants import ALL, CHOICES, FLEX, PARTS, PLAIN, SINK, Variant
 
 from flexkern.demo import rooms
 from flexkern.demo.film_rooms import WEIGHTS, Case, film, load_engine
@@ -40,7 +40,7 @@ from flexkern.engine import Engine
 from flexkern.policies import PRESETS, Preset
 
 HORIZONS = (1, 3, 6, 12)  # times the frames of a training clip
-LEAST = (FLEX, "bands + sink", "noise + sink", SINK)  # parts that are choices too: to do without noise or bands
+LEAST = (ALL, "bands + sink", "noise + sink", SINK)  # parts that are choices too: to do without noise or bands
 BATCH = 8  # films in one write, and the most that an interruption loses
 COLUMNS = (
     "variant", "horizon", "film", "prompt", "range", *FIGURES, "overrides", "weights", "commit", "torch", "day",
@@ -55,10 +55,10 @@ class Args:
     weights: Path = WEIGHTS
     out: Path = machine.RESULTS / "evidence"
     films: int = 16  # rooms, each with its own prompt, noise and look
-    presets: tuple[str, ...] = (*PRESETS, SINK)
+    presets: tuple[str, ...] = (*PRESETS, ALL, SINK)
     horizons: tuple[int, ...] = HORIZONS  # of the presets
     far: int = 48  # times the horizon, for those below; 0 for none of it
-    far_presets: tuple[str, ...] = (PLAIN, SINK, FLEX)
+    far_presets: tuple[str, ...] = (PLAIN, SINK, ALL, FLEX)
     parts: int = 12  # times the horizon, at which the parts of FLEX are tried; 0 for none of it
     choices: int = 6  # the same for what the paper leaves open
     seed: int = 0
@@ -86,7 +86,7 @@ def depends_on_length(preset: Preset) -> bool:
 
 def wanted(args: Args) -> list[tuple[Variant, tuple[int, ...]]]:
     """Every variant once, with the horizons on which it is scored."""
-    of_flex = {one.name: one for one in PARTS}
+    of_flex = {one.name: one for one in (*PARTS, *CHOICES)}
     named = lambda name: of_flex[name] if name in of_flex else Variant(name=name, base=name)
     groups = [(named(name), args.horizons) for name in args.presets]
     groups += [(named(name), (args.far,)) for name in args.far_presets]
@@ -241,16 +241,21 @@ def main(args: Args) -> None:
     if not rows:
         raise ValueError(f"{path} has no films")
     commit = rows[0]["commit"]
-    parts, choices = [one.name for one in PARTS], [*LEAST, *(one.name for one in CHOICES)]
+    parts = [*(one.name for one in PARTS), FLEX]
+    choices = [*LEAST, *(one.name for one in CHOICES)]
     presets = results(rows, args.presets, PLAIN)
     of_parts = {against: results(rows, parts, against, (args.parts,)) for against in (PLAIN, SINK)}
-    of_choices = results(rows, choices, FLEX, (args.choices,))
+    of_choices = results(rows, choices, ALL, (args.choices, args.parts))
     write_results(args.out / "presets.csv", presets, commit)
     write_results(args.out / "parts.csv", [*of_parts[PLAIN], *of_parts[SINK]], commit)
     write_results(args.out / "choices.csv", of_choices, commit)
     longest = max(args.horizons)
-    pictures = {"presets": [one for one in presets if one.horizon == longest], "parts": of_parts[PLAIN]}
-    for name, found in (*pictures.items(), ("choices", of_choices)):
+    pictures = {
+        "presets": [one for one in presets if one.horizon == longest],
+        "parts": of_parts[PLAIN],
+        "choices": [one for one in of_choices if one.horizon == args.choices],
+    }
+    for name, found in pictures.items():
         if found:
             where = f"difference to {found[0].against} at {found[0].horizon} x, {films(found)} films"
             draw(args.out / f"{name}.png", found, f"{name}: {where}")

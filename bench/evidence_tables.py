@@ -93,6 +93,15 @@ def write_results(path: Path, found: Sequence[Result], commit: str) -> None:
             writer.writerow([*shown, one.verdict, commit])
 
 
+def load_results(path: Path) -> list[Result]:
+    """What ``write_results`` wrote."""
+    text, whole = ("variant", "against", "figure"), ("horizon", "films")
+    read = lambda name, value: value if name in text else int(value) if name in whole else float(value)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [Result(**{name: read(name, row[name]) for name in Result.__dataclass_fields__}) for row in rows]
+
+
 def draw(path: Path, found: Sequence[Result], title: str) -> None:
     """Differences with their intervals, one panel a figure."""
     names = list(dict.fromkeys(one.variant for one in found))

@@ -5,7 +5,8 @@ python bench/tables.py --check     # exits with 1 where that would change a file
 python bench/tables.py --results DIR    # prints the tables of other CSVs, in DIR or in a folder of it; writes nothing
 
 Names: correctness, roofs, attention, tiles, designs, targets, pointwise, engine, vae; compiled and variants, from
-tests/data/compile*.csv.
+tests/data/compile*.csv; evidence_short, evidence_presets, evidence_far, evidence_parts,
+evidence_choices and evidence_long_choices, from bench/results/evidence.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import math
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from harness import Row, load
 
 from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 
-FILES = ("README.md", "kernels/README.md")
+FILES = ("README.md", "kernels/README.md", "flexkern/docs/evidence.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.S)
 NOT_YET = "not yet measured"
 ORIGIN = ("gpu", "driver", "torch", "triton", "commit", "day")
@@ -242,7 +244,57 @@ def variants(folder: Path = machine.ROOT / "tests" / "data") -> str:
     return grid(head, lines)
 
 
-COMPILED = {"compiled": compiled, "variants": variants}  # from tests/data
+def evidence(file: str, longest: bool, against: str) -> str:
+    """What the films of rooms say, at the longest horizon that all variants of the file have, or that any has."""
+    from evidence_tables import load_results
+    from evidence_tables import table as table_of_results  # matplotlib, which the machine of a GPU may lack
+
+    path = machine.RESULTS / "evidence" / f"{file}.csv"
+    if not path.exists():
+        return NOT_YET
+    found = [one for one in load_results(path) if one.against == against]
+    variants_at = {one.horizon: len({o.variant for o in found if o.horizon == one.horizon}) for one in found}
+    whole = [horizon for horizon, count in variants_at.items() if longest or count == max(variants_at.values())]
+    shown = [one for one in found if one.horizon == max(whole)]
+    films = " or ".join(map(str, sorted({one.films for one in shown})))
+    return f"{max(whole)} times the horizon, {films} films, differences to {against}:\n\n" + "\n".join(
+        table_of_results(shown)
+    )
+
+
+SHORT = {"self-forcing": "plain window (`self-forcing`)", "sink": "sink of 3 frames, nothing else"}
+SHORT |= {
+    "pi": "`pi`: sink, every band slowed",
+    "flex": "`flex`: sink, unlearnt bands slowed beyond the trained range, antiphase noise",
+}
+
+
+def evidence_short() -> str:
+    """Four methods at the longest horizon that all presets have: means with their intervals."""
+    path = machine.RESULTS / "evidence" / "presets.csv"
+    if not path.exists():
+        return NOT_YET
+    from evidence_tables import BETTER, load_results
+
+    everything = load_results(path)
+    longest = max(one.horizon for one in everything if one.variant == "pi")
+    found = {(one.variant, one.figure): one for one in everything if one.horizon == longest}
+    say = lambda one: f"{one.mean:.3f} ({one.low:.3f} to {one.high:.3f})"
+    lines = [[name, *(say(found[variant, figure]) for figure in BETTER)] for variant, name in SHORT.items()]
+    head = ["", "ground: distance to the first second's", "palette: overlap with the first second's", "course", "speed"]
+    return grid(head, lines)
+
+
+FROM_TREE: dict[str, Callable[[], str]] = {  # from other folders than those of a GPU
+    "compiled": compiled,
+    "variants": variants,
+    "evidence_short": evidence_short,
+    "evidence_presets": partial(evidence, "presets", False, "self-forcing"),
+    "evidence_far": partial(evidence, "presets", True, "self-forcing"),
+    "evidence_parts": partial(evidence, "parts", False, "sink"),
+    "evidence_choices": partial(evidence, "choices", False, "flex, all distances"),
+    "evidence_long_choices": partial(evidence, "choices", True, "flex, all distances"),
+}
 TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, from which CSVs
     "correctness": (correctness, ("correctness",)),
     "roofs": (roofs, ("roofs",)),
@@ -268,10 +320,10 @@ def caption(rows: list) -> str:
 
 def table(name: str, results: Path) -> str:
     """The table of that name, one for each GPU that was measured."""
-    if name in COMPILED:
-        return COMPILED[name]()
+    if name in FROM_TREE:
+        return FROM_TREE[name]()
     if name not in TABLES:
-        raise ValueError(f"no table {name!r}: there is {', '.join([*TABLES, *COMPILED])}")
+        raise ValueError(f"no table {name!r}: there is {', '.join([*TABLES, *FROM_TREE])}")
     make, files = TABLES[name]
     kind = {"correctness": Verdict, "engine": ChunkRow}.get(name, Row)
     found = []

@@ -68,7 +68,8 @@ class PositionPolicy:
     """past: s = 1 until the chunk's last frame index reaches train_len"""
     reach: Literal["all", "beyond"] = "all"
     """which distances are slowed: all; or beyond, only those to keys that lie train_len frames or more before the
-    chunk's last, as the sink does in the end: distances inside a trained window stay as trained"""
+    chunk's last, as the sink does in the end: distances inside a trained window stay as trained. Of a chunk that is
+    longer than train_len, such as a whole clip, all are"""
     logit_temp: float | None = None
     """attention logits are multiplied by (1 + logit_temp * ln s)^2, as YaRN scales query and key both; None: 0, in mode
     yarn 0.1"""
@@ -226,7 +227,7 @@ class PositionPolicy:
         modulations = scales if per_frame else scales[-1:]
         theta = self.frequencies(bands) * np.stack([self.multipliers(s, bands, heads) for s in modulations])
         near, turned = theta, _reduce(key_at[None, :, None, None], theta[:, None])
-        if self.reach == "beyond" and self._modulated:
+        if self.reach == "beyond" and self._modulated and query_at[-1] - query_at[0] < self.horizon:
             near = self.frequencies(bands) * self.multipliers(1.0, bands, heads)[None]
             inside = query_at[-1] - key_at < self.horizon
             turned[:, inside] = _reduce(key_at[inside, None, None], near)

@@ -214,11 +214,11 @@ _ALL = (
     ),
     Preset(
         name="flex",
-        position=PositionPolicy(mode="by_parts", scale="auto"),
+        position=PositionPolicy(mode="by_parts", scale="auto", reach="beyond"),
         retention=PINNED,
         noise=NoisePolicy(kind="ar1", rho=-0.7),
         switch=KEEP,
-        doc="Interpolates under-trained bands, keeps the others, draws antiphase noise and pins the first chunk.",
+        doc="Interpolates under-trained bands beyond the trained range, draws antiphase noise, pins the first chunk.",
         source="a reconstruction of FLEX, arXiv 2602.14027: its authors have published no code",
     ),
 )

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import stand_in
+import variants
 from safetensors.torch import load_file
 
 from flexkern.integrations import longlive, self_forcing
@@ -144,9 +145,8 @@ def committed(table: str) -> dict[tuple[str, str, int, int], tuple[float, float]
     return {key(row): (float(row["mean"]), float(row["interval95"])) for row in rows}
 
 
-@pytest.mark.parametrize("page", ["README.md", "flexkern/docs/demo.md"])
-def test_the_demo_is_told_over_all_frames_as_its_table_has_it(page):
-    text, table = " ".join((ROOT / page).read_text().split()), committed("beyond.csv")
+def test_the_first_world_is_told_over_all_frames_as_its_table_has_it():
+    text, table = " ".join((DOCS / "demo.md").read_text().split()), committed("beyond.csv")
     for figure in ("identity", "speed", "course"):
         for preset in ("self-forcing", "flex"):
             mean, interval = table[preset, figure, 0, 251]
@@ -188,3 +188,32 @@ def test_the_readme_tells_the_h200_as_its_rows_have_it():
     assert f"{fa4(r'1.3B 480p B=1 F=1 R=(12|21) ')} times as fast at one frame a chunk" in text
     assert f"equal at three ({fa4('1.3B 480p B=1 F=3 ')})" in text
     assert f"slower for 14B and 720p** ({fa4('14B|720p')})" in text
+
+
+EVIDENCE = ROOT / "bench" / "results" / "evidence"
+FLEX_AND_SINK = ("flex", "sink")
+
+
+@pytest.mark.parametrize("page", ["README.md", "flexkern/docs/evidence.md"])
+def test_flex_is_told_beside_the_sink_as_the_films_have_it(page):
+    """Differences with their intervals, and a verdict where the interval excludes zero, on every figure."""
+    text = " ".join((ROOT / page).read_text().split())
+    with (EVIDENCE / "parts.csv").open(newline="") as file:
+        rows = {row["figure"]: row for row in csv.DictReader(file) if (row["variant"], row["against"]) == FLEX_AND_SINK}
+    verdicts = {"palette": "better", "ground": "better", "course": "worse", "speed": "undecided"}
+    for figure, verdict in verdicts.items():
+        row, digits = rows[figure], 4 if figure == "ground" else 3
+        difference, low, high = (float(row[f"difference{end}"]) for end in ("", "_low", "_high"))
+        assert row["verdict"] == verdict, figure
+        assert f"{difference:+.{digits}f}, {low:+.{digits}f} to {high:+.{digits}f}" in text, figure
+
+
+def test_the_films_behind_the_tables_are_there():
+    """Every variant of today's list has its films under its own overrides, all of one commit and weights."""
+    with (EVIDENCE / "films.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len({row["weights"] for row in rows}) == len({row["commit"] for row in rows}) == 1
+    told = {row["variant"]: row["overrides"] for row in rows}
+    for one in (*variants.PARTS, *variants.CHOICES):
+        assert told[one.name] == " ".join(f"{name}={value}" for name, value in one.overrides), one.name
+    assert set(PRESETS) <= set(told)

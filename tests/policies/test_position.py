@@ -255,6 +255,9 @@ def test_reach_beyond_slows_the_distance_to_the_sink_alone():
         np.testing.assert_array_equal(beyond.key[:, 3], trained.key[:, 3])  # 20 frames before the last
         np.testing.assert_array_equal(beyond.key[:, :3], everywhere.key[:, :3])
         assert not np.array_equal(beyond.key[:, :3], trained.key[:, :3])
+    clip = range(30)  # a whole clip in one chunk: a frame and itself stay together, all distances are slowed
+    beyond, every = (phases(PositionPolicy(mode="pi", reach=reach), clip, clip) for reach in ("beyond", "all"))
+    assert (beyond.key == every.key).all() and (beyond.query == every.query).all()
     own = phases(PositionPolicy(scale_schedule="dynamic", reach="beyond"), query, visible)
     assert own.key.shape[0] == 3 and not np.array_equal(own.key[0, :3], own.key[2, :3])
     np.testing.assert_array_equal(own.key[:, 3:], np.broadcast_to(trained.key[:, 3:], own.key[:, 3:].shape))

@@ -39,6 +39,7 @@ def test_the_family(name, mode, index, train_len, sink, window, noise, switch):
 
 
 def test_values_behind_the_names():
+    assert PRESETS["flex"].position.reach == "beyond"  # flexkern/docs/evidence.md says why
     assert PRESETS["flex"].noise == NoisePolicy(kind="ar1", rho=-0.7, scope="sequence", apply="initial")
     assert PRESETS["flex"].position.thresholds == (0.25, 1.0) and PRESETS["flex"].position.temperature == 0
     assert PRESETS["yarn"].position.thresholds == (1.0, 32.0) and PRESETS["yarn"].position.temperature == 0.1
@@ -49,7 +50,7 @@ def test_values_behind_the_names():
 @pytest.mark.parametrize("name", ["pi", "ntk", "yarn"])
 def test_rivals_differ_from_flex_in_modulation_and_noise_only(name):
     flex, rival = PRESETS["flex"], PRESETS[name]
-    assert replace(rival.position, mode="by_parts") == flex.position
+    assert replace(rival.position, mode="by_parts", reach="beyond") == flex.position
     assert (rival.retention, rival.switch) == (flex.retention, flex.switch)
 
 
