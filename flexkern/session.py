@@ -8,6 +8,7 @@ more so that the cache holds clean keys and values. Source: Self-Forcing pipelin
 pipeline/interactive_causal_inference.py.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -99,9 +100,11 @@ class Session:
         most, least = max(engine.chunk, self.first_chunk), engine.chunk if noise is None else None
         chosen = self.preset.for_horizon(engine.horizon)
         chosen.validate(chunk=most, least=least, bands=bands, heads=heads, target=frames)
+        began = time.perf_counter()
         self._embedding = engine.embed(prompt)
         self.passes = Passes(model, engine.recorder)
         self.text = self.passes.hold(engine.encode(self._embedding))
+        self.prompt_seconds = time.perf_counter() - began  # of the host
         self.batch = self.text[0][0].shape[0]
         self.window = CacheWindow(
             chosen, engine.backend, layers=config.num_layers, heads=heads, head_dim=config.head_dim,

@@ -3,6 +3,7 @@
 Checks go from cheap to dear, and torch is loaded in between, so that most mistakes are told at once.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +60,10 @@ class Render(Flags):
             lot.check()
             tell = note if self.progress else lambda _: None
             job = resume(target, lot.batch.open(tell=tell), lot.batch.family, anyway=self.resume_anyway, tell=note)
-            watch = make_watch(self, open_log(self), job.order)
-        ending = finish_one(job, lot.batch.family, watch)
+            ends = ExitStack()
+            watch = make_watch(self, open_log(self, lot.batch.family.name, ends), job.order)
+        with ends:
+            ending = finish_one(job, lot.batch.family, watch)
         if ending.status >= status.SIGNAL:
             note(ending.message)
         elif ending.status != status.DONE:

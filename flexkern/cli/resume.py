@@ -10,7 +10,14 @@ from flexkern.cli.flags import Flags
 from flexkern.policies.presets import POLICIES
 from flexkern.render.choices import PATH, flag, plain
 
-BESIDE = ("resume", "resume_anyway", "threads", "graphs", "progress")  # options that may be given with --resume
+BESIDE = (
+    "resume",
+    "resume_anyway",
+    "threads",
+    "graphs",
+    "progress",
+    "metrics_port",
+)  # options that may be given with --resume
 
 
 def saved_options(given: Flags) -> dict[str, Any]:
