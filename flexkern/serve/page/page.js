@@ -378,7 +378,8 @@ function showNow() {
 }
 
 let drawing = false;
-let looked = 0;
+let looked = -Infinity;
+let looking = 0; // the timer of the next look: the newest picture is always looked at in the end
 function showChunk(chunk) {
   if (chunk.left_seconds !== undefined && videos.get(watched)?.status === "in_progress") {
     $("now-left").textContent = `about ${clock(chunk.left_seconds)} left`;
@@ -388,7 +389,11 @@ function showChunk(chunk) {
   requestAnimationFrame(() => {
     drawing = false;
     $("chart-said").textContent = draw($("chart"), chunks);
-    if (performance.now() - looked > 900) { looked = performance.now(); look(watched); }
+    looking ||= setTimeout(() => {
+      looking = 0;
+      looked = performance.now();
+      look(watched);
+    }, Math.max(0, looked + 900 - performance.now()));
   });
 }
 
