@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml setup.py .ci/constraints.txt Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(call install_torch,$(INSTALL))
 	$(INSTALL) setuptools
-	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,metrics,cluster,test]'
+	$(INSTALL) --no-build-isolation --editable '.[docs,model,video,metrics,cluster,serve,test]'
 	touch $@
 
 # a process for each core; files stay together, since many share what they build
@@ -83,7 +83,7 @@ matrix-floor matrix-kernels matrix-newest: matrix-%:
 	test -x .venv-$*/bin/python || $(PYTHON) -m venv .venv-$*
 	$(call install_torch,$(MATRIX_INSTALL))
 	$(MATRIX_INSTALL) --upgrade setuptools
-	$(MATRIX_INSTALL) --upgrade --no-build-isolation --editable '.[model,video,metrics,cluster,test]'
+	$(MATRIX_INSTALL) --upgrade --no-build-isolation --editable '.[model,video,metrics,cluster,serve,test]'
 	.venv-$*/bin/python -m pytest $(SHARED) $(ARGS)
 matrix-%: VERSIONS ?= .ci/$*.txt
 matrix-%: MATRIX_INSTALL = .venv-$*/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(VERSIONS)

@@ -86,6 +86,10 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.metrics.video",
         ],
     ),
+    "serve": (
+        "Serving",
+        ["flexkern.serve.server", "flexkern.serve.served", "flexkern.serve.service", "flexkern.serve.telemetry"],
+    ),
     "integrations": (
         "Integrations",
         [

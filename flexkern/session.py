@@ -8,6 +8,7 @@ more so that the cache holds clean keys and values. Source: Self-Forcing pipelin
 pipeline/interactive_causal_inference.py.
 """
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -103,10 +104,12 @@ class Session:
         most, least = max(engine.chunk, self.first_chunk), engine.chunk if noise is None else None
         chosen = self.preset.for_horizon(engine.horizon)
         chosen.validate(chunk=most, least=least, bands=bands, heads=heads, target=frames)
+        began = time.perf_counter()
         self._embedding = engine.embed(prompt)
         led = None if engine.ranks is None else engine.ranks.begin(model)
         self.passes = Passes(model, engine.recorder) if led is None else led.passes()
         self.text = self.passes.hold(engine.encode(self._embedding))
+        self.prompt_seconds = time.perf_counter() - began  # of the host
         self.batch = self.text[0][0].shape[0]
         allocate = CacheWindow if led is None else led.window
         self.window = allocate(

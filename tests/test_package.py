@@ -19,7 +19,7 @@ import flexkern
 
 ROOT = Path(__file__).parent.parent
 DATA = {".csv", ".json", ".safetensors", ".typed"}
-EXTRAS = {"bench", "docs", "flash-attn", "metrics", "model", "test", "video", "xformers"}
+EXTRAS = {"bench", "cluster", "docs", "flash-attn", "metrics", "model", "serve", "test", "video", "xformers"}
 PROBE = """
 import importlib, importlib.metadata, importlib.util, json
 import flexkern, flexkern.kernels, flexkern.kernels.reference
@@ -97,7 +97,7 @@ def shipped(source: Path) -> set[str]:
     """Files of the source tree that belong in an install, by their place there."""
     paths = [*source.glob("flexkern/**/*"), *source.glob("kernels/**/*")]
     pages = {source / "kernels/README.md", source / "kernels/build.toml", *source.glob("flexkern/docs/*.md")}
-    pages |= set(source.glob("flexkern/docs/examples/*.*"))
+    pages |= {*source.glob("flexkern/docs/examples/*.*"), *source.glob("flexkern/serve/page/*")}
     benches = set(source.glob("bench/*.py")) - {source / "bench/conftest.py", source / "bench/full_size.py"}
     paths += benches | {source / "bench/README.md"}
     pages |= {source / "bench/README.md"}
@@ -184,14 +184,14 @@ def pins(name: str) -> dict[str, str]:
 
 
 def test_the_floor_of_the_matrix_is_what_pyproject_says():
-    declared = lower_bounds("video", "model", "metrics", "cluster")
+    declared = lower_bounds("video", "model", "metrics", "cluster", "serve")
     floor = pins("floor")
     assert floor.keys() == declared.keys()
     assert {name for name in floor if Version(floor[name]) != Version(declared[name])} == set()
 
 
 def test_every_requirement_has_a_lower_bound_and_what_was_tried_is_above_it():
-    declared = lower_bounds("video", "model", "metrics", "bench", "flash-attn", "xformers")
+    declared = lower_bounds("video", "model", "metrics", "cluster", "serve", "bench", "flash-attn", "xformers")
     for name in ("constraints", "kernels", "newest"):
         below = [f"{p}=={v}" for p, v in pins(name).items() if p in declared and Version(v) < Version(declared[p])]
         assert not below, f".ci/{name}.txt: {', '.join(below)}"

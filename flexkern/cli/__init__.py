@@ -1,5 +1,5 @@
 """The command line: ``flexkern render | fleet | decode | schema | inspect | metrics | sheet | eval | presets | warmup |
-bench | doctor``.
+serve | bench | doctor``.
 
 Bad input gets one line on stderr and exit status 2, before any work; ``flexkern.render.status`` has the others. Faults
 of our own keep their traceback. What is heavy is imported by the command that needs it, so that errors and help come at
@@ -23,7 +23,7 @@ from flexkern.cli.ranks import follow_torchrun, torchrun_rank
 
 # modules; the one that is named is loaded
 COMMANDS = (
-    "render", "fleet", "decode", "schema", "inspect", "metrics", "sheet", "eval", "presets", "warmup", "bench",
+    "render", "fleet", "decode", "schema", "inspect", "metrics", "sheet", "eval", "presets", "warmup", "serve", "bench",
     "doctor",
 )  # fmt: skip
 

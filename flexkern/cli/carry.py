@@ -11,6 +11,7 @@ goes on; one that fails does not end the others. The manifest has a line of JSON
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +25,9 @@ from flexkern.render.encoding import STDOUT
 if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.families import Family
-    from flexkern.render import EventLog, Job, Order, PipeJob, Watch
+    from flexkern.render import Job, Order, PipeJob, Watch
     from flexkern.render.ending import Ending
+    from flexkern.render.watch import Listener
 
 
 BAD = ValueError, OSError, NotImplementedError  # what a user can mend
@@ -36,9 +38,14 @@ def render_all(lots: Sequence[Lot], command: Flags) -> int:
 
     Raises SystemExit with one line where there is one video, and it fails.
     """
+    with ExitStack() as ends:
+        return _render_all(lots, command, ends)
+
+
+def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
     several, manifest = is_several(lots, command), manifest_path(lots, command)
     with refusing(*BAD):
-        log = open_log(command)
+        log = open_log(command, lots[0].batch.family.name, ends)
         skipped = several and not command.overwrite
         done = {id(order) for lot in lots for order in lot.batch.orders if skipped and lot.batch.skips(order)}
     failed: list[int] = []
@@ -99,7 +106,7 @@ def open_engine(lot: Lot) -> "Engine":
     return engine
 
 
-def render_one(order: "Order", lot: Lot, engine: "Engine", log: "EventLog | None", *, goes_on: bool) -> "Ending":
+def render_one(order: "Order", lot: Lot, engine: "Engine", log: "Listener | None", *, goes_on: bool) -> "Ending":
     """Make one video.
 
     goes_on: whether a render of it that was stopped is continued.
@@ -176,14 +183,33 @@ def device_name(engine: "Engine") -> str:
     return ranks + (f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device))
 
 
-def open_log(command: Flags) -> "EventLog | None":
-    """The log of --log. Raises OSError where it cannot be written."""
+def open_log(command: Flags, model: str, ends: ExitStack) -> "Listener | None":
+    """What hears of renders: the log of --log, and the figures of --metrics-port.
+
+    Args:
+        command: The flags.
+        model: Its name.
+        ends: Gets what closes the port.
+
+    Raises:
+        OSError: The log cannot be written, or the port is taken.
+    """
     from flexkern.render import EventLog
+    from flexkern.render.watch import Listeners
 
-    return None if command.log is None else EventLog(command.log)
+    found: list[Listener] = [] if command.log is None else [EventLog(command.log)]
+    if command.metrics_port is not None:
+        from flexkern.serve.telemetry import Telemetry
+
+        telemetry = Telemetry(model)
+        port, end = telemetry.serve(command.metrics_port)
+        ends.callback(end)
+        note(f"figures for Prometheus at http://127.0.0.1:{port}/metrics")
+        found.append(telemetry)
+    return Listeners(*found) if found else None
 
 
-def make_watch(command: Flags, log: "EventLog | None", order: "Order") -> "Watch":
+def make_watch(command: Flags, log: "Listener | None", order: "Order") -> "Watch":
     """What follows the render of an order. Raises ValueError for a preview that cannot be written."""
     from flexkern.render import Watch
 

@@ -146,6 +146,8 @@ class Flags:
     """picture (.png or .jpg) that is replaced by the newest one of the video, at most once a second"""
     log: Annotated[Path | None, option("FILE")] = None
     """file to append events to, as JSON lines: started, chunk, switch, warning, finished, failed"""
+    metrics_port: Annotated[int | None, option("INT")] = None
+    """port at which Prometheus is answered while videos are made, on this machine alone; 0 takes one that is free"""
     manifest: Annotated[Path | None, option("FILE")] = None
     """file to append a line of JSON to for each video; default, for several: manifest.jsonl in --output-folder, or
     JOB.manifest.jsonl beside the job file"""

@@ -72,8 +72,10 @@ class Render(Flags):
             lot.batch.ranks = held.enter_context(open_ranks(count_ranks(begun.gpus), lot.batch.device))
             tell = note if self.progress else lambda _: None
             job = resume(target, lot.batch.open(tell=tell), lot.batch.family, anyway=self.resume_anyway, tell=note)
-            watch = make_watch(self, open_log(self), job.order)
-        ending = finish_one(job, lot.batch.family, watch)
+            ends = ExitStack()
+            watch = make_watch(self, open_log(self, lot.batch.family.name, ends), job.order)
+        with ends:
+            ending = finish_one(job, lot.batch.family, watch)
         if ending.status >= status.SIGNAL:
             note(ending.message)
         elif ending.status != status.DONE:

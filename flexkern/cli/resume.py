@@ -10,7 +10,8 @@ from flexkern.cli.flags import Flags
 from flexkern.policies.presets import POLICIES
 from flexkern.render.choices import PATH, flag, plain
 
-BESIDE = ("resume", "resume_anyway", "threads", "gpus", "graphs", "progress")  # options that may be given with --resume
+# options that may be given with --resume
+BESIDE = ("resume", "resume_anyway", "threads", "gpus", "graphs", "progress", "metrics_port")
 
 
 def saved_options(given: Flags) -> dict[str, Any]:

@@ -127,6 +127,8 @@ class Checkpoints:
         pictures: Of the newest that is complete; 0 before the first.
         copying: Seconds that the render waited, in all.
         writing: Seconds of a processor that writing took beside it, in all.
+        kept: Called from the thread that writes with the pictures of one that is complete, and with the seconds that
+            copying and writing it took.
 
     Args:
         parts: Where they go.
@@ -140,6 +142,7 @@ class Checkpoints:
         self._next = time.monotonic() + every
         self._thread: threading.Thread | None = None
         self._told = False
+        self.kept: Callable[[int, float, float], None] = lambda *_: None
         self.pictures, self.copying, self.writing = pictures, 0.0, 0.0
 
     def take(self, pictures: int, state: Callable[[], State], *, now: bool = False) -> None:
@@ -165,7 +168,7 @@ class Checkpoints:
         taken = time.monotonic() - began
         self.copying += taken
         self._next = time.monotonic() + (max(self._every, taken / SHARE) if self._every else 0.0)
-        self._thread = threading.Thread(target=self._write, args=(pictures, copied), name="checkpoint")
+        self._thread = threading.Thread(target=self._write, args=(pictures, copied, taken), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -173,11 +176,13 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
 
-    def _write(self, pictures: int, state: State) -> None:
+    def _write(self, pictures: int, state: State, copying: float) -> None:
+        began = time.monotonic()
         try:
             write_checkpoint(self._parts.checkpoint(pictures), state)
             self._parts.drop_checkpoints(keep=KEPT)
             self.pictures = pictures
+            self.kept(pictures, copying, time.monotonic() - began)
         except OSError as error:
             self._warn(str(error))
         finally:

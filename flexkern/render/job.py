@@ -1,5 +1,6 @@
 """A job: an order that an engine has begun, and the loop that carries it to its file."""
 
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -113,6 +114,7 @@ class Job:
             MemoryError, torch.OutOfMemoryError: There is not enough memory.
         """
         watch = watch or Watch(progress=progress)
+        self.checkpoints.kept = watch.kept
         try:
             if not self.writer.pictures:
                 self.parts.clear()  # of a render that was stopped, and is not wanted
@@ -321,7 +323,8 @@ def render(
     """
     made, waiting, rate = min(writer.pictures, pictures), list(script[followed:]), fps or writer.fps
     watch = watch or Watch(progress=progress)
-    watch.begin(pictures=pictures, made=made, waits_for=first_wait(session) if watch.progress else "")
+    waits = first_wait(session) if watch.progress else ""
+    watch.begin(pictures=pictures, made=made, waits_for=waits, prompt_seconds=session.prompt_seconds)
     try:
         if start is not None:
             made += _write(writer, start, pictures)
@@ -331,16 +334,20 @@ def render(
                 return False
             due = [switch for switch in waiting if switch.at * rate <= made + 1e-6]
             if due:
+                began = time.perf_counter()
                 session.switch(due[-1].prompt)
                 if any(switch.cut for switch in due):
                     session.cut()
                 waiting = waiting[len(due) :]
-                watch.switched(due[-1])
+                watch.switched(due[-1], time.perf_counter() - began)
             chunk = session.step()
             session.validate_chunks()  # the pictures are about to be waited for
+            if chunk.spent is not None:
+                _ = chunk.spent.decode  # waits for the pictures, which is no part of encoding them
+            began = time.perf_counter()
             new = _write(writer, chunk, pictures - made)
             made += new
-            watch.wrote(chunk, new)
+            watch.wrote(chunk, new, time.perf_counter() - began)
             if after is not None and made < pictures:
                 after(len(script) - len(waiting))
     except KeyboardInterrupt:

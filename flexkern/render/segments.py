@@ -25,7 +25,9 @@ from flexkern.render.signals import uninterrupted
 from flexkern.render.target import Target
 from flexkern.render.writer import (
     MOVFLAGS,
+    PIPED,
     Coded,
+    PipeSink,
     Sink,
     VideoWriter,
     as_pictures,
@@ -232,28 +234,83 @@ def join(
         OSError: The file has no room.
         ValueError: A segment is no video.
     """
-    av, sink = load_av(), Sink(file)
-    options = {"movflags": MOVFLAGS, "flush_packets": "1"}
-    with av.open(sink, "w", format=form, options=options) as film:
-        film.metadata.update(about)
-        stream, sent, delay = None, 0, 0
+    joined = Joined(file, rate=rate, about=about, form=form)
+    with joined:
         for path in segments:
-            with path.open("rb") as opened, av.open(opened) as segment:
-                (given,) = segment.streams.video
-                stream = stream or film.add_stream_from_template(given)
-                step, first = int(1 / (rate * given.time_base)), sent
-                for packet in segment.demux(given):
-                    if packet.size:
-                        delay = delay if sent else -packet.dts // step
-                        packet.pts += first * step
-                        packet.dts = (sent - delay) * step  # even: a short last segment reorders less
-                        packet.stream = stream
-                        film.mux(packet)
-                        sent += 1
-            if sink.error is not None:
-                raise sink.error
-    if sink.error is not None:
-        raise sink.error
+            joined.add(path)
+
+
+class Joined:
+    """A video that packets of others are copied into, in their order; a context manager that ends it.
+
+    Attributes:
+        pictures: Copied so far.
+    """
+
+    def __init__(
+        self,
+        file: Any,
+        *,
+        rate: int | Fraction,
+        about: Mapping[str, str],
+        form: Coded = "mp4",
+        piped: bool = False,
+    ):
+        """Nothing is written yet.
+
+        Args:
+            file: Open for writing, empty; a pipe, where nothing is gone back to, has ``write`` alone.
+            rate: Pictures per second, of all videos.
+            about: Metadata.
+            form: mp4 or mov.
+            piped: Whether it is a pipe: what is copied can then be played before the end is there.
+        """
+        self.pictures = 0
+        self._sink, self._rate, self._delay = (PipeSink if piped else Sink)(file), rate, 0
+        options = {"movflags": PIPED if piped else MOVFLAGS, "flush_packets": "1"}
+        self._film = load_av().open(self._sink, "w", format=form, options=options)
+        self._film.metadata.update(about)
+        self._stream: Any = None
+
+    def add(self, path: Path, *, skip: int = 0) -> None:
+        """Copy a video's packets, but for the first so many.
+
+        Raises:
+            OSError: There is no room for them, or no such file.
+            ValueError: It is no video.
+        """
+        with path.open("rb") as opened, load_av().open(opened) as segment:
+            (given,) = segment.streams.video
+            self._stream = self._stream or self._film.add_stream_from_template(given)
+            step, first, seen = int(1 / (self._rate * given.time_base)), self.pictures - skip, 0
+            for packet in segment.demux(given):
+                if not packet.size:
+                    continue
+                seen += 1
+                self._delay = self._delay if self.pictures else -packet.dts // step
+                if seen > skip:
+                    packet.pts += first * step
+                    packet.dts = (self.pictures - self._delay) * step  # even: a short last segment reorders less
+                    packet.stream = self._stream
+                    self._film.mux(packet)
+                    self.pictures += 1
+        if self._sink.error is not None:
+            raise self._sink.error
+
+    def close(self) -> None:
+        """The video has its end. Raises OSError where there is no room for it."""
+        self._film.close()
+        if self._sink.error is not None:
+            raise self._sink.error
+
+    def __enter__(self) -> "Joined":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._film.close()
 
 
 def _chained(digest: str, path: Path) -> str:

@@ -7,9 +7,10 @@ A terminal gets a bar that moves; a file or a pipe a line, at most every ten sec
 
 The log has a line for each event, written at once: ``time`` (UTC), ``event``, and
 
-    started    target, pictures, made (so far), seed, preset, prompt, and what the caller adds
-    chunk      chunk, made, pictures, denoise_seconds, decode_seconds, left_seconds
-    switch     at (seconds), prompt, cut
+    started    target, pictures, made (so far), prompt_seconds, seed, preset, prompt, and what the caller adds
+    chunk      chunk, made, pictures, frames, denoise_seconds, decode_seconds, encode_seconds, peak_bytes, left_seconds
+    switch     at (seconds), prompt, cut, seconds
+    checkpoint pictures, copy_seconds, write_seconds
     warning    message
     finished   target, made, seconds, pictures_per_second, denoise_pictures_per_second
     failed     target, made, message (also of a render that was interrupted)
@@ -28,6 +29,11 @@ from tqdm import tqdm
 
 from flexkern.checks import require
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows has none
+    resource = None  # type: ignore[assignment]
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -45,6 +51,18 @@ class Listener(Protocol):
 
     def write(self, event: str, **about: Any) -> None:
         """An event, and what it says; both as the log of ``flexkern render --log`` has them."""
+
+
+class Listeners:
+    """Several listeners as one."""
+
+    def __init__(self, *listeners: Listener):
+        self._listeners = listeners
+
+    def write(self, event: str, **about: Any) -> None:
+        """An event, and what it says."""
+        for listener in self._listeners:
+            listener.write(event, **about)
 
 
 class EventLog:
@@ -136,20 +154,20 @@ class Watch:
         self._began = self._ended = self._told = self._previewed = 0.0
         self._bar: tqdm[NoReturn] | None = None
 
-    def begin(self, *, pictures: int, made: int, waits_for: str) -> None:
-        """A render begins, or goes on from so many pictures."""
+    def begin(self, *, pictures: int, made: int, waits_for: str, prompt_seconds: float = 0.0) -> None:
+        """A render begins, or goes on from so many pictures; its prompt took so many seconds."""
         self._pictures, self.made, self._began_with = pictures, made, made
         self._began = self._told = self._ended = self._clock()
         self._previewed = self._began - PREVIEW_EVERY
-        self._event("started", pictures=pictures, made=made, **self.about)
+        self._event("started", pictures=pictures, made=made, prompt_seconds=round(prompt_seconds, 4), **self.about)
         if self.progress and self._stream.isatty():
             self._bar = tqdm(
                 total=pictures, initial=made, desc=waits_for, unit=" pictures", bar_format=BAR,
                 mininterval=0.1, file=self._stream,
             )  # fmt: skip
 
-    def wrote(self, chunk: "Chunk", count: int) -> None:
-        """So many pictures of a chunk are in the file."""
+    def wrote(self, chunk: "Chunk", count: int, encode_seconds: float = 0.0) -> None:
+        """So many pictures of a chunk are in the file, which took so many seconds."""
         self.made += count
         self._ended = self._clock()
         number = chunk.index + 1
@@ -157,9 +175,18 @@ class Watch:
             self.chunks += 1
             spent = (chunk.spent.denoise, chunk.spent.decode) if chunk.spent else (0.0, 0.0)
             self._denoise, self._decode = self._denoise + spent[0], self._decode + spent[1]
-            said = {"denoise_seconds": round(spent[0], 4), "decode_seconds": round(spent[1], 4)}
-            left = round(self._left(), 1)
-            self._event("chunk", chunk=number, made=self.made, pictures=self._pictures, **said, left_seconds=left)
+            self._event(
+                "chunk",
+                chunk=number,
+                made=self.made,
+                pictures=self._pictures,
+                frames=len(chunk.frames),
+                denoise_seconds=round(spent[0], 4),
+                decode_seconds=round(spent[1], 4),
+                encode_seconds=round(encode_seconds, 4),
+                peak_bytes=peak_bytes(),
+                left_seconds=round(self._left(), 1),
+            )
         if self._bar is not None:
             self._bar.set_description_str(f"chunk {number}", refresh=False)
             self._bar.update(count)
@@ -171,9 +198,14 @@ class Watch:
             self._previewed = self._ended
             write_preview(self.preview, chunk.pixels[0, count - 1].cpu().numpy())
 
-    def switched(self, switch: "PromptSwitch") -> None:
-        """The video follows another prompt from now on."""
-        self._event("switch", at=switch.at, prompt=switch.prompt, cut=switch.cut)
+    def switched(self, switch: "PromptSwitch", seconds: float = 0.0) -> None:
+        """The video follows another prompt from now on; that took so many seconds."""
+        self._event("switch", at=switch.at, prompt=switch.prompt, cut=switch.cut, seconds=round(seconds, 4))
+
+    def kept(self, pictures: int, copy_seconds: float, write_seconds: float) -> None:
+        """A checkpoint of so many pictures is complete; from the thread that wrote it."""
+        said = {"copy_seconds": round(copy_seconds, 4), "write_seconds": round(write_seconds, 4)}
+        self._event("checkpoint", pictures=pictures, **said)
 
     def end(self) -> None:
         """The loop is over, however it ended."""
@@ -245,6 +277,16 @@ def write_preview(path: Path, picture: "NDArray[Any]") -> None:
         growing.replace(path)
     except OSError:
         growing.unlink(missing_ok=True)
+
+
+def peak_bytes() -> int:
+    """The most memory so far: that torch took of a GPU, or of this process where none is used."""
+    torch = sys.modules.get("torch")  # never loaded for the sake of looking
+    if torch is not None and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    if resource is None:
+        return 0
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -14,6 +14,7 @@ DECLARED = (
     'Py_YAML; extra == "video"',
     'av>=17.1; extra == "metrics"',
     'opencv-python-headless>=4.8; extra == "metrics"',
+    'prometheus-client>=0.20; extra == "serve"',
     'pytest>=9; extra == "test"',
 )
 
@@ -22,7 +23,8 @@ DECLARED = (
 def installed(monkeypatch) -> dict[str, str]:
     """Versions by package, of a machine where flexkern is installed that declares DECLARED."""
     about, versions = Message(), {"numpy": "2.0.1", "av": "17.1.0", "Py_YAML": "6.0.1", "pytest": "9.2"}
-    for extra in ("video", "metrics", "test"):
+    versions["prometheus-client"] = "0.20"
+    for extra in ("video", "metrics", "serve", "test"):
         about["Provides-Extra"] = extra
     for requirement in DECLARED:
         about["Requires-Dist"] = requirement
@@ -35,7 +37,8 @@ def test_what_is_declared_is_listed_by_extra(installed):
     found = [(need.package, need.extra, need.bounds) for need in requirements.needs()]
     assert found == [
         ("numpy", "", ">=1.26"), ("av", "video", ">=17.1"), ("Py_YAML", "video", ""), ("av", "metrics", ">=17.1"),
-        ("opencv-python-headless", "metrics", ">=4.8"), ("pytest", "test", ">=9"),
+        ("opencv-python-headless", "metrics", ">=4.8"), ("prometheus-client", "serve", ">=0.20"),
+        ("pytest", "test", ">=9"),
     ]  # fmt: skip
 
 
@@ -103,6 +106,7 @@ def test_another_fault_is_one_only_of_the_package_that_it_comes_from(installed, 
     [
         ("av.video", "the package 'av' is not installed: pip install \"flexkern[video]\""),
         ("cv2", "the package 'opencv-python-headless' is not installed: pip install \"flexkern[metrics]\""),
+        ("prometheus_client", "the package 'prometheus-client' is not installed: pip install \"flexkern[serve]\""),
         ("numpy", "the package 'numpy' is not installed: pip install \"numpy>=1.26\""),
     ],
 )
@@ -127,6 +131,7 @@ def test_doctor_says_what_is_too_old(installed, monkeypatch, capsys):
         "             video: av 13.1.0, Py_YAML 6.0.1; outside of what it needs: av>=17.1",
         "             metrics: av 13.1.0; outside of what it needs: av>=17.1; "
         'not installed: opencv-python-headless (pip install "flexkern[metrics]")',
+        "             serve: prometheus-client 0.20",
         "             test: pytest 9.2",
         'versions     av 13.1.0 is installed, flexkern[video] needs av>=17.1: pip install "av>=17.1"',
     ]

@@ -24,7 +24,9 @@ class Terminal(io.StringIO):
 
 def chunk(index, colour=0):
     pixels = torch.full((1, 3, 4, 6, 3), colour, dtype=torch.uint8)
-    return SimpleNamespace(index=index, pixels=pixels, spent=Spent(began=0.0, denoised=2.0, decoded=3.0))
+    return SimpleNamespace(
+        index=index, frames=(0, 1, 2), pixels=pixels, spent=Spent(began=0.0, denoised=2.0, decoded=3.0)
+    )
 
 
 @pytest.fixture
@@ -108,23 +110,26 @@ def test_a_preview_is_refused_before_any_work(tmp_path, name, error):
 def test_the_log_has_a_line_for_each_event_with_its_fields(clock, tmp_path):
     log = EventLog(tmp_path / "l.jsonl")
     watch, _ = watched(clock, 1, pictures=6, log=log, about={"seed": 3})
-    watch.switched(PromptSwitch(at=1.5, prompt="b", cut=True))
+    watch.switched(PromptSwitch(at=1.5, prompt="b", cut=True), 0.25)
+    watch.kept(3, 0.5, 0.75)
     watch.warn("warm")
     watch.finished(Path("a.mp4"))
     watch.failed(Path("a.mp4"), "full")
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert all(line.pop("time").endswith("Z") for line in lines)
-    assert lines[:4] == [
-        {"event": "started", "pictures": 6, "made": 0, "seed": 3},
-        {"event": "chunk", "chunk": 1, "made": 3, "pictures": 6, "denoise_seconds": 2.0, "decode_seconds": 1.0,
-         "left_seconds": 4.0},
-        {"event": "switch", "at": 1.5, "prompt": "b", "cut": True},
+    assert lines[1].pop("peak_bytes") > 1 << 20
+    assert lines[:5] == [
+        {"event": "started", "pictures": 6, "made": 0, "prompt_seconds": 0.0, "seed": 3},
+        {"event": "chunk", "chunk": 1, "made": 3, "pictures": 6, "frames": 3, "denoise_seconds": 2.0,
+         "decode_seconds": 1.0, "encode_seconds": 0.0, "left_seconds": 4.0},
+        {"event": "switch", "at": 1.5, "prompt": "b", "cut": True, "seconds": 0.25},
+        {"event": "checkpoint", "pictures": 3, "copy_seconds": 0.5, "write_seconds": 0.75},
         {"event": "warning", "message": "warm"},
     ]  # fmt: skip
-    assert lines[4].keys() == {
+    assert lines[5].keys() == {
         "event", "target", "made", "seconds", "denoise_seconds", "pictures_per_second", "denoise_pictures_per_second",
     }  # fmt: skip
-    assert lines[5] == {"event": "failed", "target": "a.mp4", "made": 3, "message": "full"}
+    assert lines[6] == {"event": "failed", "target": "a.mp4", "made": 3, "message": "full"}
 
 
 def test_lines_of_several_writers_are_not_torn(tmp_path):
