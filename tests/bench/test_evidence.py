@@ -140,7 +140,7 @@ def test_a_horizon_is_the_beginning_of_a_longer_film(weights):
         preset = get_preset(name)
         assert not evidence.depends_on_length(preset)
         assert torch.equal(film(engine, short, preset), film(engine, long, preset)[:, :21])
-    static = get_preset("flex", {"position.scale_schedule": "static"})
+    static = get_preset("flex", {"position.scale_schedule": "static", "position.reach": "all"})
     assert evidence.depends_on_length(static)
     assert not torch.equal(film(engine, short, static), film(engine, long, static)[:, :21])
 

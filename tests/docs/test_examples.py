@@ -23,6 +23,7 @@ def run_script(name: str, monkeypatch, *arguments: str) -> None:
 
 def test_no_example_is_untried():
     tried = {
+        "fleet.jsonl",
         "interactive.jsonl",
         "jobs.yaml",
         "own_preset.py",
@@ -68,6 +69,15 @@ def test_the_prompts_over_time_are_followed_to_the_last(tmp_path, monkeypatch):
     assert flexkern.cli.main(["render", *options]) == 0
     assert pictures_in(tmp_path / "out.mp4") == 9
     assert [prompt.split()[1] for prompt in asked] == ["yellow", "red"]
+
+
+def test_the_jobs_of_a_fleet_are_made(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "jobs.jsonl").write_text((EXAMPLES / "fleet.jsonl").read_text().replace('"frames": 24', '"frames": 6'))
+    assert flexkern.cli.main(["fleet", "jobs.jsonl", "--out", "films", "--shard", "0/1"]) == 0
+    made = sorted(path.relative_to("films") for path in Path("films").rglob("*.mp4"))
+    assert len(made) == 4 and Path("two/two.mp4") in made
+    assert {pictures_in(tmp_path / "films" / path) for path in made} == {6}
 
 
 def test_the_prompts_of_a_line_follow_each_other_in_one_video(tmp_path, monkeypatch):

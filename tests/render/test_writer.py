@@ -190,7 +190,7 @@ class FakeSession:
 
     def __init__(self, pictures=60, interrupt=None, spoilt=None):
         self.pixels, self.interrupt, self.spoilt = torch.from_numpy(moving(pictures)), interrupt, spoilt
-        self.chunks, self.asked, self.most = 0, [], 0
+        self.chunks, self.asked, self.most, self.prompt_seconds = 0, [], 0, 0.0
         self.alive = weakref.WeakSet()
         self.engine = SimpleNamespace(encode=lambda prompt: self.asked.append(prompt), backend_name="sdpa")
         self.preset = SimpleNamespace(position=SimpleNamespace(index="absolute"))
