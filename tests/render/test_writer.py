@@ -212,7 +212,8 @@ class FakeSession:
         self.alive.add(pixels)
         self.most = max(self.most, len(self.alive))
         self.chunks += 1
-        return SimpleNamespace(index=self.chunks - 1, pixels=pixels, spent=None)
+        frames = range(3 * self.chunks - 3, 3 * self.chunks)
+        return SimpleNamespace(index=self.chunks - 1, frames=frames, pixels=pixels, spent=None)
 
 
 def test_render_writes_exactly_what_was_asked_and_keeps_nothing(tmp_path, capsys):
