@@ -110,8 +110,10 @@ def _draw(
         axes.imshow(sheet, interpolation="none", extent=(0, width, height, 0), aspect="auto")
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, labeltop=True, labelbottom=False)
-        axes.set_yticks([y + high / 2 for y, high in zip(tops, heights, strict=True)], [""] * len(names), fontsize=13)
-        plain(*axes.get_yticklabels(), says=names)
+        axes.set_yticks([])
+        middle = [y + high / 2 for y, high in zip(tops, heights, strict=True)]
+        # not labels of ticks, whose text is set anew whenever they are drawn
+        plain(*(axes.text(-8, y, "", fontsize=13, ha="right", va="center") for y in middle), says=names)
         axes.set_xticks([number * (tile + GAP) + tile / 2 for number in range(len(shown))])
         axes.set_xticklabels([clock(moment) for moment in shown], fontsize=13)
         for row, pictures in enumerate(rows):

@@ -166,8 +166,8 @@ def test_names_and_titles_are_text_in_pictures(files, tmp_path, monkeypatch):
     shown = []
 
     def keep(figure, *_, **__):
+        figure.canvas.draw()  # mathematics is parsed here, and labels of ticks are written
         shown.append([text.get_text() for text in figure.findobj(Text) if text.get_text()])
-        figure.canvas.draw()  # mathematics is parsed here
 
     monkeypatch.setattr(matplotlib.figure.Figure, "savefig", keep)
     names, title = ("_under", "$x^2$"), r"$\frac{$ and _x_"
@@ -189,6 +189,7 @@ def test_a_sheet_has_a_row_per_video_and_a_column_per_moment(files, tmp_path, ca
     for column, picture in enumerate(shown):
         tile = sheet[top : top + 64, left + 104 * column : left + 104 * column + 96]
         assert np.array_equal(tile, picture)
+    assert (sheet[top : top + 64, : left - 4] < 128).any() and (sheet[top + 72 : top + 136, : left - 4] < 128).any()
     second = sheet[top + 72 : top + 136, left:]
     assert np.array_equal(second[:, :96], pictures_at(files[1], [0])[0])
     assert (second[:10, 4 * 104 : 4 * 104 + 96] == 242).all()  # the short video is over
