@@ -246,7 +246,7 @@ def variants(folder: Path = machine.ROOT / "tests" / "data") -> str:
 
 def evidence(file: str, longest: bool, against: str) -> str:
     """What the films of rooms say, at the longest horizon that all variants of the file have, or that any has."""
-    from evidence_tables import load_results
+    from evidence_tables import films, load_results
     from evidence_tables import table as table_of_results  # matplotlib, which the machine of a GPU may lack
 
     path = machine.RESULTS / "evidence" / f"{file}.csv"
@@ -256,10 +256,8 @@ def evidence(file: str, longest: bool, against: str) -> str:
     variants_at = {one.horizon: len({o.variant for o in found if o.horizon == one.horizon}) for one in found}
     whole = [horizon for horizon, count in variants_at.items() if longest or count == max(variants_at.values())]
     shown = [one for one in found if one.horizon == max(whole)]
-    films = " or ".join(map(str, sorted({one.films for one in shown})))
-    return f"{max(whole)} times the horizon, {films} films, differences to {against}:\n\n" + "\n".join(
-        table_of_results(shown)
-    )
+    head = f"{max(whole)} times the horizon, {films(shown)} films, differences to {against}:"
+    return "\n".join([head, "", *table_of_results(shown)])
 
 
 SHORT = {"self-forcing": "plain window (`self-forcing`)", "sink": "sink of 3 frames, nothing else"}

@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from flexkern.render.watch import Listener
 
 
-BAD = ValueError, OSError, NotImplementedError  # what a user can mend
-
-
 def render_all(lots: Sequence[Lot], command: Flags) -> int:
     """Make the videos of all lots. Returns the exit status.
 
@@ -44,7 +41,7 @@ def render_all(lots: Sequence[Lot], command: Flags) -> int:
 
 def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
     several, manifest = is_several(lots, command), manifest_path(lots, command)
-    with refusing(*BAD):
+    with refusing(*status.BAD):
         log = open_log(command, lots[0].batch.family.name, ends)
         skipped = several and not command.overwrite
         done = {id(order) for lot in lots for order in lot.batch.orders if skipped and lot.batch.skips(order)}
@@ -61,9 +58,9 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
             continue
         try:
             engine = open_engine(lot)
-        except BAD as error:
+        except status.BAD as error:
             if len(lots) == 1:
-                with refusing(*BAD):
+                with refusing(*status.BAD):
                     raise
             for order in waiting:
                 note(f"{order.target}: {error}")
@@ -71,7 +68,7 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
                 failed.append(status.REFUSED)
             continue
         if command.output_folder is not None:
-            with refusing(*BAD):
+            with refusing(*status.BAD):
                 command.output_folder.mkdir(parents=True, exist_ok=True)
         for order in waiting:
             ending = render_one(order, lot, engine, log, goes_on=several and not command.overwrite)
@@ -138,7 +135,7 @@ def render_one(order: "Order", lot: Lot, engine: "Engine", log: "Listener | None
                 about=batch.about(order),
                 tell=tell,
             )
-    except BAD as error:
+    except status.BAD as error:
         watch.failed(order.target, str(error))
         return Ending(status=status.REFUSED, message=str(error))
     if batch.parts is None and not lot.told:  # of a checkpoint it was told before the weights were read

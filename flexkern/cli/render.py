@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.cli.carry import BAD, finish_one, make_watch, open_log, render_all
+from flexkern.cli.carry import finish_one, make_watch, open_log, render_all
 from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
@@ -38,7 +38,7 @@ class Render(Flags):
         if self.resume is not None:
             return self.go_on(self.resume)
         with ExitStack() as held:
-            with refusing(*BAD):
+            with refusing(*status.BAD):
                 lots = self.begin()
                 ranks = held.enter_context(open_ranks(count_ranks(self.gpus), lots[0].batch.device))
             for lot in lots:
@@ -52,7 +52,7 @@ class Render(Flags):
 
     def resumed(self, target: Path, held: ExitStack) -> int:
         """As ``go_on``; held: what ends with it."""
-        with refusing(*BAD):
+        with refusing(*status.BAD):
             validate_alone(self)
             from flexkern.render import clear_parts, find_stopped, resume
 

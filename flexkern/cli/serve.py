@@ -11,6 +11,7 @@ import tyro
 from flexkern.checks import require
 from flexkern.cli.errors import note, refusing
 from flexkern.cli.flags import option
+from flexkern.render import status
 from flexkern.render.choices import PROMPT, is_family
 
 if TYPE_CHECKING:
@@ -70,9 +71,7 @@ class Serve:
     """most latent frames that a request may have kept in memory"""
 
     def run(self) -> int:
-        from flexkern.cli.carry import BAD
-
-        with refusing(*BAD):
+        with refusing(*status.BAD):
             require(0 <= self.checkpoint_seconds < math.inf, "--checkpoint-seconds must be 0 or more, and have an end")
             door, spec = self.door(), self.base()
 

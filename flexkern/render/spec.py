@@ -128,6 +128,14 @@ class JobSpec:
                 get_preset(self.preset, self.overrides)
 
     @property
+    def target(self) -> Path:
+        """The file to write. Raises ValueError where none is said."""
+        target = self.latents or self.out
+        if target is None:
+            raise ValueError("a job needs out or latents, the file to write")
+        return target
+
+    @property
     def script(self) -> tuple[PromptSwitch, ...]:
         """The prompts that have times."""
         return tuple(one for one in self.prompts if isinstance(one, PromptSwitch))

@@ -7,6 +7,8 @@ NOTHING_KEPT = 73  # EX_CANTCREAT: the output cannot be written, and nothing is 
 CAN_RESUME = 75  # EX_TEMPFAIL: a full disk, no memory; what was made is kept
 SIGNAL = 128  # and the number of the signal; what was made is kept
 
+BAD = ValueError, OSError, NotImplementedError  # errors that a user can mend, which before any work are REFUSED
+
 MEANINGS = {
     DONE: ("all went well", "nothing"),
     FAILED: ("it failed, and would again: numbers that are not finite, a fault of flexkern's", "read the error"),

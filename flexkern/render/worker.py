@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 Status = Literal["done", "stopped", "failed", "refused"]
 Stage = Literal["loading", "rendering"]
 ABSENT = FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError
-BAD = ValueError, OSError, NotImplementedError  # what a user can mend
 PROMPTS = 256  # encoded ones that are kept, 4 MB each of Wan's at most
 STATUSES: dict[int, Status] = {status.DONE: "done", status.FAILED: "failed", status.REFUSED: "refused"}
 
@@ -228,7 +227,7 @@ class Worker:
             return _outcome(status.CAN_RESUME, str(error))
         except NotFiniteError as error:
             return _outcome(status.FAILED, str(error))
-        except BAD as error:
+        except status.BAD as error:
             transient = isinstance(error, OSError) and error.errno is not None and not isinstance(error, ABSENT)
             return _outcome(status.CAN_RESUME if transient else status.REFUSED, str(_in_words(error)))
         except Exception as error:
@@ -261,7 +260,7 @@ class Worker:
 
         from flexkern.pipeline import validate_device
 
-        require(bool(spec.out or spec.latents), "a job needs out or latents, the file to write")
+        target = spec.target
         require(spec.out != STDOUT, "a worker writes files, not to stdout: give a name as out")
         model = chosen_model(spec.model, spec.config_path, spec.weights)
         research = None if spec.config_path is None else read_research(spec.config_path)
@@ -280,8 +279,6 @@ class Worker:
         script, pictures, told = timed(shown, spec, family, research)
         if told:
             tell(in_fields(told))
-        target = spec.latents or spec.out
-        assert target is not None
         order = Order(
             script=script,
             pictures=pictures,

@@ -23,7 +23,7 @@ from flexkern.serve.describe import sse
 from flexkern.serve.errors import ApiError
 from flexkern.serve.forms import read_request
 from flexkern.serve.guard import Guard
-from flexkern.serve.hub import Lost
+from flexkern.serve.hub import Lost, Message, Reader
 from flexkern.serve.openapi import CREATE, answers, finished_schema
 from flexkern.serve.places import PREVIEW, THUMBNAIL, VIDEO
 from flexkern.serve.service import Service
@@ -221,17 +221,23 @@ def _add_events(app: FastAPI, service: Service) -> None:
 async def _all_events(service: Service) -> AsyncGenerator[bytes, None]:
     async with service.hub.reading(lambda _: True) as reader:
         yield b": follows\n\n"
-        while True:
-            try:
-                message = await reader.next(QUIET)
-            except asyncio.TimeoutError:
-                yield b": still there\n\n"
-                continue
-            except Lost:
-                return
-            if message is None:
-                return
-            yield sse(*message)
+        async for message in _messages(reader):
+            yield b": still there\n\n" if message is None else sse(*message)
+
+
+async def _messages(reader: Reader) -> AsyncGenerator[Message | None, None]:
+    """What a reader is told, until the end or until it has missed something; None where it has been quiet for long."""
+    while True:
+        try:
+            message = await reader.next(QUIET)
+        except asyncio.TimeoutError:
+            yield None
+            continue
+        except Lost:
+            return
+        if message is None:
+            return
+        yield message
 
 
 async def _events_of(service: Service, video_id: str) -> AsyncGenerator[bytes, None]:
@@ -244,22 +250,18 @@ async def _events_of(service: Service, video_id: str) -> AsyncGenerator[bytes, N
         for event in history:
             made = max(made, event.get("made", 0))
             yield sse("chunk", event)
-        over = job.over
-        while not over:
-            try:
-                message = await reader.next(QUIET)
-            except asyncio.TimeoutError:
+        if job.over:
+            return
+        async for message in _messages(reader):
+            if message is None:
                 yield b": still there\n\n"
                 continue
-            except Lost:
-                return
-            if message is None:
-                return
             kind, content = message
             if kind == "chunk" and content.get("made", 0) <= made:
                 continue  # it was in the log already
             yield sse(kind, content)
-            over = kind == "deleted" or (kind == "video" and content["status"] in ("completed", "failed"))
+            if kind == "deleted" or (kind == "video" and content["status"] in ("completed", "failed")):
+                return
 
 
 def _add_rest(app: FastAPI, service: Service) -> None:

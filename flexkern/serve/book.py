@@ -57,9 +57,12 @@ def read_line(text: str, number: int, jobs: Path, folder: Path) -> JobSpec:
 
 def identity(spec: JobSpec, folder: Path) -> bytes:
     """What tells a job from others: all that it says but the device and the threads."""
-    target = spec.latents or spec.out
-    assert target is not None
-    said = spec.to_dict() | {"out": str(target.relative_to(folder)), "latents": None, "device": None, "threads": None}
+    said = spec.to_dict() | {
+        "out": str(spec.target.relative_to(folder)),
+        "latents": None,
+        "device": None,
+        "threads": None,
+    }
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).digest()[:DIGEST]
 
 
@@ -97,7 +100,7 @@ class Jobs:
         for line, start, text in _filled(self._file):
             try:
                 spec = read_line(text, len(self._starts), path, folder)
-                target = str(spec.latents or spec.out)
+                target = str(spec.target)
                 before = targets.setdefault(target, line)
                 require(before == line, f"{target} is what line {before} writes, too")
                 check(spec)

@@ -27,8 +27,7 @@ class Checker:
 
     def __call__(self, spec: JobSpec) -> None:
         """Raises ValueError or OSError where the job will not do."""
-        target = spec.latents or spec.out
-        assert target is not None
+        target = spec.target
         if not self._here:
             spec = replace(spec, device=None, backend=spec.backend if spec.backend in GPU_BACKENDS else "auto")
         times = [(one.at, one.cut) for one in spec.script]

@@ -188,10 +188,7 @@ class Fleet:
         return schedule
 
     def _target(self, number: int) -> Path:
-        spec = self._jobs[number]
-        target = spec.latents or spec.out
-        assert target is not None
-        return target
+        return self._jobs[number].target
 
     def run(self) -> Summary:
         """Hand out the jobs, and wait until each is done, has failed, or can be done by no worker.

@@ -31,9 +31,7 @@ class Task:
     @property
     def target(self) -> Path:
         """The file to make."""
-        target = self.spec.latents or self.spec.out
-        assert target is not None
-        return target
+        return self.spec.target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

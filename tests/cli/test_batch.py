@@ -3,12 +3,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from watched_steps import watch_steps
 
 import flexkern.render
 from flexkern import demo
-from flexkern.session import Session
 
 RED = "a red disc and a blue square on dark green, fast"
 QUIET = ("--no-progress",)
@@ -29,23 +30,15 @@ def outcomes(name="night.json.manifest.jsonl"):
 @pytest.fixture
 def steps(monkeypatch):
     """The seeds of the videos of which chunks were made, in order, each chunk once; and what to do at a chunk."""
-    made, do, step, begin, seeds = [], {}, Session.step, Session.__init__, {}
+    made, do = [], {}
 
-    def begun(session, *arguments, **options):
-        begin(session, *arguments, **options)
-        seeds[id(session)] = options["seed"]
-
-    def watched(session):
-        seed = seeds[id(session)]
+    def before(seed, chunk):
         made.append(seed)
-        if action := do.get((seed, session.chunks)):
+        if action := do.get((seed, chunk)):
             raise action
-        return step(session)
 
-    monkeypatch.setattr(Session, "__init__", begun)
-    monkeypatch.setattr(Session, "step", watched)
-    watched.made, watched.do = made, do
-    return watched
+    watch_steps(monkeypatch, before)
+    return SimpleNamespace(made=made, do=do)
 
 
 def test_what_is_done_is_skipped_until_its_job_changes(flexkern_, steps):

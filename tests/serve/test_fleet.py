@@ -10,6 +10,7 @@ import fleet_simulation
 import pytest
 from fleet_simulation import Clock, SimulatedFarm
 from tiny_demo import save_tiny
+from watched_steps import watch_steps
 
 from flexkern import demo
 from flexkern.cli import main
@@ -17,7 +18,6 @@ from flexkern.render import Worker
 from flexkern.serve.alone import Alone
 from flexkern.serve.book import Jobs, read_manifests
 from flexkern.serve.fleet import Fleet, News, Shard, holding
-from flexkern.session import Session
 
 RED = "a red disc and a blue square on dark green, fast"
 
@@ -33,21 +33,14 @@ def here(tmp_path, monkeypatch, tiny):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "WEIGHTS", tiny)
     monkeypatch.setattr(demo, "ZOOM", 2)
-    made, do, step, begin, seeds = [], {}, Session.step, Session.__init__, {}
+    made, do = [], {}
 
-    def begun(session, *arguments, **options):
-        begin(session, *arguments, **options)
-        seeds[id(session)] = options["seed"]
-
-    def watched(session):
-        seed = seeds[id(session)]
-        if errors := do.get((seed, session.chunks)):
+    def before(seed, chunk):
+        if errors := do.get((seed, chunk)):
             raise errors.pop(0)
-        made.append((seed, session.chunks))
-        return step(session)
+        made.append((seed, chunk))
 
-    monkeypatch.setattr(Session, "__init__", begun)
-    monkeypatch.setattr(Session, "step", watched)
+    watch_steps(monkeypatch, before)
     return SimpleNamespace(made=made, do=do)
 
 
