@@ -45,7 +45,8 @@ def content_hash(server, identity):
 def in_the_middle(server, identity, root):
     """Until a part of the video is made, and there is a checkpoint."""
     end = time.monotonic() + 60
-    while not (0 < server.get(identity)["made"] < FRAMES - 6 and list(root.glob("jobs/*/*.parts/checkpoint-*.safetensors"))):
+    kept = lambda: list(root.glob("jobs/*/*.parts/checkpoint-*.safetensors"))
+    while not (0 < server.get(identity)["made"] < FRAMES - 6 and kept()):
         assert time.monotonic() < end and server.get(identity)["status"] in ("queued", "in_progress")
         time.sleep(0.005)
 
