@@ -3,9 +3,10 @@
 python bench/soak.py                                   # 57,600 pictures, five kills; hours on a CPU
 python bench/soak.py --pictures 960 --kills 2 --compare
 
-Time per chunk and memory should stay flat, and checkpoints cost less than 2 % of the time. One row for every 100
-chunks goes to soak.csv in the folder of --results, and a plot of them to soak.png. --compare renders the video once
-more, undisturbed, and compares the bytes.
+Time per chunk and memory should stay flat, and checkpoints cost less than 2 % of the time. On a busy machine the time
+of the processor says more than the clock on the wall: both are kept. One row for every 100 chunks goes to soak.csv in the
+folder of --results, and a plot of them to soak.png. --compare renders the video once more, undisturbed, and compares
+the bytes.
 """
 
 import csv
@@ -26,7 +27,7 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LIMIT = 0.02  # of the time, for checkpoints
-COLUMNS = ("run", "pictures", "ms_per_chunk", "resident_mb", "seconds", "copying", "writing")
+COLUMNS = ("run", "pictures", "ms_per_chunk", "cpu_ms_per_chunk", "resident_mb", "seconds", "copying", "writing")
 PROMPTS = ("a red disc and a blue square on dark green, fast", "a yellow disc and a cyan square on black, slow")
 
 
@@ -65,18 +66,20 @@ def work(args: Args, target: Path) -> None:
         job = resume(target, engine, family, tell=tell)
     except FileNotFoundError:
         job = prepare(order, engine, family, tell=tell)
-    step, taken, began = job.session.step, [], time.perf_counter()
+    step, taken, worked, began = job.session.step, [], [], time.perf_counter()
 
     def timed():
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         chunk = step()
         taken.append(1000 * (time.perf_counter() - start))
+        worked.append(1000 * (time.process_time() - busy))
         if len(taken) == args.chunks:
             kept, spent = job.checkpoints, time.perf_counter() - began
-            pace, memory = statistics.median(taken), machine.resident() / 1e6
-            row = (job.writer.pictures, pace, memory, spent, kept.copying, kept.writing)
+            pace, work = statistics.median(taken), statistics.median(worked)
+            row = (job.writer.pictures, pace, work, machine.resident() / 1e6, spent, kept.copying, kept.writing)
             print(json.dumps(row), flush=True)
             taken.clear()
+            worked.clear()
         return chunk
 
     job.session.step = timed
@@ -121,12 +124,14 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
     for run in sorted({row["run"] for row in rows}):
         own = [row for row in rows if row["run"] == run]
         minutes = [row["pictures"] / 16 / 60 for row in own]
-        above.plot(minutes, [row["ms_per_chunk"] for row in own], ".-", linewidth=1, markersize=3)
-        below.plot(minutes, [row["resident_mb"] for row in own], ".-", linewidth=1, markersize=3)
+        above.plot(minutes, [row["ms_per_chunk"] for row in own], ".-", color="C0", linewidth=0.7, markersize=3)
+        above.plot(minutes, [row["cpu_ms_per_chunk"] for row in own], ".-", color="C1", linewidth=0.7, markersize=3)
+        below.plot(minutes, [row["resident_mb"] for row in own], ".-", color="C0", linewidth=0.7, markersize=3)
         if run:
             for axes in (above, below):
                 axes.axvline(minutes[0], color="grey", linewidth=0.5, linestyle="--")
     above.set(ylabel="ms a chunk (median)", ylim=(0, None), title="the demo's video, killed and resumed at the lines")
+    above.legend(["wall", "processor"], loc="lower right")
     below.set(ylabel="resident MB", ylim=(0, None), xlabel="minutes of video")
     figure.savefig(path, dpi=120)
 
@@ -137,11 +142,13 @@ def summary(rows: list[dict[str, float]]) -> list[str]:
     seconds = sum(row["seconds"] for row in longest)
     cost = sum(row["copying"] + row["writing"] for row in longest) / seconds
     third = max(1, len(rows) // 3)
-    early, late = (statistics.median(row["ms_per_chunk"] for row in part) for part in (rows[:third], rows[-third:]))
+    ends = rows[:third], rows[-third:]
+    wall, work = ([statistics.median(row[name] for row in part) for part in ends] for name in COLUMNS[2:4])
     last = [row["resident_mb"] for row in rows if row["run"] == rows[-1]["run"]]
     return [
         f"checkpoints: {100 * cost:.2f} % of the time ({'as promised' if cost < LIMIT else 'MORE THAN 2 %'})",
-        f"a chunk: {early:.1f} ms in the first third, {late:.1f} ms in the last",
+        f"a chunk, wall: {wall[0]:.1f} ms in the first third, {wall[1]:.1f} ms in the last",
+        f"a chunk, processor: {work[0]:.1f} ms in the first third, {work[1]:.1f} ms in the last",
         f"memory of the last run: {last[0]:.0f} MB at its first row, {last[-1]:.0f} MB at its last",
     ]
 

@@ -1,0 +1,84 @@
+"""One room, filmed for an hour: what a method still knows of its first second.
+
+python bench/long_film.py --out an_hour                         # 57,600 frames of flex: more than an hour on a CPU
+python bench/long_film.py --out four_minutes --frames 3840 --method sink
+
+Frames are kept in frames.npy as they are made, one uint8 picture each, and a film that is whole is not made again. Then
+the video film.mp4, and minutes.csv: a row for each minute, with what ``flexkern.demo.measure_rooms`` says of it.
+"""
+
+import csv
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from tqdm import tqdm
+
+from flexkern.demo import FPS, rooms
+from flexkern.demo.__main__ import method, write_video
+from flexkern.demo.film_rooms import Case, film_chunks, load_engine
+from flexkern.demo.measure_rooms import FIGURES, measure, summary
+from flexkern.kernels.reference import to_bytes
+
+MINUTE = 60 * FPS
+
+
+@dataclass(kw_only=True)
+class Args:
+    """What to film."""
+
+    out: Path
+    method: str = "flex"  # of the demo's four, or any preset
+    frames: int = 60 * MINUTE
+    seed: int = 0
+    threads: int = 1  # one film has too little in an operation for more
+
+
+def film(args: Args, case: Case) -> np.ndarray:
+    """uint8 [frames, SIZE, SIZE, 3]; made, where it is not there as a whole."""
+    whole, part = args.out / "frames.npy", args.out / "frames.part.npy"
+    if not whole.exists():
+        shape = args.frames, rooms.SIZE, rooms.SIZE, 3
+        held = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        engine, preset = load_engine(), method(args.method)
+        with tqdm(total=args.frames, unit="frame", file=sys.stderr, mininterval=30) as progress:
+            for chunk in film_chunks(engine, case, preset):
+                first = chunk.frames[0]
+                made = to_bytes(chunk.latents[0].movedim(1, -1))[: args.frames - first]
+                held[first : first + len(made)] = made.numpy()
+                progress.update(len(made))
+        held.flush()
+        part.rename(whole)
+    return np.load(whole, mmap_mode="r")
+
+
+def measured(latents: torch.Tensor, case: Case, path: Path) -> None:
+    """A row for each minute of latents [T, 3, SIZE, SIZE]; the first without what was given, and its horizon."""
+    marks = measure(latents[None], case)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("minute", "first_frame", "last_frame", *FIGURES))
+        for start in range(0, len(latents), MINUTE):
+            over = slice(max(start, rooms.TRAIN_FRAMES), min(start + MINUTE, len(latents)))
+            found = summary(marks, over)
+            numbers = (f"{found[name].item():.4f}" for name in FIGURES)
+            writer.writerow((start // MINUTE, over.start, over.stop - 1, *numbers))
+
+
+def main(args: Args) -> None:
+    """Film, write, measure."""
+    torch.set_num_threads(args.threads)
+    method(args.method)  # a misspelt one fails before the work
+    args.out.mkdir(parents=True, exist_ok=True)
+    case = Case.random(scenes=1, frames=args.frames, seed=args.seed)
+    pictures = torch.from_numpy(np.array(film(args, case))).movedim(-1, 1)
+    latents = pictures.to(torch.float16) / 127.5 - 1  # exact to the byte, and an hour of them fits into memory
+    write_video(args.out / "film.mp4", latents)
+    measured(latents, case, args.out / "minutes.csv")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
