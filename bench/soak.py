@@ -4,9 +4,9 @@ python bench/soak.py                                   # 57,600 pictures, five k
 python bench/soak.py --pictures 960 --kills 2 --compare
 
 Time per chunk and memory should stay flat, and checkpoints cost less than 2 % of the time. On a busy machine the time
-of the processor says more than the clock on the wall: both are kept. One row for every 100 chunks goes to soak.csv in the
-folder of --results, and a plot of them to soak.png. --compare renders the video once more, undisturbed, and compares
-the bytes.
+of the processor says more than the clock on the wall: both are kept. One row for every 100 chunks goes to soak.csv in
+the folder of --results, and a plot of them to soak.png. --compare renders the video once more, undisturbed, and
+compares the bytes.
 """
 
 import csv
