@@ -139,7 +139,7 @@ class Flags:
     graphs: bool = True
     """replay passes of the transformer as CUDA graphs where that can be: on a GPU, with the backend triton"""
     threads: Annotated[int | None, option("INT")] = None
-    """number of CPU threads that torch uses; default: torch's own choice"""
+    """number of CPU threads that torch uses; default: one for the demo, else torch's own choice"""
     progress: bool = True
     """say what is rendered, the chunk, pictures per second and the time left"""
     preview: Annotated[Path | None, option("FILE")] = None

@@ -38,7 +38,7 @@ class Fleet:
     shard: Annotated[str | None, option("I/N")] = None
     """render every N-th job from job I, counted from 0, in this process and without Ray, as a Slurm array does"""
     threads: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
-    """number of CPU threads of each worker; default: torch's own choice"""
+    """number of CPU threads of each worker; default: one for the demo, else torch's own choice"""
     progress: bool = True
     """show how many jobs are done"""
 

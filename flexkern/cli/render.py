@@ -20,7 +20,7 @@ from flexkern.cli.videos import chosen_videos
 from flexkern.policies import get_preset
 from flexkern.render import status
 from flexkern.render.assembly import chosen_checkpoint, chosen_family, chosen_weights, timed
-from flexkern.render.choices import base_preset, chosen_model, is_family
+from flexkern.render.choices import base_preset, chosen_model, chosen_threads, is_family
 from flexkern.render.encoding import STDOUT
 from flexkern.render.research import Research, read_research
 from flexkern.render.target import validate_targets
@@ -183,7 +183,7 @@ class Render(Flags):
             base=spec,
             family=family,
             device=device,
-            threads=self.threads or torch.get_num_threads(),
+            threads=self.threads or chosen_threads(self.model, torch.get_num_threads()),
             orders=orders,
             checkpoint=checkpoint,
             weights=None if checkpoint is not None else chosen_weights(spec),

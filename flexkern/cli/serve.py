@@ -52,7 +52,7 @@ class Serve:
     device: Annotated[tuple[str, ...], option("NAME"), tyro.conf.UseAppendAction] = ()
     """cpu, cuda or cuda:N, with a worker on each that is given; default: the first GPU, or the CPU if there is none"""
     threads: Annotated[int | None, option("INT")] = None
-    """number of CPU threads of each worker; default: torch's own choice"""
+    """number of CPU threads of each worker; default: one for the demo, else torch's own choice"""
     host: Annotated[str, tyro.conf.arg(metavar="NAME|ADDRESS")] = "127.0.0.1"
     """where to listen; another address than one of this machine alone needs a token"""
     port: Annotated[int, tyro.conf.arg(metavar="INT")] = 8000

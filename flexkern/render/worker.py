@@ -34,7 +34,7 @@ from flexkern.render.assembly import (
 )
 from flexkern.render.batch import Batch, begun
 from flexkern.render.checkpoint import EVERY, is_out_of_memory
-from flexkern.render.choices import base_preset, chosen_model, is_family, validate_for_demo
+from flexkern.render.choices import base_preset, chosen_model, chosen_threads, is_family, validate_for_demo
 from flexkern.render.encoding import STDOUT
 from flexkern.render.ending import carry_out
 from flexkern.render.job import Job, Stop, prepare
@@ -137,7 +137,7 @@ class Worker:
     Args:
         device: cpu, cuda or cuda:N, in place of what jobs say. None: what the job says, else the first GPU, or the CPU
             where there is none.
-        threads: CPU threads of torch for jobs that name no number; 0: torch's own choice.
+        threads: CPU threads of torch for jobs that name no number; 0: as ``flexkern render`` chooses.
         every: Seconds between two checkpoints; 0 for one after every chunk.
         tell: Hears what a user should know, a sentence each.
 
@@ -159,6 +159,7 @@ class Worker:
 
             validate_device(device)
         self._device, self._threads, self._every, self._tell = device, threads, every, tell
+        self._usual = 0  # threads that torch takes by itself, once it is loaded
         self._loaded: tuple[Batch, Engine] | None = None
 
     def check(self, spec: JobSpec) -> None:
@@ -297,7 +298,7 @@ class Worker:
         validate_targets([target, sidecar_path(target)], inputs_of(spec))
         device = self._device or spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
         validate_device(device)
-        self._threads = self._threads or torch.get_num_threads()
+        self._usual = self._usual or torch.get_num_threads()  # before a job changes it
         checkpoint = chosen_checkpoint(spec, family)
         if spec.embeddings is not None and checkpoint is not None and not spec.embeddings.exists():
             raise FileNotFoundError(f"there are no embeddings at {spec.embeddings}, and a worker writes none")
@@ -305,7 +306,7 @@ class Worker:
             base=spec,
             family=family,
             device=device,
-            threads=spec.threads or self._threads,
+            threads=spec.threads or self._threads or chosen_threads(model, self._usual),
             orders=[order],
             checkpoint=checkpoint,
             weights=None if checkpoint is not None else weights,

@@ -23,6 +23,7 @@ from flexkern.checks import field_docs
 from flexkern.cli.requirements import need_of
 from flexkern.policies import PRESETS, SinkWindow, get_preset
 from flexkern.policies.presets import POLICIES
+from flexkern.render.choices import chosen_threads
 from flexkern.session import Session
 
 SAID = r"flexkern: backend \w+: auto[^\n]+\n"  # the first line of a render
@@ -97,6 +98,24 @@ def test_threads_reach_torch(session_of, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     session_of("--threads", 3)
     assert asked == [3]
+
+
+def test_one_thread_is_enough_for_the_demo_unless_the_environment_says_otherwise(session_of, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    session_of()
+    assert asked == [1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    session_of()
+    assert asked == [1]
+    assert chosen_threads("demo", 4) == chosen_threads("self-forcing", 4) == 4
+
+
+def test_a_large_model_takes_the_threads_that_torch_chooses(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert chosen_threads("self-forcing", 4) == 4 and chosen_threads("demo", 4) == 1
 
 
 def test_graphs_are_taken_unless_told_otherwise(session_of, monkeypatch):
