@@ -1,13 +1,17 @@
 """Latents of a file into a video: what a render with ``writes="latents"`` left, decoded afterwards or elsewhere."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from flexkern import __version__
 from flexkern.checks import require
+from flexkern.render.encoding import STDOUT, Encoding, is_sequence
 from flexkern.render.latents import DTYPES
+from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
+from flexkern.render.sidecar import FORMAT, file_hash, files_of, fingerprint, read_sidecar
+from flexkern.render.watch import now
 from flexkern.render.writer import VideoWriter
 
 if TYPE_CHECKING:
@@ -29,6 +33,10 @@ class HeldLatents:
     """name of the family that made them, where the file says it"""
     pictures: int | None
     """how many were ordered, where the file says it"""
+    fps: int = 16
+    """pictures per second of the model"""
+    tags: dict[str, str] = field(default_factory=dict)
+    """title and comment of a video of them, where the file says them"""
 
 
 def inspect_latents(path: str | Path) -> HeldLatents:
@@ -55,7 +63,7 @@ def inspect_latents(path: str | Path) -> HeldLatents:
         raise ValueError(f"{path} is no readable safetensors file: {error}") from None
     fits = len(shape) == 5 and shape[0] == 1 and 0 not in shape and dtype in DTYPES.values()
     require(fits, f"latents must be floating point [1, F, C, h, w], {path} holds {dtype} {list(shape)}")
-    ordered = about.get("pictures", "")
+    ordered, fps = about.get("pictures", ""), about.get("fps", "")
     return HeldLatents(
         path=path,
         frames=shape[1],
@@ -63,6 +71,8 @@ def inspect_latents(path: str | Path) -> HeldLatents:
         size=(shape[3], shape[4]),
         model=about.get("model"),
         pictures=int(ordered) if ordered.isdecimal() else None,
+        fps=int(fps) if fps.isdecimal() and int(fps) else 16,
+        tags={name: about[name] for name in ("title", "comment") if name in about},
     )
 
 
@@ -72,8 +82,8 @@ def decode_latents(
     out: str | Path,
     *,
     device: str = "cpu",
-    fps: float | Fraction = 16,
-    crf: int = 18,
+    encoding: Encoding | None = None,
+    stream: BinaryIO | None = None,
     told: Callable[[int], object] = lambda _: None,
 ) -> int:
     """Write the pictures of latents to a video; memory does not grow with their number.
@@ -81,22 +91,24 @@ def decode_latents(
     Args:
         held: What ``inspect_latents`` returned.
         decoder: Of one session, new.
-        out: The file, named .mp4; it is replaced when the new one is whole.
+        out: What is written, as ``flexkern render`` has it: .mp4, .mov, FOLDER/%06d.png, or - for a stream. It is
+            replaced when the new one is whole; pictures of a folder, one after the other.
         device: Where the decoder is.
-        fps: Pictures per second.
-        crf: Quality of x264.
+        encoding: Rate, quality and form; the rate is otherwise that of the model.
+        stream: Where - goes.
         told: Hears how many latent frames are decoded.
 
     Returns:
         How many pictures were written: as many as were ordered, where the file says that, and the latents suffice.
 
     Raises:
-        ValueError: The latents do not fit the decoder.
+        ValueError: The latents do not fit the decoder, or the form does not fit the pictures.
         OSError: A file cannot be read or written; then, as after Ctrl-C, nothing is left of the video.
     """
     from safetensors import safe_open
 
-    writer: VideoWriter | None = None
+    out, encoding = Path(out), encoding or Encoding()
+    writer: VideoWriter | SequenceWriter | PipeWriter | None = None
     made = 0
     try:
         with safe_open(held.path, framework="pt") as file:
@@ -104,15 +116,67 @@ def decode_latents(
             for start in range(0, held.frames, STEP):
                 pixels = decoder(rows[:, start : start + STEP].to(device))[0]
                 if writer is None:
-                    writer = VideoWriter(out, pixels.shape[2], pixels.shape[1], fps, crf=crf)
+                    writer = _begin(held, out, encoding, stream, height=pixels.shape[1], width=pixels.shape[2])
                 left = len(pixels) if held.pictures is None else held.pictures - made
                 writer.write(pixels[:left])
                 made = writer.pictures
                 told(min(held.frames, start + STEP))
-            if writer is not None:
-                writer.close()
+        if isinstance(writer, SequenceWriter):
+            writer.finish()
+        elif writer is not None:
+            writer.close()
     except BaseException:
-        if writer is not None:
+        if isinstance(writer, (VideoWriter, SequenceWriter)):
             writer.discard()  # it can be decoded again
         raise
     return made
+
+
+def describe(held: HeldLatents, out: Path, *, pictures: int, encoding: Encoding, decoder: Path | None, device: str,
+             seconds: float) -> dict[str, Any]:  # fmt: skip
+    """The content of a sidecar of a video that was decoded; the video is there.
+
+    Args:
+        held: What was decoded.
+        out: The video.
+        pictures: How many it has.
+        encoding: How it was encoded.
+        decoder: File of the VAE; None where the latents are pictures already.
+        device: Where it was decoded.
+        seconds: What that took.
+
+    Bytes: reads latents and video once.
+    """
+    import torch
+
+    files = files_of(out)
+    return {
+        "format": FORMAT,
+        "flexkern": __version__,
+        "decoded": {"name": held.path.name, "frames": held.frames, "sha256": file_hash(held.path),
+                    "rendered": read_sidecar(held.path)},
+        "files": {} if decoder is None else {"vae": fingerprint(decoder)},
+        "video": {
+            "name": out.name,
+            "bytes": sum(path.stat().st_size for path in files),
+            "sha256": file_hash(*files),
+            "pictures": pictures,
+            "fps": str(encoding.rate(held.fps)),
+        },
+        "decided_by": {"torch": torch.__version__, "device": device, "encoding": asdict(encoding)},
+        "timings": {"ended": now(), "decode_seconds": round(seconds, 3)},
+    }  # fmt: skip
+
+
+def _begin(
+    held: HeldLatents, out: Path, encoding: Encoding, stream: BinaryIO | None, *, height: int, width: int
+) -> VideoWriter | SequenceWriter | PipeWriter:
+    validate_form(width, height, held.fps, encoding, out)
+    rate = encoding.rate(held.fps)
+    if out == STDOUT:
+        assert stream is not None, "whoever names - has a stream"
+        return PipeWriter(stream, width=width, height=height, fps=rate, encoding=encoding, about=held.tags)
+    if is_sequence(out):
+        out.parent.mkdir(exist_ok=True)
+        return SequenceWriter(out, width=width, height=height, fps=rate)
+    return VideoWriter(out, width, height, rate, crf=encoding.crf, about=held.tags)

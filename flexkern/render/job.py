@@ -262,7 +262,7 @@ def begin_file(order: Order, family: "Family", parts: Parts) -> Filled:
         return SegmentWriter(parts, width=width, height=height, fps=rate, crf=crf, about=about)
     about = {
         "prompt": order.script[0].prompt, "seed": str(order.seed), "preset": order.preset, "model": family.name,
-        "pictures": str(order.pictures),
+        "pictures": str(order.pictures), "fps": str(family.fps), **tags(order, family.name),
     }  # fmt: skip
     return LatentsFile(order.target, fps=family.fps, per_frame=family.pictures_per_frame, about=about)
 

@@ -138,6 +138,12 @@ class SequenceWriter:
     def stop(self) -> None:
         """What was written stays."""
 
+    def discard(self) -> None:
+        """Remove what was written."""
+        for number in range(self.pictures):
+            self._named(number).unlink(missing_ok=True)
+        self.pictures = 0
+
 
 class PipeWriter:
     """Pictures into a stream: a fragmented MP4, y4m, or the bytes of RGB.

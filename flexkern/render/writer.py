@@ -218,7 +218,16 @@ class VideoWriter:
     written. No error of closing hides the one that came first.
     """
 
-    def __init__(self, path: str | Path, width: int, height: int, fps: float | Fraction = 16, *, crf: int = 18):
+    def __init__(
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        fps: float | Fraction = 16,
+        *,
+        crf: int = 18,
+        about: Mapping[str, str] | None = None,
+    ):
         """The encoder has been tried, and the file is this writer's alone; nothing is written yet.
 
         Args:
@@ -227,6 +236,7 @@ class VideoWriter:
             height: Of a picture, in pixels, even.
             fps: Pictures per second, 1 to 1000: a whole number, a float such as 23.976, or a fraction.
             crf: Quality of x264, 0 (lossless) to 51; 18 looks like the original.
+            about: Metadata of the file.
 
         Raises:
             ValueError: The name or a number will not do.
@@ -239,7 +249,7 @@ class VideoWriter:
         self._form = named_form(path)
         validate_encoder(width, height, fps, crf=crf, form=self._form)
         self.path, self.width, self.height, self.fps, self.crf = Path(path), width, height, exact_rate(fps), crf
-        self.pictures = 0
+        self.pictures, self._about = 0, about
         self._target = Target(path)
         self._stream: Stream | None = None
         self._closed = False
@@ -261,7 +271,9 @@ class VideoWriter:
             with uninterrupted():
                 if self._stream is None:
                     self._target.begin()
-                    self._stream = Stream(self._target.file, self.width, self.height, self.fps, self.crf, self._form)
+                    self._stream = Stream(
+                        self._target.file, self.width, self.height, self.fps, self.crf, self._form, about=self._about
+                    )  # fmt: skip
                 try:
                     self._stream.write(picture, self.pictures)
                 except OSError as error:

@@ -1,5 +1,6 @@
 """``flexkern render --model``: every published layout at tiny size, the research flags, images, and what is refused."""
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -198,6 +199,34 @@ def test_latents_are_decoded_to_the_video_that_a_render_makes(command, disk):
     ):
         status, out, err = command("decode", "l.safetensors", "--out", "d.mp4", *more)
         assert status == 2 and not out and re.search(words, err), err
+
+
+def test_latents_become_every_form_of_video(command, disk):
+    given = ("--frames", 10, "--latents", "l.safetensors", "--seed", 3)
+    assert tiny_render(command, *FIRST, *given)[0] == 0
+    assert tiny_render(command, *FIRST, "--frames", 10, "--out", "shots/%03d.png", "--seed", 3)[0] == 0
+    decode = ("decode", "l.safetensors", "--vae", "@vae.pth", "--no-progress")
+    assert command(*decode, "--out", "cut/%03d.png")[0] == 0
+    shots, cut = (sorted(Path(folder).glob("*.png")) for folder in ("shots", "cut"))
+    assert len(cut) == 10 and [a.read_bytes() for a in shots] == [b.read_bytes() for b in cut]
+    status, out, _ = command(*decode, "--out", "d.mp4", "--fps", 8, "--crf", 30)
+    assert (status, out) == (0, "d.mp4: 10 pictures, 1.2 s\n")
+    with av.open("d.mp4") as video:
+        assert video.streams.video[0].average_rate == 8 and "seed 3" in video.metadata["comment"]
+    said = json.loads(Path("d.mp4.json").read_text())
+    assert said["video"]["sha256"] == hashlib.sha256(Path("d.mp4").read_bytes()).hexdigest()
+    assert said["decoded"]["sha256"] == hashlib.sha256(Path("l.safetensors").read_bytes()).hexdigest()
+    assert said["decoded"]["rendered"]["order"]["seed"] == 3 and said["video"]["fps"] == "8"
+    for more, words in (
+        (("--out", "d.avi"), "must be named .mp4, .mov, or FOLDER/%06d.png"),
+        (("--out", "e.mp4", "--format", "png"), "format png contradicts the name of the output"),
+        (("--out", "e.mp4", "--fps", 0), "fps must be at least 1"),
+        (("--out", "cut/%03d.png"), "exists already: --overwrite replaces it"),
+        (("--out", "e.mov"), "ProRes"),
+    ):
+        status, out, err = command(*decode, *more)
+        assert status == 2 and not out and re.search(words, err), err
+    assert not Path("e.mov").exists() and not Path("e.mp4").exists()
 
 
 REFUSED = {
