@@ -23,6 +23,8 @@ from flexkern.model.checkpoint import (
     validate_checkpoint,
     validate_device,
 )
+from flexkern.model.families import Family
+from flexkern.model.wan import WanConfig
 from flexkern.parallel.split import validate_shares
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -70,24 +72,28 @@ def check(
     parts = validate_checkpoint(checkpoint, prompts=prompts, image=image, pixels=pixels, backend=backend, device=device)
     validate_channels(parts.transformer, parts.config)
     validate_shares(parts.config, parts.family.size, ranks)
-    validate_preset(parts, parts.family.preset if preset is None else preset, frames, begins=image is not None)
+    chosen = parts.family.preset if preset is None else preset
+    validate_preset(parts.family, parts.config, chosen, frames, begins=image is not None)
     return parts
 
 
-def validate_preset(parts: Parts, preset: str | Preset, frames: int | None, *, begins: bool = False) -> None:
+def validate_preset(
+    family: Family, config: WanConfig, preset: str | Preset, frames: int | None, *, begins: bool = False
+) -> None:
     """Raises ValueError for a preset that does not fit the model or the length.
 
     Args:
-        parts: What ``check`` returned.
+        family: How the model is run.
+        config: Its sizes.
         preset: The method, a name or a ``Preset``.
         frames: Latent frames of the video, None for no end.
         begins: Whether a picture is given to begin with, so that no noise is drawn for the first chunk.
     """
-    family, bands = parts.family, band_split(parts.config.head_dim)[0]
+    bands = band_split(config.head_dim)[0]
     most = max(family.chunk, family.first_chunk)
     least = family.chunk if begins else min(family.chunk, family.first_chunk)
     chosen = get_preset(preset).for_horizon(family.horizon)
-    chosen.validate(chunk=most, least=least, bands=bands, heads=parts.config.num_heads, target=frames)
+    chosen.validate(chunk=most, least=least, bands=bands, heads=config.num_heads, target=frames)
 
 
 def load(

@@ -102,16 +102,23 @@ class Render(Flags):
         if len(targets) == 1 and self.job is None and self.data_path is None and targets[0] != STDOUT:
             validate_new(targets[0], overwrite=self.overwrite)
         lots: list[Lot] = []
+        ordered: list[tuple[Plan, Lot, list[Order]]] = []
         for plan in plans:
             with plan.setting.blaming():
                 lot = plan.setting.command.measure(plan)
+            orders = list(lot.batch.orders)
             if lots and lots[-1].batch.shares(lot.batch):
-                lots[-1].batch.orders += lot.batch.orders
+                lots[-1].batch.orders += orders
             else:
                 lots.append(lot)
+            ordered.append((plan, lots[-1], orders))
         for lot in lots:
             with lot.setting.blaming():
                 lot.check()
+        for plan, lot, orders in ordered:
+            with plan.setting.blaming():
+                for order in orders:
+                    lot.batch.check_preset(order)
         return lots
 
     def read(self, setting: Setting["Render"]) -> Plan:

@@ -63,8 +63,9 @@ class Batch:
             validate_demo(self.weights)
             for prompt in self.prompts:
                 encode_prompts([prompt])
+            self.check_preset(self.orders[0])
             return
-        first, *others = self.orders
+        first = self.orders[0]
         self.parts = pipeline.check(
             self.checkpoint,
             prompts=self.prompts,
@@ -75,20 +76,19 @@ class Batch:
             backend=self.base.backend,
             device=self.device,
         )
-        for order in others:
-            self.check_preset(order)
         found = {"the transformer": self.parts.transformer, "the VAE": self.parts.vae}
         found |= {"the text encoder": self.parts.text_encoder}
         targets = [order.target for order in self.orders]
         validate_targets(targets, {name: path for name, path in found.items() if path})
 
     def check_preset(self, order: Order) -> None:
-        """Raises ValueError where the preset of an order does not fit the checkpoint, or the length."""
+        """Raises ValueError where the preset of an order does not fit the model, or the length."""
+        from flexkern.demo import WEIGHTS, read_config
         from flexkern.pipeline import validate_preset
 
-        if self.parts is not None:
-            frames = self.family.frames(order.pictures)
-            validate_preset(self.parts, order.method, frames, begins=self.base.image is not None)
+        config = read_config(self.weights or WEIGHTS) if self.parts is None else self.parts.config
+        frames, begins = self.family.frames(order.pictures), self.base.image is not None
+        validate_preset(self.family, config, order.method, frames, begins=begins)
 
     def open(self, *, tell: Callable[[str], None] = lambda _: None, keep_encoder: bool = False) -> "Engine":
         """The engine, with weights loaded and prompts encoded.

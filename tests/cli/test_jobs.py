@@ -128,6 +128,10 @@ REFUSED = {
         f"{GOOD}- out: b.mp4\n  prompts: [{{at: 0, prompt: {RED!r}}}, {{at: 1, prompt: {RED!r}, cut: true}}]",
         "night.yaml, line 2: the cut at 1 seconds needs position.index 'slot'",
     ),
+    "a window too small": (
+        f"{GOOD}- {{prompt: {RED!r}, frames: 3, out: b.mp4, overrides: {{retention.window: 2, retention.sink: 1}}}}",
+        "night.yaml, line 2: window must hold the sink (1) and the incoming frames (3), got 2",
+    ),
     "a device": (f"{GOOD}- {{out: b.mp4, device: tpu}}", "night.yaml, line 2: device must be cpu, cuda or cuda:N"),
 }
 
