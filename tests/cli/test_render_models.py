@@ -69,6 +69,7 @@ def test_pictures_are_those_of_the_engine(command, disk):
     assert ten.shape[1] == 4 and torch.equal(two, ten[:, :2])  # the second picture needs the second latent frame
     with safe_open("l.safetensors", framework="pt") as file:
         told = {"prompt": "a cat", "seed": "0", "preset": "flex", "model": "self-forcing", "pictures": "13"}
+        told |= {"fps": "16", "title": "a cat", "comment": "seed 0, preset flex, model self-forcing"}
         assert file.metadata() == told
     seen, write = [], SegmentWriter.write
 

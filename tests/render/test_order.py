@@ -209,6 +209,7 @@ def test_an_order_is_carried_out(engine, family, tmp_path, capsys):
     assert torch.equal(latents, torch.cat([chunk.latents for chunk in session], dim=1))
     with safe_open(kept.target, framework="pt") as file:
         told = {"prompt": "a cat", "seed": "3", "preset": "flex", "model": "small", "pictures": "9"}
+        told |= {"fps": "16", "title": "a cat", "comment": "seed 3, preset flex, model small"}
         assert file.metadata() == told
 
 
