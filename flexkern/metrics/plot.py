@@ -78,9 +78,9 @@ def plain(*texts: Text, says: Sequence[str]) -> None:
         text.set_text(words)
 
 
-def clock(seconds: float) -> str:
-    """Return a time as one reads it: 7 s, 7.5 s, 2:05, 1:00:00."""
-    if seconds < 180:
+def clock(seconds: float, *, minutes_from: float = 180) -> str:
+    """Return a time as one reads it: 7 s, 7.5 s, 3:05, 1:00:00; in seconds alone below ``minutes_from``."""
+    if seconds < minutes_from:
         return f"{seconds:.1f}".removesuffix(".0") + " s"
     hours, rest = divmod(round(seconds), 3600)
     minutes, left = divmod(rest, 60)

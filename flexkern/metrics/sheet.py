@@ -115,7 +115,8 @@ def _draw(
         # not labels of ticks, whose text is set anew whenever they are drawn
         plain(*(axes.text(-8, y, "", fontsize=13, ha="right", va="center") for y in middle), says=names)
         axes.set_xticks([number * (tile + GAP) + tile / 2 for number in range(len(shown))])
-        axes.set_xticklabels([clock(moment) for moment in shown], fontsize=13)
+        minutes_from = 60 if max(shown) >= 180 else 180  # beside 3:01 stands 1:02, beside 61.7 s nothing of minutes
+        axes.set_xticklabels([clock(moment, minutes_from=minutes_from) for moment in shown], fontsize=13)
         for row, pictures in enumerate(rows):
             for column, picture in enumerate(pictures):
                 if picture is None:

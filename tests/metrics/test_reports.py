@@ -213,3 +213,4 @@ def test_moments_are_round_where_they_can_be():
     assert moments(3599.9, 7) == pytest.approx([599.98 * number for number in range(7)], rel=1e-3)
     assert moments(11.9, 8) == pytest.approx(np.arange(8) * 1.7) and moments(5, 1) == [0]
     assert [clock(t) for t in (0, 7.5, 12, 185, 3600)] == ["0 s", "7.5 s", "12 s", "3:05", "1:00:00"]
+    assert [clock(t, minutes_from=60) for t in (59.5, 61.7, 122.4)] == ["59.5 s", "1:02", "2:02"]
