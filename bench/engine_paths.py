@@ -20,6 +20,7 @@ from flexkern.policies import Preset
 
 ENGINES: dict[str, dict[str, Any]] = {  # a row each, and keywords of Engine; the first gets most of the time
     "triton": {"backend": "triton"},
+    "triton-no-graphs": {"backend": "triton", "graphs": False},  # what graphs are worth
     "sdpa": {"backend": "sdpa"},
 }
 RESEARCH = "research"

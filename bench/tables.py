@@ -6,7 +6,8 @@ python bench/tables.py --results DIR    # prints the tables of other CSVs, in DI
 
 Names: correctness, roofs, attention, tiles, designs, targets, pointwise, engine, vae; compiled and variants, from
 tests/data/compile*.csv; evidence_short, evidence_presets, evidence_far, evidence_parts,
-evidence_choices and evidence_long_choices, from bench/results/evidence.
+evidence_choices and evidence_long_choices, from bench/results/evidence; four_minutes and an_hour, from
+bench/results/rooms.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from harness import Row, load
 
 from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 
-FILES = ("README.md", "kernels/README.md", "flexkern/docs/evidence.md")
+FILES = ("README.md", "kernels/README.md", "flexkern/docs/evidence.md", "flexkern/docs/gallery.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end table -->)", re.S)
 NOT_YET = "not yet measured"
 ORIGIN = ("gpu", "driver", "torch", "triton", "commit", "day")
@@ -283,6 +284,20 @@ def evidence_short() -> str:
     return grid(head, lines)
 
 
+def long_films(file: str, minutes: tuple[int, ...]) -> str:
+    """What films of one room still know and do in some of their minutes, counted from 0."""
+    path = machine.RESULTS / "rooms" / f"{file}.csv"
+    if not path.exists():
+        return NOT_YET
+    figures = ("ground", "palette", "area", "course", "speed")
+    said = {"ground": 4}  # digits after the point, where not two
+    with path.open(newline="") as opened:
+        rows = [row for row in csv.DictReader(opened) if int(row["minute"]) in minutes]
+    cell = lambda row, name: "-" if row[name] == "nan" else f"{float(row[name]):.{said.get(name, 2)}f}"
+    lines = [[row["method"], str(int(row["minute"]) + 1), *(cell(row, name) for name in figures)] for row in rows]
+    return grid(["", "minute", "ground", "palette", "area", "course", "speed"], lines)
+
+
 FROM_TREE: dict[str, Callable[[], str]] = {  # from other folders than those of a GPU
     "compiled": compiled,
     "variants": variants,
@@ -292,6 +307,8 @@ FROM_TREE: dict[str, Callable[[], str]] = {  # from other folders than those of 
     "evidence_parts": partial(evidence, "parts", False, "sink"),
     "evidence_choices": partial(evidence, "choices", False, "flex, all distances"),
     "evidence_long_choices": partial(evidence, "choices", True, "flex, all distances"),
+    "four_minutes": partial(long_films, "four_minutes", (0, 3)),
+    "an_hour": partial(long_films, "an_hour", (0, 9, 19, 29, 39, 49, 59)),
 }
 TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, from which CSVs
     "correctness": (correctness, ("correctness",)),
