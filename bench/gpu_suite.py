@@ -106,7 +106,7 @@ def make_queue(out: Path) -> list[Item]:
              estimate=12, limit=45),
         # 20 s for the first path with each of two presets, 6 s for others; the rest is compiling and filling windows
         Item(name="engine", doc="a chunk of Wan 1.3B with random weights, beside an eager research pipeline",
-             command=python("bench_engine.py", "--seconds", "20", *to), estimate=170, limit=240,
+             command=python("bench_engine.py", "--seconds", "20", *to), estimate=190, limit=240,
              absent=without_package("numpy")),
         Item(name="vae", doc="the VAE's decoder, ours and diffusers'; compiling the latter takes longest",
              command=python("bench_vae.py", *to), estimate=120, limit=200, absent=without_package("diffusers")),
