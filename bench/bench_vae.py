@@ -1,10 +1,12 @@
 """Time the VAE's decoder, ours and diffusers': a chunk of three latents with the past of a chunk, random weights.
 
 python bench/bench_vae.py --save
+python bench/bench_vae.py --save --tiny-decoder taew2_1.pth     # beside them, for previews: no error is told of it
 
-Needs diffusers. Errors are those of two chunks, against diffusers' decoder in float32; one that exceeds what diffusers'
-own decoder in bfloat16 has is wrong, and not timed. Operations are those that the mathematics needs, with the doubling
-of height and width folded into the convolution after it.
+Needs diffusers. A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of two chunks, against
+diffusers' decoder in float32; one that exceeds what diffusers' own decoder in bfloat16 has is wrong, and not timed.
+Operations are those that the mathematics needs, with the doubling of height and width folded into the convolution after
+it.
 """
 
 import copy
@@ -12,17 +14,21 @@ import math
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import harness
 import machine
 import roofs
 import torch
+from breakdown import traced
 from diffusers import AutoencoderKLWan
-from harness import Row, Truth
+from harness import Truth
 from roofs import DEVICE, allocated
 from torch import Tensor
+from vae_split import VaeRow, split
 
 from flexkern.model.decoder import ChunkDecoder
+from flexkern.model.tiny_decoder import load_tiny_decoder
 from flexkern.model.vae import DiffusersDecoder, WanDecoder, WanVAE
 from flexkern.model.vae.net import Sizes
 
@@ -31,6 +37,7 @@ ROUNDS = 4
 SIZES = {"480x832": (60, 104), "720x1280": (90, 160)}
 TINY = {"32x48": (4, 6)}
 LAST = torch.channels_last_3d
+PREVIEW = "tiny decoder"
 
 
 def ours(module: AutoencoderKLWan) -> ChunkDecoder:
@@ -104,8 +111,15 @@ def start(make: Callable[[], ChunkDecoder], latents: Tensor) -> tuple[ChunkDecod
     return decoder, pictures, (torch.cuda.max_memory_allocated() - others) / 1e9
 
 
-def bench(module: AutoencoderKLWan, name: str, size: tuple[int, int], names: list[str], rounds: int) -> list[Row]:
-    """A row for each provider at one size. The module is in float32 and stays so."""
+def bench(
+    module: AutoencoderKLWan,
+    name: str,
+    size: tuple[int, int],
+    names: list[str],
+    rounds: int,
+    tiny: Callable[[], ChunkDecoder] | None = None,
+) -> list[VaeRow]:
+    """A row for each provider at one size, and for a tiny decoder. The module is in float32 and stays so."""
     latents = torch.randn(1, FRAMES, module.config.z_dim, *size, device=DEVICE)
     exact = start(lambda: theirs(module), latents)[1].double()
     half = copy.deepcopy(module).bfloat16()
@@ -122,34 +136,43 @@ def bench(module: AutoencoderKLWan, name: str, size: tuple[int, int], names: lis
         found[provider] = error, fault, peak
         if fault:
             decoders.pop(provider, None)
+    if tiny is not None:
+        decoders[PREVIEW], _, peak = start(tiny, latents)
+        found[PREVIEW] = math.nan, "", peak  # its pictures resemble the VAE's
     taken: dict[str, list[float]] = {provider: [] for provider in decoders}
     for i in range(rounds):
         for provider in list(decoders)[:: 1 if i % 2 == 0 else -1]:
             taken[provider] += [chunk_ms(decoders[provider], latents) for _ in range(2)]
     sizes, roof = WanDecoder.from_module(module).net.sizes, roofs.measure_roofs()
     pictures_made, flops = FRAMES * sizes.stretch[0], count_flops(sizes, FRAMES, *size)
+    parts = {name: split(traced(partial(chunk_ms, decoder, latents))) for name, decoder in decoders.items()}
     around = harness.conditions(lambda: [decoder(latents) for decoder in list(decoders.values())[:1]])
     rows = []
     for provider, (error, fault, peak) in found.items():
         ms_20, ms, ms_80 = harness.quantiles(taken.get(provider, [math.nan]))
-        rate = flops / ms / 1e9
-        figures = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, tflop_s=rate, roof_percent=100 * rate / roof.matmul_tflop_s)
+        figures = dict(ms=ms, ms_20=ms_20, ms_80=ms_80)
+        if provider != PREVIEW:  # whose operations are others
+            rate = flops / ms / 1e9
+            figures |= dict(tflop_s=rate, roof_percent=100 * rate / roof.matmul_tflop_s)
         about = dict(kernel="vae", provider=provider, error=error, note=fault, peak_gb=peak)
         about["shape"] = f"{name} {FRAMES} latents bfloat16, random weights"
         about["pictures_s"] = 1000 * pictures_made / ms
-        rows.append(Row(**about, **figures, **around, **harness.provenance()))
+        rows.append(VaeRow(**about, **figures, **parts.get(provider, {}), **around, **harness.provenance()))
     return rows
 
 
 def main() -> None:
-    args = harness.arguments(__doc__).parse_args()
+    parser = harness.arguments(__doc__)
+    parser.add_argument("--tiny-decoder", type=Path, metavar="PATH", help="weights of a tiny decoder (taew2_1)")
+    args = parser.parse_args()
+    tiny = args.tiny_decoder and load_tiny_decoder(args.tiny_decoder, device=DEVICE, dtype=torch.bfloat16)
     out, is_tiny = harness.folder(args), args.tiny or DEVICE == "cpu"
     torch.manual_seed(0)
     with torch.device(DEVICE):
         module = AutoencoderKLWan(base_dim=8 if is_tiny else 96).eval().requires_grad_(False)
     names = [name for name in PROVIDERS if DEVICE == "cuda" or "compiled" not in name]
     for name, size in (TINY if is_tiny else SIZES).items():
-        rows = bench(module, name, size, names, 1 if is_tiny else ROUNDS)
+        rows = bench(module, name, size, names, 1 if is_tiny else ROUNDS, tiny)
         for row in rows:
             harness.show(row, as_json=args.json)
         if out:

@@ -101,8 +101,7 @@ def cut(events: Sequence[dict], device: str = DEVICE) -> Parts:
         for event in events
         if event.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in event.get("args", {})
     }
-    wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device == "cuda" else ("cpu_op",)
-    work = [event for event in events if event.get("cat") in wanted]
+    work = work_of(events, device)
     if not work:
         return Parts(**dict.fromkeys(KINDS, math.nan), attention_kernel="")
     spans: dict[str, list[Span]] = {kind: [] for kind in KINDS}
@@ -116,23 +115,41 @@ def cut(events: Sequence[dict], device: str = DEVICE) -> Parts:
         spans[kind].append((event["ts"], event["ts"] + event["dur"]))
         if kind == "attention":
             by_kernel[event["name"]] = by_kernel.get(event["name"], 0.0) + event["dur"]
-    covered: list[Span] = []
-    found: dict[str, float] = {}
-    for kind in KINDS:
-        before, covered = length(covered), union([*covered, *spans[kind]])
-        found[kind] = (length(covered) - before) / 1000  # a trace is in microseconds
+    found = by_kind(spans)
     longest = max(by_kernel, key=lambda name: by_kernel[name], default="")
     return Parts(**found, attention_kernel=longest.removeprefix("void ").partition("<")[0].partition("(")[0][:80])
+
+
+def work_of(events: Iterable[dict], device: str = DEVICE) -> list[dict]:
+    """The events of a Chrome trace in which the device works: a GPU's kernels and copies, a CPU's operators."""
+    wanted = ("kernel", "gpu_memcpy", "gpu_memset") if device == "cuda" else ("cpu_op",)
+    return [event for event in events if event.get("ph") == "X" and event.get("cat") in wanted]
+
+
+def by_kind(spans: dict[str, list[Span]]) -> dict[str, float]:
+    """Milliseconds of each kind, of spans in microseconds; a moment counts once, for the first kind that it is of."""
+    covered: list[Span] = []
+    found: dict[str, float] = {}
+    for kind, own in spans.items():
+        before, covered = length(covered), union([*covered, *own])
+        found[kind] = (length(covered) - before) / 1000
+    return found
 
 
 def trace(call: Callable[[], object], keep_in: Path | None = None) -> Parts:
     """Run a call that waits for the device, under torch's profiler, and cut its trace.
 
-    Kernels take as long as without the profiler; the host does not, so that gaps are not to be read from it.
-
     Args:
         call: Makes a chunk.
         keep_in: A file for the trace, which chrome://tracing and Perfetto show.
+    """
+    return cut(traced(call, keep_in))
+
+
+def traced(call: Callable[[], object], keep_in: Path | None = None) -> list[dict]:
+    """The events of the Chrome trace of a call that waits for the device. Arguments are ``trace``'s.
+
+    Kernels take as long as without the profiler; the host does not, so that gaps are not to be read from it.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if DEVICE == "cuda" else [])]
     with profile(activities=activities) as seen:
@@ -141,7 +158,8 @@ def trace(call: Callable[[], object], keep_in: Path | None = None) -> Parts:
         path = keep_in or Path(folder) / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(path))
-        return cut(json.loads(path.read_text(errors="replace"))["traceEvents"])
+        found: list[dict] = json.loads(path.read_text(errors="replace"))["traceEvents"]
+    return found
 
 
 class Marked:

@@ -24,6 +24,7 @@ import machine
 from breakdown import ChunkRow
 from correctness import Verdict
 from harness import Row, load
+from vae_split import VaeRow
 
 from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 
@@ -113,6 +114,18 @@ def whole_chunks(rows: dict[str, list[Row]]) -> str:
         if not row.note.startswith("absent")
     ]
     return grid(["chunk", "backend", "ms", "pictures a second", "peak, GB"], lines) if lines else ""
+
+
+def vae(rows: dict[str, list[VaeRow]]) -> str:
+    """A line for each decoder: its speed and memory, then where the time of a chunk goes."""
+    found = [row for row in rows["vae"] if not row.note.startswith("absent")]
+    parts = ("convolution", "product", "attention", "ours", "copy", "other")
+    lines = [
+        [row.shape, row.provider, *(f"{getattr(row, f'{part}_ms'):.1f}" for part in parts), row.longest]
+        for row in found if not math.isnan(row.convolution_ms)
+    ]  # fmt: skip
+    split = f"\n\n{grid(['chunk', 'decoder', *(f'{part}, ms' for part in parts), 'longest'], lines)}" if lines else ""
+    return whole_chunks({"vae": found}) + split
 
 
 def engine(rows: dict[str, list[ChunkRow]]) -> str:
@@ -319,7 +332,7 @@ TABLES: dict[str, tuple[Callable, tuple[str, ...]]] = {  # name: what makes it, 
     "targets": (targets, ("designs", *POINTWISE)),
     "pointwise": (pointwise, POINTWISE),
     "engine": (engine, ("engine",)),
-    "vae": (whole_chunks, ("vae",)),
+    "vae": (vae, ("vae",)),
 }
 
 
@@ -340,7 +353,7 @@ def table(name: str, results: Path) -> str:
     if name not in TABLES:
         raise ValueError(f"no table {name!r}: there is {', '.join([*TABLES, *FROM_TREE])}")
     make, files = TABLES[name]
-    kind = {"correctness": Verdict, "engine": ChunkRow}.get(name, Row)
+    kind = {"correctness": Verdict, "engine": ChunkRow, "vae": VaeRow}.get(name, Row)
     found = []
     for folder in [results, *sorted(path for path in results.glob("*") if path.is_dir())]:
         rows = {file: load(folder / f"{file}.csv", kind) for file in files}

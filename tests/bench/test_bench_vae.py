@@ -9,7 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
 import bench_vae
 from diffusers import AutoencoderKLWan
+from vae_split import split
 
+from flexkern.model import tiny_decoder
 from flexkern.model.vae.net import DecoderNet, Past, Sizes
 
 PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))
@@ -39,9 +41,34 @@ def test_a_row_for_every_decoder(module, monkeypatch):
         row = rows[name]
         assert row.note == "" and row.ms > 0 and row.pictures_s == pytest.approx(12_000 / row.ms)
         assert 0 < row.error < 0.1 and row.peak_gb > 0 and row.roof_percent > 0
+        assert row.convolution_ms > 0 and row.copy_ms > 0 and "conv" in row.longest and row.ours_ms == 0
     assert rows["broken"].note == "failed: RuntimeError: no such layout" and math.isnan(rows["broken"].ms)
     assert rows["wrong"].note.startswith("wrong: mean error") and math.isnan(rows["wrong"].ms)
     assert {row.shape for row in rows.values()} == {"16x24 3 latents bfloat16, random weights"}
+
+
+def test_a_tiny_decoder_is_timed_and_not_judged(module):
+    net = tiny_decoder._Net(16, [8, 8, 8, 8])
+    make = lambda: tiny_decoder.TinyDecoder(net.bfloat16())
+    ours, preview = bench_vae.bench(module, "16x24", (2, 3), ["flexkern"], 1, make)
+    assert preview.provider == "tiny decoder" and preview.ms > 0 and preview.note == "" and preview.pictures_s > 0
+    assert math.isnan(preview.error) and math.isnan(preview.roof_percent) and ours.roof_percent > 0
+
+
+def test_a_trace_is_cut_by_kind_of_kernel():
+    event = lambda name, at, dur: {"ph": "X", "cat": "kernel", "name": name, "ts": at, "dur": dur}
+    events = [
+        event("void sm90_xmma_fprop_implicit_gemm<x>(int)", 0, 2000),
+        event("_add_norm_silu", 2000, 500),
+        event("Memcpy DtoD", 2200, 600),  # 300 of it beside ours
+        event("nvjet_tst", 3000, 100),
+        event("vectorized_elementwise_kernel", 4000, 40),
+    ]
+    found = split(events, "cuda")
+    parts = {"convolution": 2.0, "ours": 0.5, "copy": 0.3, "product": 0.1, "attention": 0.0, "other": 0.04}
+    assert {name: found[f"{name}_ms"] for name in parts} == pytest.approx(parts)
+    assert found["longest"] == "sm90_xmma_fprop_implicit_gemm 2 ms, Memcpy DtoD 0.6 ms, _add_norm_silu 0.5 ms"
+    assert split([{"ph": "X", "cat": "cpu_op", "name": "aten::conv3d", "ts": 0, "dur": 9}], "cuda") == {}
 
 
 @pytest.mark.parametrize("sizes", [PUBLISHED, Sizes(4, (8, 8, 4), 1, (False, True))], ids=["published", "other"])
