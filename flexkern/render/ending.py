@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from flexkern.finite import NotFiniteError
 from flexkern.render import status
 from flexkern.render.checkpoint import is_out_of_memory
-from flexkern.render.job import Job, Stop, render
+from flexkern.render.job import Job, Stop
 from flexkern.render.pipe import PipeJob
 from flexkern.render.signals import stoppable
 from flexkern.render.watch import Watch
@@ -37,6 +37,8 @@ def carry_out(job: Job | PipeJob, watch: Watch, *, stop: Stop | None = None) -> 
 
 
 def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
+    from flexkern.render import render  # now, so that who wraps it there is heard
+
     said = [False]
 
     def asked() -> bool:
