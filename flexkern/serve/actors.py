@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from flexkern.checks import require
-from flexkern.render.signals import STOPS
+from flexkern.render.signals import STOPS, uninterrupted
 from flexkern.serve.fleet import News
 from flexkern.serve.task import Result, Task, carry_out
 
@@ -98,6 +98,7 @@ class RayFarm:
         self._actors: dict[str, Any] = {}
         self._refs: dict[Any, tuple[str, str]] = {}
         self._pids: dict[str, int] = {}
+        self._news: list[News] = []
         self._count = 0
         self._ours = False
 
@@ -105,12 +106,8 @@ class RayFarm:
         """Ray runs, and actors are being made. Raises ConnectionError for an address where there is no cluster."""
         ray = self._ray
         if not ray.is_initialized():
-            main = threading.current_thread() is threading.main_thread()
-            before = {number: signal.getsignal(number) for number in STOPS if main}
-            self._init()
-            for number, handler in before.items():  # Ray puts its own in their place, and ends at once
-                signal.signal(number, handler)
             self._ours = True
+            self._init_beside_our_signals()
         there = ray.cluster_resources()
         gpus = there.get("GPU", 0.0)
         self._gpus = (1.0 if gpus else 0.0) if self._gpus is None else self._gpus
@@ -122,6 +119,21 @@ class RayFarm:
         self._tell(f"{count} workers on {where}, {self._gpus:g} GPUs each")
         for _ in range(count):
             self._make()
+
+    def _init_beside_our_signals(self) -> None:
+        """As ``_init``; Ray's own handlers, which end the process with a status of their own, do not stay."""
+        main = threading.current_thread() is threading.main_thread()
+        before = {number: signal.getsignal(number) for number in STOPS if main}
+        ended = False
+        try:
+            self._init()
+        except SystemExit:  # what Ray does at SIGTERM
+            ended = True
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        if ended:
+            signal.raise_signal(signal.SIGTERM)
 
     def _init(self) -> None:
         local: dict[str, Any] = {}
@@ -159,13 +171,13 @@ class RayFarm:
 
     def wait(self, seconds: float) -> Sequence[News]:
         """What has happened, all of it."""
-        if not self._refs:
-            return []
-        first, _ = self._ray.wait(list(self._refs), num_returns=1, timeout=seconds)
-        if not first:
-            return []
-        done, _ = self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
-        return [self._hear(ref) for ref in done]
+        if self._refs and not self._news:
+            self._ray.wait(list(self._refs), num_returns=1, timeout=seconds)
+            with uninterrupted():  # what is heard here is not heard again
+                done, _ = self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=0)
+                self._news += map(self._hear, done)
+        found, self._news = self._news, []
+        return found
 
     def _hear(self, ref: Any) -> News:
         worker, kind = self._refs.pop(ref)

@@ -6,9 +6,10 @@ begin in their file.
 """
 
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from io import FileIO
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from flexkern.checks import require
 from flexkern.render import status
+from flexkern.render.signals import uninterrupted
 from flexkern.render.target import claim, lock_file, write_json
 from flexkern.render.watch import append_line, as_line, now
 from flexkern.serve.book import Jobs, Past, is_there, read_manifests, status_path
@@ -195,34 +197,51 @@ class Fleet:
 
         Ctrl-C once asks the workers to stop at their next chunk and waits for them; twice, it does not wait.
         """
-        began = seen = self._clock()
+        began = self._clock()
         try:
             self._farm.start()
-            while True:
-                try:
-                    self._hand_out()
-                    if self._over(seen):
-                        break
-                    for news in self._farm.wait(TURN):
-                        self._take(news)
-                    seen = self._clock() if self._idle or self._tasks else seen
-                except KeyboardInterrupt:
-                    if self._stopping is not None:
-                        break
-                    self._stop()
+            self._work()
+        except KeyboardInterrupt:  # while the farm was being made, or once more
+            self.summary.interrupted = self.summary.interrupted or signal.SIGINT
         finally:
+            with suppress(KeyboardInterrupt), uninterrupted():  # whatever comes now, the books are closed
+                self._close(began)
+        return self.summary
+
+    def _work(self) -> None:
+        """Hand out jobs until it is over."""
+        seen = self._clock()
+        while True:
+            try:
+                with uninterrupted():  # a job that is written down is given, and news that came are taken
+                    self._hand_out()
+                if self._over(seen):
+                    return
+                told = self._farm.wait(TURN)
+                with uninterrupted():
+                    for news in told:
+                        self._take(news)
+                seen = self._clock() if self._idle or self._tasks else seen
+            except KeyboardInterrupt:
+                if self._stopping is not None:
+                    raise
+                self._stop()
+
+    def _close(self, began: float) -> None:
+        """End the workers, and write down what became of their jobs."""
+        try:
             self._farm.close()
+        finally:
             for worker in list(self._tasks):
                 self._end(worker, "interrupted", "the fleet was ended", kept_pictures(self._tasks[worker].target))
             self.summary.waiting = self._schedule.waiting
             self.summary.seconds = self._clock() - began
             write_json(self._summary, asdict(self.summary) | {"time": now(), "code": self.summary.code})
-        return self.summary
 
     def _stop(self) -> None:
         if self._stopping is None:
             self._stopping = self._clock()
-            self.summary.interrupted = self.summary.interrupted or 2
+            self.summary.interrupted = self.summary.interrupted or signal.SIGINT
             self._tell("stopping: workers end their chunk and write a checkpoint; once more, and none is waited for")
             self._farm.interrupt()
 
