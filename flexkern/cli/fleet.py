@@ -1,6 +1,7 @@
 """``flexkern fleet``: the jobs of a file, made by many workers."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,11 @@ from flexkern.cli.flags import option
 
 if TYPE_CHECKING:
     from flexkern.render.spec import JobSpec
+    from flexkern.serve.book import Jobs
+    from flexkern.serve.figures import FleetFigures
     from flexkern.serve.fleet import Farm, Shard
+
+HOST = "127.0.0.1"  # this machine alone
 
 
 @dataclass(kw_only=True)
@@ -39,18 +44,24 @@ class Fleet:
     """render every N-th job from job I, counted from 0, in this process and without Ray, as a Slurm array does"""
     threads: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
     """number of CPU threads of each worker; default: one for the demo, else torch's own choice"""
+    metrics_port: Annotated[int | None, option("INT")] = None
+    """port at which Prometheus is answered while the fleet runs; 0 takes one that is free, and it is said"""
+    metrics_host: Annotated[str, tyro.conf.arg(metavar="NAME|ADDRESS")] = HOST
+    """where --metrics-port listens; the default is for this machine alone"""
     progress: bool = True
     """show how many jobs are done"""
 
     def run(self) -> int:
-        with refusing(ValueError, OSError, NotImplementedError):
+        with refusing(ValueError, OSError, NotImplementedError), ExitStack() as ends:
             require(self.retries >= 0, f"--retries must be at least 0, got {self.retries}")
             require(self.threads >= 0, f"--threads must be at least 0, got {self.threads}")
+            told = "--metrics-host is where --metrics-port listens: give both"
+            require(self.metrics_port is not None or self.metrics_host == HOST, told)
             shard = None if self.shard is None else read_shard(self.shard)
             for name in ("workers", "gpus_per_job", "address"):
                 told = f"--{name.replace('_', '-')} is for Ray, and --shard renders in this process"
                 require(shard is None or not getattr(self, name), told)
-            farm = self.farm(shard)
+            farm, figures = self.farm(shard), self.figures(ends)
             from flexkern.serve.book import Jobs
             from flexkern.serve.fleet import holding
 
@@ -60,7 +71,7 @@ class Fleet:
             with holding(folder, shard):
                 jobs = Jobs(self.jobs, folder, check=self.check)
                 note(f"{self.jobs}: {len(jobs)} jobs, {len(set(jobs.keys))} models")
-                return self.carry_out(jobs, farm, folder, shard)
+                return self.carry_out(jobs, farm, folder, shard, figures)
 
     def farm(self, shard: "Shard | None") -> "Farm":
         """What renders. Raises ImportError where Ray is needed and is not there."""
@@ -79,6 +90,18 @@ class Fleet:
 
         return Alone(lambda: Worker(threads=self.threads, tell=note))
 
+    def figures(self, ends: ExitStack) -> "FleetFigures | None":
+        """What answers Prometheus, until ``ends`` are closed. Raises OSError where the port is taken."""
+        if self.metrics_port is None:
+            return None
+        from flexkern.serve.figures import FleetFigures
+
+        figures = FleetFigures()
+        port, end = figures.serve(self.metrics_port, self.metrics_host)
+        ends.callback(end)
+        note(f"figures for Prometheus at http://{self.metrics_host}:{port}/metrics")
+        return figures
+
     @property
     def check(self) -> "Callable[[JobSpec], None]":
         """Raises what can be told of a job where it will be rendered: here, or on machines that may have GPUs."""
@@ -86,7 +109,9 @@ class Fleet:
 
         return Checker(here=self.shard is not None, threads=self.threads)
 
-    def carry_out(self, jobs: Any, farm: "Farm", folder: Path, shard: "Shard | None") -> int:
+    def carry_out(
+        self, jobs: "Jobs", farm: "Farm", folder: Path, shard: "Shard | None", figures: "FleetFigures | None"
+    ) -> int:
         """Render what is left. Returns the exit status."""
         from tqdm import tqdm
 
@@ -114,12 +139,25 @@ class Fleet:
                 hear=hear,
                 tell=tell,
             )
+            if figures is not None:
+                figures.follow(made, model_of(jobs))
             bar.total = made.summary.jobs - made.summary.skipped - made.summary.left_failed
             summary = made.run()
             if summary.interrupted and signals:
                 summary.interrupted = signals[0]
         print(f"{self.out}: {summary}")
         return summary.code
+
+
+def model_of(jobs: "Jobs") -> str:
+    """The name of the model of all jobs; ``several`` where they do not share one."""
+    from flexkern.render.choices import DEMO, chosen_model, is_family
+
+    if len(set(jobs.keys)) > 1:
+        return "several"
+    first = jobs[0]
+    name = chosen_model(first.model, first.config_path, first.weights)
+    return name if is_family(name) else DEMO
 
 
 def read_shard(text: str) -> "Shard":

@@ -7,10 +7,11 @@ begin in their file.
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -22,7 +23,8 @@ from flexkern.render.target import claim, lock_file, write_json
 from flexkern.render.watch import append_line, as_line, now
 from flexkern.serve.book import Jobs, Past, is_there, read_manifests, status_path
 from flexkern.serve.schedule import Schedule, Verdict
-from flexkern.serve.task import Result, Task, kept_pictures, note
+from flexkern.serve.tally import Tally
+from flexkern.serve.task import Result, Task, kept_pictures, note, seen
 
 PATIENCE = 600.0  # seconds without any worker, after which there will be none
 GRACE = 120.0  # seconds that workers get to stop
@@ -94,6 +96,8 @@ class Summary:
     waiting: int = 0
     """not begun, or to be gone on with"""
     tries: int = 0
+    again: int = 0
+    """of them, those that another one follows"""
     lost: int = 0
     """workers"""
     pictures: int = 0
@@ -117,6 +121,18 @@ class Summary:
         counts = ", ".join(f"{count} {name}" for name, count in told.items() if count) or "nothing"
         rate = f"{self.pictures} pictures in {self.seconds:.0f} s" if self.pictures else f"{self.seconds:.0f} s"
         return f"{self.jobs} jobs: {counts}; {rate}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moment:
+    """How far a fleet is, for whoever asks while it works."""
+
+    summary: Summary
+    workers: dict[str, int]
+    """by state: idle, rendering, set_aside"""
+    running: tuple[Task, ...]
+    tally: Tally
+    """of tries that have ended"""
 
 
 class Fleet:
@@ -161,6 +177,8 @@ class Fleet:
         self._idle: set[str] = set()
         self._stopping: float | None = None
         self._told = False
+        self._guard = threading.Lock()  # what ``moment`` shows is of one moment
+        self._tally = Tally()
         self.summary = Summary()
         self._schedule = self._plan(read_manifests(folder), retries=retries, retry_failed=retry_failed)
 
@@ -192,6 +210,15 @@ class Fleet:
     def _target(self, number: int) -> Path:
         return self._jobs[number].target
 
+    def moment(self) -> Moment:
+        """How far it is; from any thread."""
+        with self._guard:
+            summary = replace(self.summary, waiting=self._schedule.waiting)
+            aside = len(self._schedule.set_aside)
+            workers = {"idle": len(self._idle) - aside, "rendering": len(self._tasks), "set_aside": aside}
+            running = tuple(self._tasks.values())
+            return Moment(summary=summary, workers=workers, running=running, tally=self._tally)
+
     def run(self) -> Summary:
         """Hand out the jobs, and wait until each is done, has failed, or can be done by no worker.
 
@@ -213,12 +240,12 @@ class Fleet:
         seen = self._clock()
         while True:
             try:
-                with uninterrupted():  # a job that is written down is given, and news that came are taken
+                with uninterrupted(), self._guard:  # a job that is written down is given, and news that came are taken
                     self._hand_out()
                 if self._over(seen):
                     return
                 told = self._farm.wait(TURN)
-                with uninterrupted():
+                with uninterrupted(), self._guard:
                     for news in told:
                         self._take(news)
                 seen = self._clock() if self._idle or self._tasks else seen
@@ -232,10 +259,11 @@ class Fleet:
         try:
             self._farm.close()
         finally:
-            for worker in list(self._tasks):
-                self._end(worker, "interrupted", "the fleet was ended", kept_pictures(self._tasks[worker].target))
-            self.summary.waiting = self._schedule.waiting
-            self.summary.seconds = self._clock() - began
+            with self._guard:
+                for worker in list(self._tasks):
+                    self._end(worker, "interrupted", "the fleet was ended", kept_pictures(self._tasks[worker].target))
+                self.summary.waiting = self._schedule.waiting
+                self.summary.seconds = self._clock() - began
             write_json(self._summary, asdict(self.summary) | {"time": now(), "code": self.summary.code})
 
     def _stop(self) -> None:
@@ -272,7 +300,7 @@ class Fleet:
         spec, tries = self._jobs[number], self._schedule.tries(number)
         said = {"job": self._jobs.line(number), "id": self._jobs.id(number), "worker": worker, "tries": tries}
         path = status_path(self._folder, number)
-        task = self._tasks[worker] = Task(number=number, spec=spec, status=path, said=said)
+        task = self._tasks[worker] = Task(number=number, spec=spec, status=path, said=said, began=now())
         self.summary.tries += 1
         self._write(task, "started", kept_pictures(task.target) if tries else 0)
         self._farm.give(worker, task)
@@ -300,6 +328,9 @@ class Fleet:
 
     def _end(self, worker: str, ended: Any, message: str, pictures: int, result: Result | None = None) -> None:
         task = self._tasks.pop(worker)
+        made = seen(task)[0] if result is None else result.tally
+        if made is not None:
+            self._tally = self._tally.plus(made)
         verdict = self._schedule.end(worker, ended, pictures=pictures)
         outcome = {"waiting": "interrupted"}.get(verdict, verdict)
         seconds = {} if result is None else {"seconds": round(result.seconds, 3)}
@@ -309,6 +340,7 @@ class Fleet:
             note(task, outcome, tries=tries, pictures=pictures, message=message)
         if result is not None:
             self.summary.pictures += result.made
+        self.summary.again += verdict == "again"
         if verdict in ("done", "failed", "stopped"):
             setattr(self.summary, verdict, getattr(self.summary, verdict) + 1)
         if verdict in ("failed", "stopped"):

@@ -18,8 +18,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 
+from flexkern.serve.tally import LATENCIES
+
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-LATENCIES = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 13, 21, 34, 60)  # seconds: 10 ms to a minute
 WAITS = (1, 5, 15, 60, 300, 900, 1800, 3600, 7200, 14400, 43200)  # seconds: to half a day
 STAGES = ("prompt", "denoise", "decode", "encode", "checkpoint")
 PREFIX = "flexkern:"
@@ -60,12 +61,16 @@ FIGURES: dict[str, Figure] = {
     ),
     "jobs": Figure(kind="gauge", labels=("status",), doc="Videos, by status"),
 }  # fmt: skip
+FLEET: dict[str, Figure] = {
+    "workers": Figure(kind="gauge", labels=("state",), doc="Workers of a fleet: idle, rendering or set_aside"),
+    "tries_total": Figure(kind="counter", doc="Tries of a fleet's jobs, those that others followed included"),
+}  # of fleets alone, which tell some of FIGURES, too: flexkern.serve.figures
 
 
 def sample_names() -> set[str]:
     """Every name that a query may use, those that a histogram is made of among them."""
     found = set()
-    for name, figure in FIGURES.items():
+    for name, figure in (FIGURES | FLEET).items():
         ends = ("_bucket", "_sum", "_count") if figure.kind == "histogram" else ("",)
         found |= {f"{PREFIX}{name}{end}" for end in ends}
     return found
@@ -187,16 +192,9 @@ class Telemetry:
             The port, and what ends it.
 
         Raises:
-            OSError: The port is taken.
+            OSError: It cannot listen there.
         """
-        server, thread = start_http_server(port, addr=host, registry=self.registry)
-
-        def end() -> None:
-            server.shutdown()
-            server.server_close()
-            thread.join()
-
-        return server.server_port, end
+        return answer(self.registry, port, host)
 
     def _levels(self) -> Iterator[tuple[str, tuple[str, ...], float]]:
         """What may go down as well as up: name, labels, value."""
@@ -206,6 +204,22 @@ class Telemetry:
         yield "checkpoint_age_seconds", (self._model,), now - min(kept) if kept else 0.0
         for status, count in self._jobs().items():
             yield "jobs", (self._model, status), float(count)
+
+
+def answer(registry: CollectorRegistry, port: int, host: str) -> tuple[int, Callable[[], None]]:
+    """As ``Telemetry.serve``, of any figures."""
+    try:
+        server, thread = start_http_server(port, addr=host, registry=registry)
+    except (OSError, OverflowError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise OSError(f"figures for Prometheus cannot be told at {host}:{port}: {why}") from error
+
+    def end() -> None:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+    return server.server_port, end
 
 
 class Levels(Collector):

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 import flexkern
 from flexkern.render import Watch, prepare
-from flexkern.serve.telemetry import FIGURES, PREFIX, STAGES, Telemetry, sample_names
+from flexkern.serve.telemetry import FIGURES, FLEET, PREFIX, STAGES, Telemetry, sample_names
 
 DOCS = Path(flexkern.__file__).parent / "docs"
 
@@ -112,7 +112,8 @@ def test_every_figure_is_told_under_its_name(clock):
     telemetry.write("failed", made=0)
     text = telemetry.text().decode()
     told = {sample.name for family in text_string_to_metric_families(text) for sample in family.samples}
-    assert sample_names() <= told
+    of_fleets = {f"{PREFIX}{name}" for name in FLEET}
+    assert sample_names() - of_fleets <= told
     assert samples(telemetry)["flexkern:jobs", "queued"] == 2
     assert all('model_name="small"' in line for line in text.splitlines() if not line.startswith("#"))
 
@@ -138,7 +139,7 @@ def test_the_dashboard_asks_for_figures_that_there_are():
     asked = dict.fromkeys(name for _, text in expressions(dashboard) for name in re.findall(r"flexkern:\w+", text))
     assert asked and set(asked) <= sample_names(), set(asked) - sample_names()
     shown = {re.sub(r"_(bucket|sum|count)$", "", name).removeprefix(PREFIX) for name in asked}
-    assert shown == set(FIGURES), set(FIGURES) - shown
+    assert shown == {*FIGURES, *FLEET}, {*FIGURES, *FLEET} - shown
     for title, text in expressions(dashboard):
         assert text.count("(") == text.count(")") and text.count("[") == text.count("]"), title
 
