@@ -33,7 +33,8 @@ class Fleet:
     workers: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
     """number of workers; default: one for each GPU, or one where there is none"""
     gpus_per_job: Annotated[float | None, option("FLOAT")] = None
-    """GPUs that a worker reserves: 1, a share such as 0.5, or 0 for workers on CPUs; default: 1 where there are any"""
+    """GPUs that a worker reserves: 1, a share such as 0.5, or 0 for workers on CPUs; with 2 or more of one machine it
+    computes each video on all of them; default: 1 where there are any"""
     address: Annotated[str | None, option("ADDRESS")] = None
     """Ray cluster, such as auto, HOST:6379 or ray://HOST:10001; default: one on this machine, for this command"""
     retries: Annotated[int, tyro.conf.arg(metavar="INT")] = 2
@@ -107,7 +108,11 @@ class Fleet:
         """Raises what can be told of a job where it will be rendered: here, or on machines that may have GPUs."""
         from flexkern.serve.check import Checker
 
-        return Checker(here=self.shard is not None, threads=self.threads)
+        if self.shard is not None:
+            return Checker(here=True, threads=self.threads)
+        from flexkern.serve.actors import ranks_of
+
+        return Checker(here=False, threads=self.threads, ranks=ranks_of(self.gpus_per_job))
 
     def carry_out(
         self, jobs: "Jobs", farm: "Farm", folder: Path, shard: "Shard | None", figures: "FleetFigures | None"

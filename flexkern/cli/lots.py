@@ -44,7 +44,6 @@ class Lot:
 
     def check(self) -> None:
         """Find the parts of the checkpoint, check them before weights are read, and tell what was found."""
-        from flexkern.demo import WEIGHTS, read_config
         from flexkern.pipeline import MissingPart
 
         try:
@@ -52,8 +51,7 @@ class Lot:
         except MissingPart as error:
             raise ValueError(translated(error.part, error.why)) from None
         parts = self.batch.parts
-        config = read_config(self.batch.weights or WEIGHTS) if parts is None else parts.config
-        validate_count(count_ranks(self.command.gpus), self.batch.device, config, self.batch.family.size)
+        validate_count(count_ranks(self.command.gpus), self.batch.device, self.batch.config, self.batch.family.size)
         if parts is not None:
             for line in (str(parts), str(parts.backend), *map(in_flags, parts.notes), *self.not_needed()):
                 note(line)

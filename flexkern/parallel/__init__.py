@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flexkern.parallel.group import RankError
+    from flexkern.parallel.errors import RankError
     from flexkern.parallel.launch import join_ranks, start_ranks, validate_gpus
     from flexkern.parallel.lead import Ranks
     from flexkern.parallel.split import fitting_ranks, validate_shares
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["RankError", "Ranks", "fitting_ranks", "join_ranks", "start_ranks", "validate_gpus", "validate_shares"]
 
 _HOMES = {  # module: what it holds
-    "group": ("RankError",),
+    "errors": ("RankError",),
     "launch": ("join_ranks", "start_ranks", "validate_gpus"),
     "lead": ("Ranks",),
     "split": ("fitting_ranks", "validate_shares"),

@@ -9,7 +9,8 @@ import torch
 from flexkern.backends import Backend, get_backend
 from flexkern.cache import FrameCache
 from flexkern.model.wan import CausalWan, WanConfig
-from flexkern.parallel.group import Group, RankError, Store, Vigil, leave_at_once
+from flexkern.parallel.errors import RankError
+from flexkern.parallel.group import Group, Store, Vigil, leave_at_once
 from flexkern.parallel.share import Share
 from flexkern.parallel.split import Split
 

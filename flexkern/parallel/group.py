@@ -23,17 +23,15 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch does not list them
 from torch.distributed.device_mesh import init_device_mesh
 
+from flexkern.parallel.errors import RankError
+
 PATIENCE = timedelta(minutes=10)  # for a tensor of another rank: kernels are compiled meanwhile
 FOREVER = timedelta(days=3650)  # for the next message: a server may have nothing to do
 LOOKS = 0.5  # seconds between two looks at the store
 GRACE = 5.0  # seconds for a rank to end by itself
 WORD = "over"  # the entry of the store that ends all ranks
 
-__all__ = ["Group", "RankError", "Store", "TCPStore", "Vigil", "leave_at_once"]
-
-
-class RankError(ConnectionError):
-    """Another rank has ended, or does not answer: what all of them were computing is lost."""
+__all__ = ["Group", "Store", "TCPStore", "Vigil", "leave_at_once"]
 
 
 class Group:

@@ -12,8 +12,9 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 
 from flexkern.checks import require, whole
+from flexkern.parallel.errors import RankError
 from flexkern.parallel.follow import LOST, follow
-from flexkern.parallel.group import Group, RankError, Store, TCPStore, leave_at_once
+from flexkern.parallel.group import Group, Store, TCPStore, leave_at_once
 from flexkern.parallel.lead import Ranks
 
 HERE = "127.0.0.1"

@@ -21,7 +21,8 @@ from flexkern.graphs import Passes
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import VideoModel
 from flexkern.model.wan import CausalWan, TextKV
-from flexkern.parallel.group import Group, RankError, Vigil
+from flexkern.parallel.errors import RankError
+from flexkern.parallel.group import Group, Vigil
 from flexkern.parallel.share import Share, tables_of
 from flexkern.parallel.split import Split, validate_shares
 from flexkern.plan import ChunkPlan
@@ -67,6 +68,11 @@ class Ranks:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    @property
+    def lost(self) -> str | None:
+        """Why they compute nothing any more; None where they do."""
+        return self._lost or self.group.why_over()
+
     def _left_waiting(self, why: str) -> None:
         if self.device.type == "cuda" and self._lost is None:  # on a CPU the connection's end has told it already
             self._leave(why)
@@ -76,6 +82,7 @@ class Ranks:
         if self._closed:
             return
         self._closed = True
+        self._lost = self.lost
         try:
             if self._lost is None:
                 self.group.tell(("leave", {}))

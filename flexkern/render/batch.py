@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from flexkern.engine import Engine
     from flexkern.model.checkpoint import Checkpoint, Parts
     from flexkern.model.families import Family
+    from flexkern.model.wan import WanConfig
     from flexkern.parallel import Ranks
 
 AT_ONCE = 50_000_000  # bytes that load before one could read a line about it
@@ -47,6 +48,13 @@ class Batch:
     def prompts(self) -> tuple[str, ...]:
         """Every prompt once."""
         return tuple(dict.fromkeys(prompt for order in self.orders for prompt in order.prompts))
+
+    @property
+    def config(self) -> "WanConfig":
+        """Sizes of the transformer, once it is checked."""
+        from flexkern import demo
+
+        return demo.read_config(self.weights or demo.WEIGHTS) if self.parts is None else self.parts.config
 
     def check(self) -> None:
         """Find the parts of the checkpoint, and check them for the orders before weights are read.

@@ -20,6 +20,8 @@ class Ending:
     """one of ``flexkern.render.status``"""
     message: str = ""
     """why, where it is not done"""
+    cause: Exception | None = None
+    """what was raised, where something was"""
 
 
 def carry_out(job: Job | PipeJob, watch: Watch, *, stop: Stop | None = None) -> Ending:
@@ -49,7 +51,7 @@ def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
         with stoppable() as signals:
             finished = job.run(progress=watch.progress, loop=render, watch=watch, stop=asked)
     except NotFiniteError as error:  # weights that overflow
-        return Ending(status=status.FAILED, message=f"{error}; {job.kept}")
+        return Ending(status=status.FAILED, message=f"{error}; {job.kept}", cause=error)
     except BrokenPipeError:  # who reads stdout has seen enough
         raise
     except Exception as error:
@@ -57,7 +59,7 @@ def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
             raise
         why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
         ended = status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT
-        return Ending(status=ended, message=f"{why}; {job.kept}{way_on(job)}")
+        return Ending(status=ended, message=f"{why}; {job.kept}{way_on(job)}", cause=error)
     if finished:
         return Ending(status=status.DONE)
     if not said[0]:

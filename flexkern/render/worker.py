@@ -10,7 +10,6 @@ runs jobs need not know what became of an earlier try: the same call again is ri
 """
 
 import gc
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from flexkern.checks import require
 from flexkern.finite import NotFiniteError
+from flexkern.parallel import RankError
 from flexkern.policies import get_preset
 from flexkern.render import status
 from flexkern.render.assembly import (
@@ -37,6 +37,7 @@ from flexkern.render.checkpoint import EVERY, is_out_of_memory
 from flexkern.render.choices import base_preset, chosen_model, chosen_threads, is_family, validate_for_demo
 from flexkern.render.encoding import STDOUT
 from flexkern.render.ending import carry_out
+from flexkern.render.held import Encoded, HeldRanks
 from flexkern.render.job import Job, Stop, prepare
 from flexkern.render.order import Order
 from flexkern.render.outputs import validate_form
@@ -49,15 +50,11 @@ from flexkern.render.target import validate_targets
 from flexkern.render.watch import Listener, Watch
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from flexkern.engine import Engine
-    from flexkern.model.protocols import TextEncoder
 
 Status = Literal["done", "stopped", "failed", "refused"]
 Stage = Literal["loading", "rendering"]
 ABSENT = FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError
-PROMPTS = 256  # encoded ones that are kept, 4 MB each of Wan's at most
 STATUSES: dict[int, Status] = {status.DONE: "done", status.FAILED: "failed", status.REFUSED: "refused"}
 
 
@@ -111,26 +108,6 @@ class _Telling:
         self._hear(Progress(stage="rendering", pictures=made, of=of, chunk_seconds=spent, seconds_left=left))
 
 
-class _Encoded:
-    """A text encoder that encodes a prompt once, and keeps what it made of the last ``PROMPTS`` of them."""
-
-    def __init__(self, encoder: "TextEncoder"):
-        self._encoder = encoder
-        self._kept: OrderedDict[str, Tensor] = OrderedDict()
-
-    def __call__(self, prompts: list[str]) -> "Tensor":
-        import torch
-
-        for prompt in prompts:
-            if prompt not in self._kept:
-                self._kept[prompt] = self._encoder([prompt]).cpu()
-            self._kept.move_to_end(prompt)
-        made = torch.cat([self._kept[prompt] for prompt in prompts])
-        while len(self._kept) > PROMPTS:
-            self._kept.popitem(last=False)
-        return made
-
-
 class Worker:
     """Renders jobs, one after the other; not from two threads at once.
 
@@ -139,10 +116,13 @@ class Worker:
             where there is none.
         threads: CPU threads of torch for jobs that name no number; 0: as ``flexkern render`` chooses.
         every: Seconds between two checkpoints; 0 for one after every chunk.
+        ranks: How many processes compute each video together, this one among them: each with a GPU of its own, from
+            number 0 on, or on the CPU. They are started with the first job, and stay until the worker is closed. One
+            such worker a process.
         tell: Hears what a user should know, a sentence each.
 
     Raises:
-        ValueError: There is no such device, or a number of threads below 0.
+        ValueError: There is no such device, or a number is out of range.
     """
 
     def __init__(
@@ -151,6 +131,7 @@ class Worker:
         device: str | None = None,
         threads: int = 0,
         every: float = EVERY,
+        ranks: int = 1,
         tell: Callable[[str], None] = lambda _: None,
     ):
         require(threads >= 0, f"threads must be at least 0, got {threads}")
@@ -160,6 +141,7 @@ class Worker:
             validate_device(device)
         self._device, self._threads, self._every, self._tell = device, threads, every, tell
         self._usual = 0  # threads that torch takes by itself, once it is loaded
+        self._ranks = HeldRanks(ranks)
         self._loaded: tuple[Batch, Engine] | None = None
 
     def check(self, spec: JobSpec) -> None:
@@ -210,6 +192,9 @@ class Worker:
 
         Returns:
             How it ended. What is not known to be a matter of the job, room, memory or numbers is raised.
+
+        Raises:
+            RankError: Another rank has ended; the same call again starts new ones, and goes on.
         """
         try:
             batch = self._assemble(spec, tell=self._tell)
@@ -224,6 +209,9 @@ class Worker:
             about |= {"prompt": order.script[0].prompt}
             watch = Watch(progress=False, preview=preview, log=_Telling(on_progress, log), about=about)
             job = self._begin(batch, order, engine, watch)
+        except RankError:
+            self.close()
+            raise
         except BlockingIOError as error:
             return _outcome(status.CAN_RESUME, str(error))
         except NotFiniteError as error:
@@ -238,6 +226,9 @@ class Worker:
             return _outcome(status.CAN_RESUME, f"out of memory: {error or 'there is no more'}")
         resumed = job.writer.pictures or None
         ending = carry_out(job, watch, stop=stop)
+        if isinstance(ending.cause, RankError):
+            self.close()
+            raise ending.cause
         made_so_far = job.writer.pictures
         if ending.status != status.DONE:
             return _outcome(ending.status, ending.message, made_so_far, resumed)
@@ -254,6 +245,11 @@ class Worker:
 
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Let weights and encoded prompts go, and end the other ranks."""
+        self.unload()
+        self._ranks.close()
 
     def _assemble(self, spec: JobSpec, tell: Callable[[str], None] = lambda _: None) -> Batch:
         """What makes the video, and the order for it, checked as a whole; nothing is loaded."""
@@ -312,6 +308,7 @@ class Worker:
             weights=None if checkpoint is not None else weights,
         )
         batch.check()
+        self._ranks.validate(batch)
         return batch
 
     def _done(self, batch: Batch, order: Order) -> Outcome | None:
@@ -335,7 +332,8 @@ class Worker:
         """The engine; the one that is loaded, where it does."""
         import torch
 
-        if self._loaded is not None and self._loaded[0].shares(batch):
+        batch.ranks = self._ranks.open(batch.device)
+        if self._loaded is not None and self._loaded[0].ranks is batch.ranks and self._loaded[0].shares(batch):
             loaded, engine = self._loaded
             batch.prints = loaded.prints
             torch.set_num_threads(batch.threads)
@@ -343,7 +341,7 @@ class Worker:
             self.unload()
             engine = batch.open(tell=self._tell, keep_encoder=True)
             if engine.text_encoder is not None:
-                engine.text_encoder = _Encoded(engine.text_encoder)
+                engine.text_encoder = Encoded(engine.text_encoder)
             self._loaded = batch, engine
             self._tell(str(engine.backend_choice))
         for prompt in batch.prompts:  # one that the model cannot follow is told before the first picture
@@ -358,6 +356,7 @@ class Worker:
         if begun(order.target):
             return resume(order.target, engine, batch.family, order=order, every=self._every, tell=tell)
         options, about = saved_options(batch.base), batch.about(order)
+        options |= {"gpus": self._ranks.count} if self._ranks.count > 1 else {}
         return prepare(order, engine, batch.family, options=options, about=about, every=self._every, tell=tell)
 
 

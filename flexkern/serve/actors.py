@@ -34,6 +34,15 @@ def load_ray() -> Any:
     return ray
 
 
+def ranks_of(gpus_per_job: float | None) -> int:
+    """How many processes compute a job together. Raises ValueError where a worker cannot have so many GPUs."""
+    if gpus_per_job is None:
+        return 1
+    fits = 0 <= gpus_per_job <= 1 or gpus_per_job == int(gpus_per_job) > 1
+    require(fits, f"gpus-per-job must be 0, a share of 1, or a whole number, got {gpus_per_job:g}")
+    return max(1, int(gpus_per_job))
+
+
 class Renderer:
     """What an actor is: a worker, made with the first job, and asked to stop by another thread.
 
@@ -68,8 +77,8 @@ class RayFarm:
     Args:
         address: Of a cluster; None for one on this machine, which ends with the farm.
         workers: How many; 0 for one on each GPU, or one where there is none.
-        gpus_per_job: GPUs, or a share of one, that an actor reserves; 0 for workers on CPUs; None for 1 where there
-            are GPUs, else 0.
+        gpus_per_job: GPUs of one machine, or a share of one, that an actor reserves, and renders each job on together;
+            0 for workers on CPUs; None for 1 where there are GPUs, else 0.
         cpus_per_job: CPUs that an actor reserves.
         options: Of ``flexkern.render.Worker``.
         tell: Hears sentences.
@@ -90,11 +99,10 @@ class RayFarm:
         tell: Callable[[str], None] = lambda _: None,
     ):
         require(workers >= 0, f"workers must be at least 0, got {workers}")
-        wrong = gpus_per_job is not None and not 0 <= gpus_per_job <= 1
-        require(not wrong, f"gpus-per-job must be 0 to 1: a worker renders on one GPU, got {gpus_per_job}")
+        ranks = ranks_of(gpus_per_job)
         self._ray = load_ray()
         self._address, self._workers, self._gpus, self._cpus = address, workers, gpus_per_job, cpus_per_job
-        self._options, self._tell = dict(options or {}), tell
+        self._options, self._tell = dict(options or {}) | ({"ranks": ranks} if ranks > 1 else {}), tell
         self._actors: dict[str, Any] = {}
         self._refs: dict[Any, tuple[str, str]] = {}
         self._pids: dict[str, int] = {}
@@ -108,11 +116,11 @@ class RayFarm:
         if not ray.is_initialized():
             self._ours = True
             self._init_beside_our_signals()
-        there = ray.cluster_resources()
-        gpus = there.get("GPU", 0.0)
-        self._gpus = (1.0 if gpus else 0.0) if self._gpus is None else self._gpus
-        require(gpus >= self._gpus, f"gpus-per-job {self._gpus:g} cannot be had: Ray sees {gpus:g} GPUs")
-        count = self._workers or (int(gpus / self._gpus) if self._gpus else 1)
+        there = [node["Resources"].get("GPU", 0.0) for node in ray.nodes() if node["Alive"]]
+        self._gpus = (1.0 if any(there) else 0.0) if self._gpus is None else self._gpus
+        most = max(there, default=0.0)
+        require(most >= self._gpus, f"gpus-per-job {self._gpus:g} cannot be had: Ray sees {most:g} GPUs on a machine")
+        count = self._workers or (sum(int(gpus / self._gpus) for gpus in there) if self._gpus else 1)
         if not self._gpus:
             self._options["device"] = "cpu"
         where = "this machine" if self._address is None else f"the cluster at {self._address}"

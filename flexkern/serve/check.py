@@ -6,6 +6,7 @@ from dataclasses import replace
 from flexkern.render.spec import JobSpec
 from flexkern.render.worker import Worker
 
+OURS = "ranks must"  # what a worker says of what is gpus-per-job to whoever starts a fleet
 GPU_BACKENDS = ("auto", "sdpa", "reference")  # that run on a CPU, too
 
 
@@ -18,10 +19,11 @@ class Checker:
     Args:
         here: Whether jobs are rendered on this machine. Elsewhere device and backend are left for the worker to judge.
         threads: Of a worker.
+        ranks: Of a worker.
     """
 
-    def __init__(self, *, here: bool, threads: int = 0):
-        self._here, self._worker = here, Worker(device=None if here else "cpu", threads=threads)
+    def __init__(self, *, here: bool, threads: int = 0, ranks: int = 1):
+        self._here, self._worker = here, Worker(device=None if here else "cpu", threads=threads, ranks=ranks)
         self._seen: set[str] = set()
         self._prompts: set[tuple[str, str]] = set()
 
@@ -38,7 +40,12 @@ class Checker:
         model = f"{spec.model} {spec.embeddings}"
         if kind not in self._seen:
             target.parent.mkdir(parents=True, exist_ok=True)
-            self._worker.check(spec)
+            try:
+                self._worker.check(spec)
+            except ValueError as error:
+                if not str(error).startswith(OURS):
+                    raise
+                raise ValueError(f"gpus-per-job must{str(error).removeprefix(OURS)}") from None
             self._seen.add(kind)
         elif any((model, text) not in self._prompts for text in texts):
             self._worker.check_prompts(spec, texts)

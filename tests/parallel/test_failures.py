@@ -33,7 +33,18 @@ def test_a_rank_that_fails_says_why(started):
         session.step()
     with pytest.raises(RankError, match="rank 1 of 2 has failed"):  # and every time from then on
         session.step()
-    assert repr(ranks) == "Ranks(2 on cpu, lost)"
+    assert repr(ranks) == "Ranks(2 on cpu, lost)" and ranks.lost.startswith("rank 1 of 2 has failed")
+
+
+def test_a_rank_that_ends_while_nothing_is_computed_is_known_before_it_is_needed(started):
+    ranks, _, processes = started
+    assert ranks.lost is None
+    processes.started[1].kill()
+    until = time.monotonic() + 60
+    while ranks.lost is None:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert ranks.lost == "rank 1 of 2 has ended, killed by signal 9"
 
 
 def test_signals_are_for_rank_0_and_a_rank_that_is_killed_is_named(started):

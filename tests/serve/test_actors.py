@@ -4,12 +4,18 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import save_file
 from tiny_demo import save_tiny
 
 pytest.importorskip("ray", reason='needs pip install "flexkern[cluster]"')
 
+from flexkern.demo.train import CONFIG
+from flexkern.model.wan import CausalWan
 from flexkern.render import JobSpec, Worker
 from flexkern.serve.actors import RayFarm
 from flexkern.serve.book import Jobs
@@ -48,10 +54,10 @@ def whole(tmp_path, job, name="whole.mp4"):
 
 
 class Killing:
-    """Hands on a farm's calls, and kills an actor's process while it renders."""
+    """Hands on a farm's calls, and kills an actor's process, or one of it, while it renders."""
 
-    def __init__(self, farm, moments):
-        self.farm, self.killed, self._moments = farm, 0, moments
+    def __init__(self, farm, moments, of=lambda process: [process]):
+        self.farm, self.killed, self._moments, self._of = farm, 0, moments, of
         self._due, self._task = None, {}
 
     def give(self, worker, task):
@@ -63,7 +69,8 @@ class Killing:
             parts = task.target.with_name(f"{task.target.name}.parts")
             if self._moments and list(parts.glob("checkpoint-*.safetensors")) and worker in self.farm._pids:
                 time.sleep(self._moments.pop())
-                os.kill(self.farm._pids[worker], signal.SIGKILL)
+                (process,) = self._of(self.farm._pids[worker])
+                os.kill(process, signal.SIGKILL)
                 self.killed += 1
                 del self._task[worker]
         news = self.farm.wait(min(seconds, 0.05))
@@ -106,6 +113,58 @@ def test_a_job_that_kills_its_worker_fails_and_the_rest_is_made(cluster, tmp_pat
     monkeypatch.setattr(farm, "give", poisoned)
     summary = fleet.run()
     assert (summary.done, summary.failed, summary.code) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "nodes", "workers", "ranks"),
+    [
+        (None, [0.0], 1, 1),
+        (None, [4.0, 2.0], 6, 1),
+        (0.5, [2.0], 4, 1),
+        (2, [3.0, 0.0, 3.0], 2, 2),  # a job's GPUs are of one machine
+        (4, [8.0, 4.0, 2.0], 3, 4),
+    ],
+)
+def test_actors_are_as_many_as_find_room(monkeypatch, gpus, nodes, workers, ranks):
+    there = [{"Alive": True, "Resources": {"CPU": 2.0} | ({"GPU": count} if count else {})} for count in nodes]
+    ray = SimpleNamespace(
+        is_initialized=lambda: True, nodes=lambda: [*there, {"Alive": False, "Resources": {"GPU": 8.0}}]
+    )
+    monkeypatch.setattr("flexkern.serve.actors.load_ray", lambda: ray)
+    farm = RayFarm(gpus_per_job=gpus)
+    made = []
+    monkeypatch.setattr(farm, "_make", lambda: made.append(farm._options.get("ranks", 1)))
+    farm.start()
+    assert made == [ranks] * workers
+    with pytest.raises(ValueError, match="gpus-per-job 9 cannot be had: Ray sees . GPUs on a machine"):
+        RayFarm(gpus_per_job=9).start()
+
+
+@pytest.mark.slow
+def test_a_rank_of_an_actor_that_is_killed_costs_a_try_and_no_byte(cluster, tmp_path):
+    """Two processes compute each video; the second one of an actor is killed in the middle."""
+    config = replace(CONFIG, dim=64, ffn_dim=64, num_heads=2, num_layers=1, freq_dim=32)
+    weights = str(tmp_path / "two.safetensors")
+    save_file(CausalWan(config).state_dict(), weights, {"flexkern_config": json.dumps(config.to_dict())})
+    jobs = [{"model": weights, "prompt": RED, "frames": 18, "seed": i} for i in range(2)]
+    fleet, _ = fleet_of(tmp_path, jobs)
+    farm = RayFarm(workers=1, options={"threads": 1, "every": 0, "ranks": 2})
+    fleet._farm = killing = Killing(farm, [0.0], of=ranks_below)
+    summary = fleet.run()
+    lines = [json.loads(line) for line in (tmp_path / "manifest.jsonl").read_text().splitlines()]
+    assert (summary.done, summary.lost, summary.code, killing.killed) == (2, 1, 0, 1), lines
+    (again,) = [line for line in lines if line["outcome"] == "again"]
+    assert "rank 1 of 2 has ended, killed by signal 9" in again["why"] and again["pictures"] > 0
+    for number, job in enumerate(jobs):
+        assert (tmp_path / f"{number:06}.mp4").read_bytes() == whole(tmp_path, job, f"whole{number}.mp4")
+
+
+def ranks_below(process):
+    """The processes that a process has started as ranks."""
+    children = [
+        child for path in Path(f"/proc/{process}/task").glob("*/children") for child in path.read_text().split()
+    ]
+    return [int(child) for child in children if b"flexkern.parallel" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
 
 @pytest.mark.slow

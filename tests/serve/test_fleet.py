@@ -208,6 +208,17 @@ def test_a_second_fleet_on_the_folder_is_refused(tmp_path):
                 pass
 
 
+def test_gpus_that_cannot_share_a_model_are_refused_before_anything_runs(here, monkeypatch, capsys):
+    pytest.importorskip("ray", reason='needs pip install "flexkern[cluster]"')
+    monkeypatch.setattr("flexkern.serve.actors.RayFarm.start", lambda _: pytest.fail("Ray was started"))
+    films(2)
+    with pytest.raises(SystemExit) as stopped:
+        main(["fleet", "jobs.jsonl", "--out", "out", "--gpus-per-job", "2"])
+    err = capsys.readouterr().err
+    words = "line 1: gpus-per-job must share 1 heads and the 6x6 tokens of a frame evenly: expected one of 1, got 2"
+    assert stopped.value.code == 2 and words in err and "(1 more will not do: line 2)" in err, err
+
+
 WRONG = {
     "a field": ({"sed": 3}, "line 2: a job has no field 'sed'"),
     "outside": ({"out": "../a.mp4"}, "line 2: out must be inside the folder of --out, got '../a.mp4'"),
@@ -248,7 +259,7 @@ def test_all_bad_lines_are_named(tmp_path):
         (["--shard", "x"], "--shard must be I/N, such as 0/8, got 'x'"),
         (["--shard", "0/2", "--workers", "3"], "--workers is for Ray"),
         (["--retries", "-1"], "--retries must be at least 0"),
-        (["--gpus-per-job", "2"], "gpus-per-job must be 0 to 1"),
+        (["--gpus-per-job", "1.5"], "gpus-per-job must be 0, a share of 1, or a whole number, got 1.5"),
         (["--shard", "0/2"], "there is no job file jobs.jsonl"),
     ],
 )
