@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flexkern.hostcopy import HostCopy
+
 OVERFLOWS = "float16 ends at 65504: try bfloat16 or float32 (dtype, --dtype)"
 DAMAGED = "the weights may be damaged, or a LoRA's scale too large: try {}"
 HANDED_IN = "it was handed in so: look at what made it"
@@ -72,24 +74,15 @@ class Flags:
     """
 
     def __init__(self, *values: Tensor):
-        on_device = torch.stack([value.to(values[0].device) for value in values])
-        self._event: torch.cuda.Event | None = None
-        self._values = on_device
-        if on_device.is_cuda:
-            self._values = torch.empty(on_device.shape, dtype=torch.bool, pin_memory=True)
-            self._values.copy_(on_device, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+        self._values = HostCopy(torch.stack([value.to(values[0].device) for value in values]))
 
     def known(self) -> bool:
         """Whether ``read`` would not wait."""
-        return self._event is None or bool(self._event.query())
+        return self._values.is_there()
 
     def read(self) -> list[bool]:
         """The bools, once the device has computed them."""
-        if self._event is not None:
-            self._event.synchronize()
-        found: list[bool] = self._values.tolist()
+        found: list[bool] = self._values.wait().tolist()
         return found
 
 

@@ -21,6 +21,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
         "flexkern.ahead",
         "flexkern.noise",
         "flexkern.state",
+        "flexkern.hostcopy",
         "flexkern.finite",
         "flexkern.stopwatch",
     ],

@@ -55,7 +55,7 @@ class Decoder(Protocol):
     """Turns one session's latents into pictures, chunk by chunk; may keep what it needs of the past."""
 
     def __call__(self, latents: Tensor, /) -> Tensor:
-        """latents [B, F, C, h, w] -> uint8 [B, pictures, height, width, 3]."""
+        """latents [B, F, C, h, w] -> uint8 [B, pictures, height, width, 3], which later calls leave as they are."""
 
     def state(self) -> dict[str, Tensor]:
         """What it keeps of the past; empty where it keeps nothing."""

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from flexkern.render.checkpoint import is_out_of_memory
     from flexkern.render.encoding import Encoding
-    from flexkern.render.job import Job, prepare, render, run
+    from flexkern.render.job import Job, prepare, run
     from flexkern.render.jobfile import JobEntry, read_jobs
     from flexkern.render.latents import LatentsFile, validate_latents_target
+    from flexkern.render.loop import render
     from flexkern.render.order import Order
     from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form, validate_output
     from flexkern.render.pipe import PipeJob, prepare_pipe
@@ -94,9 +95,10 @@ __all__ = [
 _HOMES = {  # module: what it holds
     "checkpoint": ("is_out_of_memory",),
     "encoding": ("Encoding",),
-    "job": ("Job", "prepare", "render", "run"),
+    "job": ("Job", "prepare", "run"),
     "jobfile": ("JobEntry", "read_jobs"),
     "latents": ("LatentsFile", "validate_latents_target"),
+    "loop": ("render",),
     "order": ("Order",),
     "outputs": ("PipeWriter", "SequenceWriter", "validate_form", "validate_output"),
     "pipe": ("PipeJob", "prepare_pipe"),

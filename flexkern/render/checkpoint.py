@@ -145,6 +145,18 @@ class Checkpoints:
         self.kept: Callable[[int, float, float], None] = lambda *_: None
         self.pictures, self.copying, self.writing = pictures, 0.0, 0.0
 
+    def is_due(self, *, now: bool = False) -> bool:
+        """Whether it is time for one and the last is complete, which is waited for where somebody wants every one.
+
+        Args:
+            now: Whether it is time in any case: the render stops here.
+        """
+        busy = self._thread is not None and self._thread.is_alive()
+        if now or (busy and self._every == 0):
+            self.wait()
+            return True
+        return not busy and time.monotonic() >= self._next
+
     def take(self, pictures: int, state: Callable[[], State], *, now: bool = False) -> None:
         """Write a checkpoint, if it is time for one and the last is complete.
 
@@ -153,10 +165,7 @@ class Checkpoints:
             state: Gives a copy of all that the render needs to go on.
             now: Whether it is time in any case: the render stops here.
         """
-        busy = self._thread is not None and self._thread.is_alive()
-        if now or (busy and self._every == 0):
-            self.wait()  # somebody wants every one
-        elif busy or time.monotonic() < self._next:
+        if not self.is_due(now=now):
             return
         began = time.monotonic()
         try:

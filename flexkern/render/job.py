@@ -1,8 +1,7 @@
-"""A job: an order that an engine has begun, and the loop that carries it to its file."""
+"""A job: an order that an engine has begun, with the file that waits for it, and what is kept where it stops."""
 
-import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,17 +11,17 @@ from flexkern.render.checkpoint import EVERY, Checkpoints
 from flexkern.render.encoding import is_sequence
 from flexkern.render.identity import identity
 from flexkern.render.latents import LatentsFile
+from flexkern.render.loop import Filled, Written, render
 from flexkern.render.order import Order
-from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
+from flexkern.render.outputs import SequenceWriter, validate_form
 from flexkern.render.parts import Parts
 from flexkern.render.record import Record, new_record, write_record
-from flexkern.render.script import Pace, PromptSwitch, validate_shown, validate_switches
+from flexkern.render.script import Pace, validate_shown, validate_switches
 from flexkern.render.segments import SegmentWriter
 from flexkern.render.sidecar import describe, tags, write_sidecar
 from flexkern.render.signals import uninterrupted
 from flexkern.render.target import validate_new
 from flexkern.render.watch import Watch
-from flexkern.render.writer import VideoWriter
 from flexkern.state import State, nest, stateful
 
 if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told at once
@@ -33,8 +32,6 @@ if TYPE_CHECKING:  # torch takes seconds to load, and bad input should be told a
 
 Stop = Callable[[], bool]
 """asked before each chunk, from the thread that renders: whether to stop there"""
-Filled = SegmentWriter | SequenceWriter | LatentsFile
-"""what a job can fill, each a ``Writer``"""
 
 
 class Writer(Protocol):
@@ -130,7 +127,7 @@ class Job:
                 after=self._after,
                 fps=self.fps,
                 watch=watch,
-                stop=None if stop is None else lambda followed: stop() and self._stopping(followed),
+                stop=None if stop is None else lambda followed, written: stop() and self._stopping(followed, written),
             )
             self.checkpoints.wait()
             if finished:
@@ -158,7 +155,10 @@ class Job:
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.order.target)) from None
 
-    def _after(self, followed: int, *, now: bool = False) -> None:
+    def _after(self, followed: int, written: Written, *, now: bool = False) -> None:
+        if not self.checkpoints.is_due(now=now):
+            return
+        written()  # a checkpoint knows what the file holds
         state = lambda: {
             **nest("session", self.session.state()), **nest("writer", self.writer.state()),
             "followed": followed, "record": self.record,
@@ -166,9 +166,10 @@ class Job:
         with uninterrupted():
             self.checkpoints.take(self.writer.pictures, state, now=now)
 
-    def _stopping(self, followed: int) -> bool:
+    def _stopping(self, followed: int, written: Written) -> bool:
+        written()
         if self.session.chunks and self.checkpoints.pictures < self.writer.pictures:
-            self._after(followed, now=True)
+            self._after(followed, written, now=True)
         return True
 
 
@@ -281,96 +282,3 @@ def run(order: Order, engine: "Engine", family: "Family", *, progress: bool = Tr
         True, or False where Ctrl-C came first.
     """
     return prepare(order, engine, family, overwrite=overwrite).run(progress=progress)
-
-
-def render(
-    session: "Session",
-    writer: VideoWriter | PipeWriter | Filled,
-    *,
-    pictures: int,
-    script: Sequence[PromptSwitch] = (),
-    progress: bool = True,
-    start: "Chunk | None" = None,
-    followed: int = 0,
-    after: Callable[[int], None] | None = None,
-    fps: float | None = None,
-    watch: Watch | None = None,
-    stop: Callable[[int], bool] | None = None,
-) -> bool:
-    """Write the first pictures of the session's video, wherever its chunks end.
-
-    Memory does not grow with the length of the video.
-
-    Args:
-        session: What makes it.
-        writer: An open file; pictures that it holds already are not made again.
-        pictures: How many to write in all.
-        script: Prompts that follow the session's own, in ascending order.
-        progress: Show a bar on stderr.
-        start: What the session was prefilled with; written first.
-        followed: How many prompts of the script the session has come to.
-        after: Called when a chunk is written and another follows, with the same number.
-        fps: Pictures per second that the script counts by. Default: the writer's.
-        watch: Follows it, in place of the bar.
-        stop: Called before each chunk, with the number of ``followed``; where it returns True the render stops.
-
-    Returns:
-        True, or False where Ctrl-C or ``stop`` came first.
-
-    Raises:
-        OSError: The file has no room.
-        NotFiniteError: A chunk is not finite; it is not written.
-    """
-    made, waiting, rate = min(writer.pictures, pictures), list(script[followed:]), fps or writer.fps
-    watch = watch or Watch(progress=progress)
-    waits = first_wait(session) if watch.progress else ""
-    watch.begin(pictures=pictures, made=made, waits_for=waits, prompt_seconds=session.prompt_seconds)
-    try:
-        if start is not None:
-            made += _write(writer, start, pictures)
-            watch.wrote(start, made)
-        while made < pictures:
-            if stop is not None and stop(len(script) - len(waiting)):
-                return False
-            due = [switch for switch in waiting if switch.at * rate <= made + 1e-6]
-            if due:
-                began = time.perf_counter()
-                session.switch(due[-1].prompt)
-                if any(switch.cut for switch in due):
-                    session.cut()
-                waiting = waiting[len(due) :]
-                watch.switched(due[-1], time.perf_counter() - began)
-            chunk = session.step()
-            session.validate_chunks()  # the pictures are about to be waited for
-            if chunk.spent is not None:
-                _ = chunk.spent.decode  # waits for the pictures, which is no part of encoding them
-            began = time.perf_counter()
-            new = _write(writer, chunk, pictures - made)
-            made += new
-            watch.wrote(chunk, new, time.perf_counter() - began)
-            if after is not None and made < pictures:
-                after(len(script) - len(waiting))
-    except KeyboardInterrupt:
-        return False
-    finally:
-        watch.end()
-    return True
-
-
-def first_wait(session: "Session") -> str:
-    """What the first chunk waits for: kernels are compiled at their first launch, unless Triton's cache has them."""
-    engine = session.engine
-    is_compiled = engine.backend_name == "triton" and engine.model.device.type == "cuda"
-    return "compiling or loading kernels" if is_compiled else f"chunk {session.chunks}"
-
-
-def _write(writer: VideoWriter | PipeWriter | Filled, chunk: "Chunk", most: int) -> int:
-    """Append at most so many pictures of the chunk. Returns how many."""
-    before = writer.pictures
-    if isinstance(writer, LatentsFile):
-        writer.write(chunk.latents[0], most)
-    elif chunk.pixels is None:
-        raise ValueError("the session's engine has no decoder: write its latents to a LatentsFile")
-    else:
-        writer.write(chunk.pixels[0, :most].cpu().numpy())
-    return min(most, writer.pictures - before)

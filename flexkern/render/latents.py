@@ -77,6 +77,18 @@ class LatentsFile:
         """Pictures that the latents so far decode to."""
         return 1 + (self.frames - 1) * self.per_frame if self.frames else 0
 
+    def taken(self, frames: int, most: int, *, begun: bool) -> tuple[int, int]:
+        """Of a chunk, how many latent frames are written, and how many wanted pictures they decode to.
+
+        Args:
+            frames: Latent frames of the chunk.
+            most: How many further pictures are wanted.
+            begun: Whether there are frames before it.
+        """
+        first = 0 if begun else 1
+        count = min(frames, first + math.ceil((most - first) / self.per_frame))
+        return count, min(most, first + (count - first) * self.per_frame) if count else 0
+
     def write(self, latents: "Tensor", most: int) -> None:
         """Append latents.
 
@@ -92,8 +104,7 @@ class LatentsFile:
 
         if self._closed:
             raise ValueError(f"{self.path} is closed")
-        first = 0 if self.frames else 1
-        count = first + math.ceil((most - first) / self.per_frame)
+        count, _ = self.taken(len(latents), most, begun=self.frames > 0)
         rows = latents[:count].detach().cpu().contiguous()
         dtype, shape = str(rows.dtype).removeprefix("torch."), list(rows.shape[1:])
         if rows.dim() != 4 or dtype not in DTYPES or (dtype, shape) != (self._form or (dtype, shape)):

@@ -41,7 +41,7 @@ class PipeJob:
             return loop(
                 self.session, self.writer, pictures=self.order.pictures, script=self.order.script[1:],
                 progress=progress, start=self.start, fps=self.fps, watch=watch,
-                stop=None if stop is None else lambda _: stop(),
+                stop=None if stop is None else lambda *_: stop(),
             )  # fmt: skip
         finally:
             with uninterrupted():

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from flexkern.render.checkpoint import EVERY, Checkpoints, Damaged, read_checkpoint
 from flexkern.render.identity import differences, identity
-from flexkern.render.job import Filled, Job, begin_file, begin_session, begin_with
+from flexkern.render.job import Job, begin_file, begin_session, begin_with
+from flexkern.render.loop import Filled
 from flexkern.render.order import Order
 from flexkern.render.parts import Parts, checkpoints, made_at
 from flexkern.render.record import Record, read_record, went_on

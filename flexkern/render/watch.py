@@ -8,12 +8,17 @@ A terminal gets a bar that moves; a file or a pipe a line, at most every ten sec
 The log has a line for each event, written at once: ``time`` (UTC), ``event``, and
 
     started    target, pictures, made (so far), prompt_seconds, seed, preset, prompt, and what the caller adds
-    chunk      chunk, made, pictures, frames, denoise_seconds, decode_seconds, encode_seconds, peak_bytes, left_seconds
+    chunk      chunk, made, pictures, frames, denoise_seconds, decode_seconds, encode_seconds, waited_seconds,
+               peak_bytes, left_seconds
     switch     at (seconds), prompt, cut, seconds
     checkpoint pictures, copy_seconds, write_seconds
     warning    message
-    finished   target, made, seconds, pictures_per_second, denoise_pictures_per_second
+    finished   target, made, seconds, denoise_seconds, encode_seconds, waited_seconds, pictures_per_second,
+               denoise_pictures_per_second
     failed     target, made, message (also of a render that was interrupted)
+
+``encode_seconds`` pass beside the next chunk, on the thread that writes. ``waited_seconds`` are those in which the
+render stood still for that thread before it could hand the chunk over; of ``finished``, in all.
 """
 
 import json
@@ -21,6 +26,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
@@ -38,7 +44,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from flexkern.render.script import PromptSwitch
-    from flexkern.session import Chunk
 
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 EVERY = 10.0  # seconds between two lines of progress
@@ -111,12 +116,31 @@ def validate_preview(path: Path) -> None:
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """What is told of a chunk; all but the seconds of encoding is known before it is written."""
+
+    index: int
+    """number of the session's step, from 0; -1 for what the video was given to begin with"""
+    frames: int
+    """latent ones"""
+    pictures: int
+    """that are wanted of it"""
+    denoise_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    waited_seconds: float = 0.0
+    """in which the render stood still for the writing of chunks before, since it handed the last one over"""
+    peak_bytes: int = 0
+    """the most memory until then"""
+
+
 class Watch:
-    """Follows a render and tells of it; one for each video.
+    """Follows a render and tells of it; one for each video. Chunks and changes of prompt may come from another thread.
 
     Attributes:
         made: Pictures so far, those of an earlier part of the render included.
         chunks: Chunks that this process made.
+        waited: Seconds that the render stood still for the writing, in all; set when its loop is over.
     """
 
     def __init__(
@@ -149,7 +173,7 @@ class Watch:
         self.progress, self.log, self.about = progress, log, dict(about or {})
         self.made = self.chunks = self._pictures = 0
         self._began_with = 0
-        self._denoise = self._decode = 0.0
+        self.waited = self._denoise = self._decode = self._encode = 0.0
         self._stream, self._clock = stream or sys.stderr, clock
         self._began = self._ended = self._told = self._previewed = 0.0
         self._bar: tqdm[NoReturn] | None = None
@@ -166,37 +190,44 @@ class Watch:
                 mininterval=0.1, file=self._stream,
             )  # fmt: skip
 
-    def wrote(self, chunk: "Chunk", count: int, encode_seconds: float = 0.0) -> None:
-        """So many pictures of a chunk are in the file, which took so many seconds."""
-        self.made += count
+    def wrote(self, chunk: Made, encode_seconds: float = 0.0, newest: "NDArray[Any] | None" = None) -> None:
+        """A chunk is in the file, which took so many seconds.
+
+        Args:
+            chunk: What it is.
+            encode_seconds: That encoding and writing took.
+            newest: Its last picture, where there are pictures.
+        """
+        self.made += chunk.pictures
         self._ended = self._clock()
         number = chunk.index + 1
+        self._encode += encode_seconds
         if chunk.index >= 0:  # else it is what the video was given to begin with
             self.chunks += 1
-            spent = (chunk.spent.denoise, chunk.spent.decode) if chunk.spent else (0.0, 0.0)
-            self._denoise, self._decode = self._denoise + spent[0], self._decode + spent[1]
+            self._denoise, self._decode = self._denoise + chunk.denoise_seconds, self._decode + chunk.decode_seconds
             self._event(
                 "chunk",
                 chunk=number,
                 made=self.made,
                 pictures=self._pictures,
-                frames=len(chunk.frames),
-                denoise_seconds=round(spent[0], 4),
-                decode_seconds=round(spent[1], 4),
+                frames=chunk.frames,
+                denoise_seconds=round(chunk.denoise_seconds, 4),
+                decode_seconds=round(chunk.decode_seconds, 4),
                 encode_seconds=round(encode_seconds, 4),
-                peak_bytes=peak_bytes(),
+                waited_seconds=round(chunk.waited_seconds, 4),
+                peak_bytes=chunk.peak_bytes,
                 left_seconds=round(self._left(), 1),
             )
         if self._bar is not None:
             self._bar.set_description_str(f"chunk {number}", refresh=False)
-            self._bar.update(count)
+            self._bar.update(chunk.pictures)
         elif self.progress and (self._ended - self._told >= EVERY or self.made >= self._pictures):
             self._told = self._ended
             self._say(self._line(number))
         due = self._ended - self._previewed >= PREVIEW_EVERY or self.made >= self._pictures
-        if self.preview is not None and chunk.pixels is not None and count and due:
+        if self.preview is not None and newest is not None and due:
             self._previewed = self._ended
-            write_preview(self.preview, chunk.pixels[0, count - 1].cpu().numpy())
+            write_preview(self.preview, newest)
 
     def switched(self, switch: "PromptSwitch", seconds: float = 0.0) -> None:
         """The video follows another prompt from now on; that took so many seconds."""
@@ -237,6 +268,8 @@ class Watch:
             "seconds": round(seconds, 3),
             "denoise_seconds": round(self._denoise, 3),
             "decode_seconds": round(self._decode, 3),
+            "encode_seconds": round(self._encode, 3),
+            "waited_seconds": round(self.waited, 3),
             "pictures_per_second": _rate(made, seconds),
             "denoise_pictures_per_second": _rate(made, self._denoise),
         }
@@ -246,7 +279,8 @@ class Watch:
         made, found = self.made - self._began_with, self.timings()
         denoise = f"denoising {found['denoise_pictures_per_second']:.3g} pictures/s"
         whole = f"end to end {found['pictures_per_second']:.3g} pictures/s"
-        return f"{made} pictures in {_clock(found['seconds'])}: {denoise}, {whole}"
+        written = f"encoding {found['encode_seconds']:.3g} s, of which {found['waited_seconds']:.3g} s were waited for"
+        return f"{made} pictures in {_clock(found['seconds'])}: {denoise}, {whole}; {written}"
 
     def _left(self) -> float:
         """Seconds until the end, if it goes on like this."""

@@ -185,7 +185,8 @@ class Worker:
 
         Args:
             spec: The job.
-            on_progress: Called from this thread when loading begins, when rendering does, and after each chunk.
+            on_progress: Called when loading begins and when rendering does, from this thread; and when a chunk is
+                written, one at a time, from the thread that has written it.
             stop: Asked before each chunk; where it says True a checkpoint is written, and the job is stopped.
             preview: A .png or .jpg that is replaced by the newest picture, once a second at most.
             log: Hears the events of ``flexkern render --log``, such as an ``EventLog``.

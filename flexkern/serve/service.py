@@ -17,7 +17,10 @@ from flexkern.serve.served import Served, problem_of
 from flexkern.serve.store import Store, VideoJob
 from flexkern.serve.telemetry import Telemetry
 
-KEPT = ("chunk", "made", "pictures", "denoise_seconds", "decode_seconds", "encode_seconds", "left_seconds", "time")
+KEPT = (
+    "chunk", "made", "pictures", "denoise_seconds", "decode_seconds", "encode_seconds", "waited_seconds",
+    "left_seconds", "time",
+)  # fmt: skip
 
 
 class Service:

@@ -42,7 +42,8 @@ FIGURES: dict[str, Figure] = {
     ),
     "stage_latency_seconds": Figure(
         kind="histogram", labels=("stage",), buckets=LATENCIES,
-        doc="Of a chunk: denoise, decode, encode; of a prompt: prompt; of a checkpoint, copied and written: checkpoint",
+        doc="Of a chunk: denoise, decode, and, while the next is made, encode; of a prompt: prompt; of a checkpoint, "
+        "copied and written: checkpoint",
     ),
     "queue_time_seconds": Figure(kind="histogram", buckets=WAITS, doc="From a request to the beginning of its render"),
     "e2e_latency_seconds": Figure(kind="histogram", buckets=WAITS, doc="From a request to its finished video"),

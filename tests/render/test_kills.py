@@ -10,7 +10,10 @@ KILLS = 24
 
 
 def test_kills_at_random_moments_change_no_byte(tmp_path):
-    """Half of them at a random time, half just before something is flushed, renamed or removed."""
+    """Half of them at a random time, half just before something is flushed, renamed or removed.
+
+    Some take a checkpoint after every chunk, some now and then, so that chunks wait to be written.
+    """
     command = [sys.executable, small_render.__file__, str(tmp_path), str(KILLS)]
     done = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -19,7 +19,7 @@ from flexkern.model.schedule import Schedule
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.policies import get_preset
 from flexkern.render import Order, PromptSwitch, prepare, run
-from flexkern.render.job import first_wait
+from flexkern.render.loop import first_wait
 
 CAT = (PromptSwitch(at=0, prompt="a cat"),)
 BOTH = (*CAT, PromptSwitch(at=2.5, prompt="a dog", cut=True))

@@ -32,6 +32,7 @@ SCRIPT = (  # the re-cache and the cut fall into chunks 7 and 14 of 34
     PromptSwitch(at=4.0, prompt="a cat"),
 )
 PICTURES = 100
+EVERY = 0.0, 0.05  # seconds between checkpoints; with those of every chunk nothing is made while another is written
 
 
 class Fading:
@@ -78,15 +79,18 @@ def small_order(target, **options):
     return Order(**usual | {"target": Path(target)} | options)
 
 
-def go_on(order, engine, family):
+def go_on(order, engine, family, every=0.0):
     """What a watchdog does: go on where there is something to go on with, begin where there is not."""
+    given = {"every": every, "tell": lambda _: None}
     try:
         done = find_stopped(order.target).done
     except FileNotFoundError:
-        return prepare(order, engine, family, every=0, tell=lambda _: None).run(progress=False)
+        if not order.target.exists():
+            return prepare(order, engine, family, **given).run(progress=False)
+        done = True  # it was killed when nothing but its lock was left to remove
     if done:
         return clear_parts(order.target)
-    return resume(order.target, engine, family, every=0, tell=lambda _: None).run(progress=False)
+    return resume(order.target, engine, family, **given).run(progress=False)
 
 
 def die_at(count):
@@ -120,7 +124,7 @@ def main(folder, kills):
         if pid == 0:
             if killed % 2:
                 die_at(chance.randrange(1, 60))
-            go_on(small_order(target), engine, family)
+            go_on(small_order(target), engine, family, every=chance.choice(EVERY))
             os._exit(0)
         if killed % 2 == 0:
             time.sleep(chance.uniform(0.02, taken / 3))

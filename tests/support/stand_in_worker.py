@@ -42,7 +42,8 @@ def run(spec, *, stop, preview, log):
             write_preview(preview, pixels[-1])
             log.write(
                 "chunk", chunk=writer.pictures // CHUNK, made=writer.pictures, pictures=spec.frames, frames=count,
-                denoise_seconds=0.02, decode_seconds=0.01, encode_seconds=0.001, left_seconds=1.0, peak_bytes=1000,
+                denoise_seconds=0.02, decode_seconds=0.01, encode_seconds=0.5, waited_seconds=0.001, left_seconds=1.0,
+                peak_bytes=1000,
             )  # fmt: skip
             if prompt.endswith("crashes"):
                 print("the worker says something before it ends", file=sys.stderr, flush=True)

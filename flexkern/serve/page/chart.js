@@ -1,10 +1,11 @@
-// Bars of seconds per chunk, denoising and decoding on top of each other; wide videos are shown in groups.
+// Bars of seconds per chunk, denoising and decoding on top of each other, and what it waited for the chunk before to be
+// written; wide videos are shown in groups.
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDE = 640, HIGH = 150, MOST = 120; // units of the picture; bars, at most
 
 const part = (chunk, name) => chunk[`${name}_seconds`] ?? 0;
-const whole = (chunk) => part(chunk, "denoise") + part(chunk, "decode") + part(chunk, "encode");
+const whole = (chunk) => part(chunk, "denoise") + part(chunk, "decode") + part(chunk, "waited");
 
 /** Neighbours as one, so that there are at most so many. */
 export function grouped(chunks, most = MOST) {
@@ -13,7 +14,7 @@ export function grouped(chunks, most = MOST) {
   for (let i = 0; i < chunks.length; i += size) {
     const group = chunks.slice(i, i + size);
     const mean = (name) => group.reduce((sum, chunk) => sum + part(chunk, name), 0) / group.length;
-    found.push({ denoise_seconds: mean("denoise"), decode_seconds: mean("decode"), encode_seconds: mean("encode") });
+    found.push({ denoise_seconds: mean("denoise"), decode_seconds: mean("decode"), waited_seconds: mean("waited") });
   }
   return found;
 }
@@ -48,7 +49,7 @@ export function draw(svg, chunks) {
   const step = WIDE / Math.max(bars.length, 24);
   bars.forEach((bar, i) => {
     let y = HIGH;
-    for (const [kind, name] of [["denoise", "denoise"], ["decode", "decode"], ["rest", "encode"]]) {
+    for (const [kind, name] of [["denoise", "denoise"], ["decode", "decode"], ["rest", "waited"]]) {
       const height = (part(bar, name) / top) * HIGH;
       y -= height;
       svg.append(shape("rect", { class: kind, x: i * step + step * 0.1, y, width: step * 0.8, height }));
