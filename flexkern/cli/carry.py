@@ -148,9 +148,10 @@ def render_one(order: "Order", lot: Lot, engine: "Engine", log: "Listener | None
 
 def finish_one(job: "Job | PipeJob", family: "Family", watch: "Watch") -> "Ending":
     """Make the video of a job, and tell what was made."""
+    from flexkern.render import render  # now, so that who wraps it there is heard
     from flexkern.render.ending import carry_out
 
-    ending = carry_out(job, watch)
+    ending = carry_out(job, watch, loop=render)
     if ending.status != status.DONE:
         return ending
     order, made = job.order, job.writer.pictures

@@ -1,12 +1,14 @@
 """How a render ended: one exit status, and one sentence that says what is kept and how to go on."""
 
 import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from flexkern.finite import NotFiniteError
 from flexkern.render import status
 from flexkern.render.checkpoint import is_out_of_memory
 from flexkern.render.job import Job, Stop
+from flexkern.render.loop import render
 from flexkern.render.pipe import PipeJob
 from flexkern.render.signals import stoppable
 from flexkern.render.watch import Watch
@@ -24,23 +26,24 @@ class Ending:
     """what was raised, where something was"""
 
 
-def carry_out(job: Job | PipeJob, watch: Watch, *, stop: Stop | None = None) -> Ending:
+def carry_out(
+    job: Job | PipeJob, watch: Watch, *, stop: Stop | None = None, loop: Callable[..., bool] = render
+) -> Ending:
     """Make the video of a job, and say how that ended; what is not a matter of room, memory or numbers is raised.
 
     Args:
         job: What is rendered.
         watch: Follows it, and hears of a failure; of success when the caller has told it.
         stop: Asked before each chunk whether to stop there.
+        loop: Takes the place of ``render``, for a caller that wraps it.
     """
-    ending = _run(job, watch, stop)
+    ending = _run(job, watch, stop, loop)
     if ending.status != status.DONE:
         watch.failed(job.order.target, ending.message)
     return ending
 
 
-def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
-    from flexkern.render import render  # now, so that who wraps it there is heard
-
+def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None, loop: Callable[..., bool]) -> Ending:
     said = [False]
 
     def asked() -> bool:
@@ -49,7 +52,7 @@ def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None) -> Ending:
 
     try:
         with stoppable() as signals:
-            finished = job.run(progress=watch.progress, loop=render, watch=watch, stop=asked)
+            finished = job.run(progress=watch.progress, loop=loop, watch=watch, stop=asked)
     except NotFiniteError as error:  # weights that overflow
         return Ending(status=status.FAILED, message=f"{error}; {job.kept}", cause=error)
     except BrokenPipeError:  # who reads stdout has seen enough
