@@ -19,6 +19,7 @@ BROUGHT = {  # file of the repository: its name in the site
     "bench/results/rooms/films.webp": "pictures/films.webp",
     "bench/results/rooms/curves.png": "pictures/curves.png",
     "bench/results/rooms/gallery.png": "pictures/gallery.png",
+    "bench/results/demo/soak.png": "pictures/soak.png",
     "bench/results/rooms/four_minutes.png": "pictures/four_minutes.png",
     "bench/results/rooms/an_hour.png": "pictures/an_hour.png",
     "bench/results/evidence/presets.png": "pictures/presets.png",

@@ -38,7 +38,7 @@ class Args:
     pictures: int = 57_600
     kills: int = 5
     preset: str = "infinity-rope"
-    threads: int = 2
+    threads: int = 1
     chunks: int = 100
     """of a row"""
     compare: bool = False
@@ -132,7 +132,8 @@ def draw(rows: list[dict[str, float]], path: Path) -> None:
                 axes.axvline(minutes[0], color="grey", linewidth=0.5, linestyle="--")
     above.set(ylabel="ms a chunk (median)", ylim=(0, None), title="the demo's video, killed and resumed at the lines")
     above.legend(["wall", "processor"], loc="lower right")
-    below.set(ylabel="resident MB", ylim=(0, None), xlabel="minutes of video")
+    most = max(row["resident_mb"] for row in rows)
+    below.set(ylabel="resident MB", ylim=(0, 1.2 * most), xlabel="minutes of video")
     figure.savefig(path, dpi=120)
 
 
