@@ -82,6 +82,26 @@ def test_what_will_not_do_is_told_at_its_field(page, server):
     assert field.get_attribute("aria-invalid") is None
 
 
+def test_an_answer_that_was_overtaken_changes_nothing(page, server):
+    """The news that a video was cancelled may come before the answer to who cancelled it, which says less."""
+    opened(page, server)
+    identity = server.post("it waits", frames=96).json()["id"]
+    page.locator("#now-count", has_text="8 of 96 pictures").wait_for()
+
+    def late(route):
+        answer = route.fetch()
+        while server.client.get(f"/v1/videos/{identity}").json()["status"] != "failed":
+            pass
+        page.wait_for_timeout(300)
+        route.fulfill(response=answer, json=answer.json() | {"status": "in_progress", "error": None})
+
+    page.route("**/cancel", late)
+    with page.expect_response("**/cancel"):
+        page.locator("#now-cancel").click()
+    page.wait_for_timeout(100)
+    assert "cancelled: it was cancelled" in row_of(page, identity).inner_text()
+
+
 def test_a_video_grows_before_ones_eyes_and_is_cancelled(page, server):
     opened(page, server)
     identity, other = server.post("it waits", frames=96).json()["id"], server.post("b").json()["id"]

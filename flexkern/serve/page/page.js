@@ -213,8 +213,11 @@ function useAgain(video) {
 // ---- the list
 
 /** listed: it comes from a list, the newest first, and not from something that has just happened. */
+const isOver = (video) => ["completed", "failed"].includes(video.status);
+
 function put(video, listed = false) {
   const before = videos.get(video.id);
+  if (before && isOver(before) && !isOver(video)) return; // an answer that was overtaken: what is over stays over
   videos.set(video.id, video);
   if (before && before.status !== video.status) {
     const why = video.error ? `: ${video.error.message}` : "";
