@@ -62,9 +62,8 @@ def parts(args: Args, case: Case) -> Iterator[torch.Tensor]:
         yield from (chunk.latents[0] for chunk in film_chunks(load_engine(), case, method(args.method)))
         return
     for frames in torch.arange(args.frames).split(MINUTE):
-        yield rooms.render(case.scenes, case.rooms, case.rooms.centres(case.scenes, frames), case.lights[None, frames])[
-            0
-        ]
+        centres = case.rooms.centres(case.scenes, frames)
+        yield rooms.render(case.scenes, case.rooms, centres, case.lights[None, frames])[0]
 
 
 def measured(latents: torch.Tensor, case: Case, path: Path) -> None:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
@@ -14,7 +14,7 @@ from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import option
 from flexkern.render import status
 from flexkern.render.choices import DEMO
-from flexkern.render.encoding import STDOUT
+from flexkern.render.encoding import STDOUT, Form
 
 if TYPE_CHECKING:
     from flexkern.render import Encoding
@@ -36,7 +36,7 @@ class Decode:
     """pictures per second of the video; default: the model's, 16"""
     crf: Annotated[int, tyro.conf.arg(metavar="INT")] = 18
     """quality of H.264, 0 (lossless) to 51"""
-    format: Annotated[Literal["mp4", "mov", "png", "y4m", "rgb24"] | None, option("NAME")] = None
+    format: Annotated[Form | None, option("NAME")] = None
     """mp4, mov or png, as --out is named; for stdout mp4 (fragmented), y4m or rgb24; default: by --out, stdout: mp4"""
     overwrite: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """replace a file that exists"""

@@ -9,6 +9,7 @@ import tyro
 
 from flexkern.checks import is_float32, require
 from flexkern.render.choices import DEMO, NOT_FOR_DEMO, flag, read_size, validate_for_demo
+from flexkern.render.encoding import Form
 from flexkern.render.research import Research
 
 if TYPE_CHECKING:
@@ -125,7 +126,7 @@ class Flags:
     """pictures per second of the file; another rate than the model's shows the same pictures faster or slower"""
     crf: Annotated[int | None, option("INT")] = None
     """quality of H.264, 0 (lossless) to 51; default: 18, which looks like the original"""
-    format: Annotated[Literal["mp4", "mov", "png", "y4m", "rgb24"] | None, option("NAME")] = None
+    format: Annotated[Form | None, option("NAME")] = None
     """mp4, mov or png, as --out is named; for stdout mp4 (fragmented), y4m or rgb24; default: by --out, stdout: mp4"""
     latents: Annotated[Path | None, option("FILE")] = None
     """write latents to this safetensors file instead of a video; needs no VAE"""

@@ -156,13 +156,12 @@ class Fleet:
 
 def model_of(jobs: "Jobs") -> str:
     """The name of the model of all jobs; ``several`` where they do not share one."""
-    from flexkern.render.choices import DEMO, chosen_model, is_family
+    from flexkern.render.choices import chosen_model
 
     if len(set(jobs.keys)) > 1:
         return "several"
     first = jobs[0]
-    name = chosen_model(first.model, first.config_path, first.weights)
-    return name if is_family(name) else DEMO
+    return chosen_model(first.model, first.config_path, first.weights)
 
 
 def read_shard(text: str) -> "Shard":

@@ -43,6 +43,7 @@ class Batch:
     """what computes each video together"""
     prints: dict[Path, dict[str, Any]] = field(default_factory=dict)
     """fingerprints of files, once they are asked for"""
+    _config: "WanConfig | None" = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -51,10 +52,9 @@ class Batch:
 
     @property
     def config(self) -> "WanConfig":
-        """Sizes of the transformer, once it is checked."""
-        from flexkern import demo
-
-        return demo.read_config(self.weights or demo.WEIGHTS) if self.parts is None else self.parts.config
+        """Sizes of the transformer, once ``check`` has found them."""
+        assert self._config is not None, "check comes first"
+        return self._config
 
     def check(self) -> None:
         """Find the parts of the checkpoint, and check them for the orders before weights are read.
@@ -68,7 +68,7 @@ class Batch:
         from flexkern.demo import encode_prompts
 
         if self.checkpoint is None:
-            validate_demo(self.weights)
+            self._config = read_demo(self.weights)
             for prompt in self.prompts:
                 encode_prompts([prompt])
             self.check_preset(self.orders[0])
@@ -84,19 +84,18 @@ class Batch:
             backend=self.base.backend,
             device=self.device,
         )
+        self._config = self.parts.config
         found = {"the transformer": self.parts.transformer, "the VAE": self.parts.vae}
         found |= {"the text encoder": self.parts.text_encoder}
         targets = [order.target for order in self.orders]
         validate_targets(targets, {name: path for name, path in found.items() if path})
 
     def check_preset(self, order: Order) -> None:
-        """Raises ValueError where the preset of an order does not fit the model, or the length."""
-        from flexkern.demo import WEIGHTS, read_config
+        """Raises ValueError where the preset of an order does not fit the model that was checked, or the length."""
         from flexkern.pipeline import validate_preset
 
-        config = read_config(self.weights or WEIGHTS) if self.parts is None else self.parts.config
         frames, begins = self.family.frames(order.pictures), self.base.image is not None
-        validate_preset(self.family, config, order.method, frames, begins=begins)
+        validate_preset(self.family, self.config, order.method, frames, begins=begins)
 
     def open(self, *, tell: Callable[[str], None] = lambda _: None, keep_encoder: bool = False) -> "Engine":
         """The engine, with weights loaded and prompts encoded.
@@ -215,13 +214,13 @@ def in_words(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
-def validate_demo(weights: Path | None) -> None:
-    """Raises ValueError where weights are not of the demo's form, FileNotFoundError where there are none."""
+def read_demo(weights: Path | None) -> "WanConfig":
+    """Sizes of the demo's model. Raises ValueError for weights of another form, FileNotFoundError where none are."""
     from flexkern import demo
     from flexkern.model.families import FAMILIES
 
     try:
-        demo.validate_weights(weights or demo.WEIGHTS)
+        return demo.read_config(weights or demo.WEIGHTS)
     except ValueError as error:
         raise ValueError(f"{error}; for a checkpoint give --model {' | '.join(FAMILIES)}") from None
 

@@ -10,7 +10,7 @@ from flexkern.checks import require
 from flexkern.render.encoding import STDOUT, Encoding, is_sequence
 from flexkern.render.latents import DTYPES
 from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
-from flexkern.render.sidecar import FORMAT, file_hash, files_of, fingerprint, read_sidecar
+from flexkern.render.sidecar import FORMAT, describe_video, file_hash, fingerprint, read_sidecar
 from flexkern.render.watch import now
 from flexkern.render.writer import VideoWriter
 
@@ -149,20 +149,13 @@ def describe(held: HeldLatents, out: Path, *, pictures: int, encoding: Encoding,
     """
     import torch
 
-    files = files_of(out)
     return {
         "format": FORMAT,
         "flexkern": __version__,
         "decoded": {"name": held.path.name, "frames": held.frames, "sha256": file_hash(held.path),
                     "rendered": read_sidecar(held.path)},
         "files": {} if decoder is None else {"vae": fingerprint(decoder)},
-        "video": {
-            "name": out.name,
-            "bytes": sum(path.stat().st_size for path in files),
-            "sha256": file_hash(*files),
-            "pictures": pictures,
-            "fps": str(encoding.rate(held.fps)),
-        },
+        "video": describe_video(out, pictures, encoding.rate(held.fps)),
         "decided_by": {"torch": torch.__version__, "device": device, "encoding": asdict(encoding)},
         "timings": {"ended": now(), "decode_seconds": round(seconds, 3)},
     }  # fmt: skip

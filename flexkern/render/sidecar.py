@@ -55,19 +55,30 @@ def describe(
         "flexkern": __version__,
         **record["about"],
         "order": record["order"],
-        "video": {
-            "name": target.name,
-            "bytes": sum(path.stat().st_size for path in files_of(target)),
-            "sha256": file_hash(*files_of(target)),
-            "pictures": order.pictures,
-            "fps": str(fps),
-        },
+        "video": describe_video(target, order.pictures, fps),
         "decided_by": record["identity"],
         "timings": {"ended": now(), **timings},
         "history": history,
         "resumed_anyway": any(entry["anyway"] for entry in history),
         **(notes or {}),
     }
+
+
+def describe_video(target: Path, pictures: int, fps: int | Fraction) -> dict[str, Any]:
+    """What a sidecar says of the file itself, or of all files of a sequence.
+
+    Args:
+        target: The video; it is there.
+        pictures: How many it has.
+        fps: How many of them a second.
+
+    Bytes: reads the video once.
+    """
+    files = files_of(target)
+    size = sum(path.stat().st_size for path in files)
+    return {
+        "name": target.name, "bytes": size, "sha256": file_hash(*files), "pictures": pictures, "fps": str(fps),
+    }  # fmt: skip
 
 
 def write_sidecar(target: Path, content: Mapping[str, Any]) -> None:

@@ -264,8 +264,8 @@ function showRow(video, listed = false) {
   show(".watch-button", is("in_progress") && video.id !== watched);
   show(".play-button", is("completed"));
   show(".pick", is("completed"));
-  show(".cancel-button", is("queued", "in_progress"));
-  show(".delete-button", is("completed", "failed"));
+  show(".cancel-button", !isOver(video));
+  show(".delete-button", isOver(video));
   for (const button of row.querySelectorAll("button, .pick-input")) {
     const word = button.closest("label")?.textContent.trim() ?? button.textContent;
     button.setAttribute("aria-label", `${word}: ${title(video)}, seed ${video.seed}, ${video.preset}`);
@@ -375,7 +375,7 @@ function showNow() {
   $("now-meta").textContent = meta(video);
   $("now-count").textContent = `${video.made} of ${plural(video.frames, "picture")}`;
   $("now-progress").value = video.progress;
-  $("now-cancel").hidden = !["queued", "in_progress"].includes(video.status);
+  $("now-cancel").hidden = isOver(video);
   if (video.status !== "in_progress") $("now-left").textContent = video.error ? video.error.message : "";
   $("chart-said").textContent = draw($("chart"), chunks);
 }
