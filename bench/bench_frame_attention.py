@@ -29,8 +29,9 @@ from roofs import DEVICE, measure_roofs
 from flexkern.kernels.attention.hopper_variants import SELECTED, VARIANTS
 from flexkern.kernels.attention.portable import frame_attention
 from flexkern.kernels.attention.select import PathName, choose_tile, portable_tile
-from flexkern.kernels.attention.tiles import Config, arch_of
+from flexkern.kernels.attention.tiles import Config
 from flexkern.kernels.attention.tune import candidates
+from flexkern.kernels.gpus import arch_of
 
 LIBRARY = {"mean": 2.0, "worst": 4.0}  # query and key are both turned and rounded before a library sees them
 QUANTISED = {"mean": 40.0, "worst": 40.0}  # catches a wrong result, not a coarse one: the CSV has its error

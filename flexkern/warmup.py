@@ -108,8 +108,9 @@ def tune(
     from flexkern.kernels.attention.kept import KeptTile, keep_tile
     from flexkern.kernels.attention.portable import frame_attention
     from flexkern.kernels.attention.select import forget, selected
-    from flexkern.kernels.attention.tiles import FLOAT32, Config, arch_of, dtype_name
+    from flexkern.kernels.attention.tiles import FLOAT32, Config
     from flexkern.kernels.attention.tune import candidates, fastest, time_tiles
+    from flexkern.kernels.gpus import arch_of, dtype_name
 
     model = engine.model
     device, dtype, head_dim = torch.device(model.device), model.dtype, model.config.head_dim

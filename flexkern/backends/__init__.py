@@ -106,7 +106,7 @@ def unfit_for_kernels(head_dim: int | None, dtype: torch.dtype | None, *, interp
 
 def unfit_gpu(device: torch.device) -> str | None:
     """Why the kernels cannot run on a GPU; None where they can. ``unfit_triton`` comes first."""
-    from flexkern.kernels.attention.tiles import arch_of
+    from flexkern.kernels.gpus import arch_of
 
     if torch.version.hip is not None:
         return "it needs an NVIDIA GPU, and this torch is built for HIP"

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 import triton
 
-from .tiles import Config, dtype_name
+from ..gpus import dtype_name
+from .tiles import Config
 
 NAME, FORMAT = "flexkern-tiles.json", 1
 SIDES, WARPS = (16, 32, 64, 128, 256), (1, 2, 4, 8, 16)

@@ -15,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..common import LN_2, LOG2_E, cast, require_contiguous
+from ..gpus import multiprocessors
 from ..prepared import Prepared
-from .tiles import multiprocessors
 from .work import Outputs, Sizes, find_rows, owner, share
 
 

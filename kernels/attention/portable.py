@@ -19,10 +19,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import INTERPRETED, LOG2_E, cast
+from ..gpus import multiprocessors
 from ..prepared import Blocks, Prepared, keep
 from .launch import Launch, Shapes, prepare_launch, shapes_of, store_item, validate_inputs
 from .select import PathName, choose_tile
-from .tiles import Config, multiprocessors
+from .tiles import Config
 from .work import Outputs, Sizes, Tables, count_items, take_item
 
 

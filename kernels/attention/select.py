@@ -21,9 +21,10 @@ from torch import Tensor
 
 from .. import HOPPER, HOPPER_LAST, require_triton, triton_version
 from ..common import INTERPRETED
+from ..gpus import arch_of, dtype_name, unfit_for_hopper
 from .hopper_variants import SELECTED
 from .kept import find_kept
-from .tiles import FLOAT32, INTERPRETER, MEASURED, Config, arch_of, dtype_name, frame_attention_config, unfit
+from .tiles import FLOAT32, INTERPRETER, MEASURED, Config, frame_attention_config, unfit
 
 PathName = Literal["portable", "hopper"]
 
@@ -44,22 +45,11 @@ class Selection:
         return f"the {'Hopper' if self.path == 'hopper' else self.path} attention kernel, {what} ({self.reason})"
 
 
-def unfit_for_hopper(*, arch: int, triton: tuple[int, int], head_dim: int, dtype: torch.dtype) -> str | None:
-    """Why the Hopper kernel does not take a call; None where it does. arch: of tiles.py, 0 for the interpreter."""
-    if arch == 0:
-        return "Triton interprets its kernels here, or nothing is on a GPU"
-    if arch != 90:
-        return f"the Hopper kernel needs compute capability 9.0, this GPU is of the class sm_{arch}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the Hopper kernel takes bfloat16 and float16, got {dtype_name(dtype)}"
-    if head_dim not in (64, 128):
-        return f"the Hopper kernel takes head dims 64 and 128, got {head_dim}"
-    said = "Triton {}.{}".format
-    if triton < HOPPER:
-        return f"the Hopper kernel needs {said(*HOPPER)}, {said(*triton)} is installed"
-    if triton > HOPPER_LAST:
-        return f"the Hopper kernel was tried to {said(*HOPPER_LAST)}, {said(*triton)} is installed"
-    return None
+def unfit_for_attention(*, arch: int, triton: tuple[int, int], head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why the Hopper kernel does not take a call; None where it does. arch: of gpus.py, 0 for the interpreter."""
+    if why := unfit_for_hopper(arch=arch, triton=triton, dtype=dtype):
+        return why
+    return None if head_dim in (64, 128) else f"the Hopper kernel takes head dims 64 and 128, got {head_dim}"
 
 
 def select(
@@ -68,7 +58,7 @@ def select(
     """The kernel and tile for a call that asks for none.
 
     Args:
-        arch: Architecture of tiles.py: 80, 89, 90, 100 or 120; 0 for the interpreter.
+        arch: Architecture of gpus.py: 80, 89, 90, 100 or 120; 0 for the interpreter.
         triton: Major and minor version.
         head_dim: D.
         dtype: Of query and pages.
@@ -79,7 +69,7 @@ def select(
     """
     if why := unfit(head_dim, dtype, interpreted=arch == 0):
         raise NotImplementedError(why)
-    why = unfit_for_hopper(arch=arch, triton=triton, head_dim=head_dim, dtype=dtype)
+    why = unfit_for_attention(arch=arch, triton=triton, head_dim=head_dim, dtype=dtype)
     if why is None:
         about = f"compute capability 9.0, Triton {triton[0]}.{triton[1]}, {dtype_name(dtype)}, head dim {head_dim}"
         return Selection(path="hopper", config=None, variant=SELECTED, reason=about)
@@ -130,7 +120,7 @@ def choose_tile(query: Tensor, config: Config | None, path: PathName | None) -> 
         require_triton(HOPPER, by="path 'hopper' needs")
         arch, _ = _ask(device, dim, dtype)
         # asked for by name, it may be tried on a Triton that nobody has tried it on
-        if why := unfit_for_hopper(arch=arch, triton=HOPPER_LAST, head_dim=dim, dtype=dtype):
+        if why := unfit_for_attention(arch=arch, triton=HOPPER_LAST, head_dim=dim, dtype=dtype):
             raise ValueError(f"path 'hopper' cannot run: {why}")
         return None
     if config is not None:

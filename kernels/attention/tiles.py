@@ -7,9 +7,10 @@ Which kernel is launched, and with which of these tiles, is decided in select.py
 """
 
 from dataclasses import dataclass
-from functools import cache
 
 import torch
+
+from ..gpus import dtype_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,26 +59,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MEASURED = {90: "measured on an NVIDIA H200"}  # the entries of HALF that a GPU has chosen
 
 
-def arch_of(device: torch.device) -> int:
-    """The table's architecture for a device: 80, 89, 90, 100 or 120; 0 for the interpreter on a CPU."""
-    return 0 if device.type != "cuda" else _arch_of(device.index or 0)
-
-
-@cache
-def _arch_of(index: int) -> int:
-    major, minor = torch.cuda.get_device_capability(index)
-    if (major, minor) < (8, 0):
-        raise NotImplementedError(f"the kernels need compute capability 8.0 or newer, got {major}.{minor}")
-    # 8.6 and 8.7 have the shared memory of 8.9; 11.0 is a 10.x under another number
-    return {8: 80 if minor == 0 else 89, 9: 90, 10: 100, 11: 100}.get(major, 120)
-
-
-@cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side; four in the interpreter, so that tests cut tiles."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-
-
 def frame_attention_config(arch: int, head_dim: int, dtype: torch.dtype) -> Config:
     """The tile to launch. Head dims 64 and 128 share one, since half the channels only need fewer registers."""
     if arch == 0:
@@ -94,8 +75,3 @@ def unfit(head_dim: int, dtype: torch.dtype, *, interpreted: bool = False) -> st
     if head_dim > WIDEST and not interpreted:
         return f"the kernels take head dims to {WIDEST} on a GPU, got {head_dim}"
     return None
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Without the "torch.": "bfloat16"."""
-    return str(dtype).removeprefix("torch.")

@@ -183,7 +183,7 @@ def test_triton_says_why_it_cannot_run(monkeypatch):
     ):
         get_backend("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("flexkern.kernels.attention.tiles.arch_of", lambda device: 90)
+    monkeypatch.setattr("flexkern.kernels.gpus.arch_of", lambda device: 90)
     assert why_not("triton") is None and why_not("triton", "cuda:0") is None and why_not("sdpa", "cpu") is None
     with pytest.raises(ValueError, match="tensors on a CUDA GPU, got device 'cpu'"):
         get_backend("triton", "cpu")

@@ -26,7 +26,8 @@ SMALL = WanConfig(
 def gpu(monkeypatch):
     """A GPU that is not there: called with its architecture and the installed Triton."""
     import flexkern.kernels as kernels
-    from flexkern.kernels.attention import select, tiles
+    from flexkern.kernels import gpus
+    from flexkern.kernels.attention import select
 
     # kernels that were first imported below would be those of a GPU, for the tests that follow too
     importlib.import_module("flexkern.backends.triton")
@@ -40,7 +41,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(select, "INTERPRETED", SimpleNamespace(value=False))
         monkeypatch.setattr(select, "triton_version", lambda: number)
         monkeypatch.setattr(choice, "lacking_compiler", lambda: None)
-        for module in (select, tiles):
+        for module in (select, gpus):
             monkeypatch.setattr(module, "arch_of", lambda device: arch)
         select.forget()
         assert kernels.triton_version() == number
@@ -120,11 +121,11 @@ def test_auto_gives_way_where_triton_could_not_build_its_launcher(gpu, monkeypat
 
 @pytest.mark.triton(3, 4)
 def test_an_old_gpu_gets_sdpa(gpu, monkeypatch):
-    from flexkern.kernels.attention import tiles
+    from flexkern.kernels import gpus
 
-    arch_of, ask = tiles.arch_of, tiles._arch_of
+    arch_of, ask = gpus.arch_of, gpus._arch_of
     gpu()
-    monkeypatch.setattr(tiles, "arch_of", arch_of)
+    monkeypatch.setattr(gpus, "arch_of", arch_of)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     ask.cache_clear()
     found = choose_backend(device="cuda", **WAN)
