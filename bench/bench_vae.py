@@ -30,7 +30,7 @@ from vae_split import VaeRow, split
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.tiny_decoder import load_tiny_decoder
 from flexkern.model.vae import DiffusersDecoder, WanDecoder, WanVAE
-from flexkern.model.vae.net import Sizes
+from flexkern.model.vae.net import Convolutions, Sizes
 
 FRAMES = 3  # latents of a chunk
 ROUNDS = 4
@@ -40,8 +40,8 @@ LAST = torch.channels_last_3d
 PREVIEW = "tiny decoder"
 
 
-def ours(module: AutoencoderKLWan) -> ChunkDecoder:
-    return WanDecoder.from_module(module)
+def ours(module: AutoencoderKLWan, *, convolutions: Convolutions = "library") -> ChunkDecoder:
+    return WanDecoder.from_module(module, convolutions=convolutions)
 
 
 def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = False) -> DiffusersDecoder:
@@ -58,6 +58,7 @@ def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = Fal
 
 PROVIDERS: dict[str, Callable[[AutoencoderKLWan], ChunkDecoder]] = {
     "flexkern": ours,
+    "flexkern, own convolutions": partial(ours, convolutions="hopper"),
     "diffusers": theirs,
     "diffusers, channels last": partial(theirs, last=True),
     "diffusers, channels last, compiled": partial(theirs, last=True, compiled=True),
@@ -170,7 +171,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         module = AutoencoderKLWan(base_dim=8 if is_tiny else 96).eval().requires_grad_(False)
-    names = [name for name in PROVIDERS if DEVICE == "cuda" or "compiled" not in name]
+    names = [name for name in PROVIDERS if DEVICE == "cuda" or not name.endswith(("compiled", "own convolutions"))]
     for name, size in (TINY if is_tiny else SIZES).items():
         rows = bench(module, name, size, names, 1 if is_tiny else ROUNDS, tiny)
         for row in rows:

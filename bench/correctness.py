@@ -23,19 +23,20 @@ from roofs import DEVICE
 
 BENCHES = (
     "frame_attention", "hopper", "norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm",
-    "flash-attn", "xformers",
+    "causal_conv", "flash-attn", "xformers",
 )  # fmt: skip
-PROVIDERS = {  # of bench_frame_attention.py
+ATTENTION = {  # providers of bench_frame_attention.py
     "frame_attention": "portable",
     "hopper": "hopper",
     "flash-attn": "backend flash-attn",
     "xformers": "backend xformers",
 }
+PROVIDERS = ATTENTION | {"causal_conv": "hopper"}  # where it is not "triton"
 WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
 KERNELS = (
     "frame_attention", "norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm",
-    "frame_attention_hopper",
+    "causal_conv", "frame_attention_hopper",
 )  # fmt: skip
 TESTS = {
     "kernels": tuple(f"tests/kernels/test_{name}.py" for name in KERNELS),
@@ -88,12 +89,12 @@ def judge(kernel: str, case: Case, name: str, repeats: int) -> Verdict:
 
 def cases(kernel: str, is_tiny: bool) -> Iterator[tuple[Case, int]]:
     """Cases of a kernel, and how often each is repeated: the small shape last, and most often."""
-    is_attention = kernel in PROVIDERS
+    is_attention = kernel in ATTENTION
     bench = import_module("bench_frame_attention" if is_attention else f"bench_{kernel}")
     shapes = [] if is_tiny else [(shape, 50) for shape in bench.SHORT]
     if is_attention:
         small = bench.TINY if is_tiny else replace(bench.SHORT[0], frames=1, read=3)
-        build = lambda shape: bench.build(shape, (PROVIDERS[kernel],))
+        build = lambda shape: bench.build(shape, (ATTENTION[kernel],))
     else:
         small, build = bench.TINY if is_tiny else bench.SHORT[1], bench.build
     for shape, repeats in [*shapes, (small, 3 if is_tiny else 10_000)]:

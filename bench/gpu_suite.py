@@ -92,6 +92,8 @@ def make_queue(out: Path) -> list[Item]:
           for kernel in KERNELS),
         Item(name="correctness hopper", doc="the warp-specialised kernel: a fault may make it hang",
              command=correctness("hopper"), estimate=25, limit=75, absent=without_hopper),
+        Item(name="correctness causal_conv", doc="the convolution for sm_90: a fault may make it hang",
+             command=correctness("causal_conv"), estimate=30, limit=75, absent=without_hopper),
         *(Item(name=f"correctness {library}", doc="the backend over that library, against float64",
                command=correctness(library), estimate=15, limit=75, absent=without_package(*packages))
           for library, packages in LIBRARIES.items()),
@@ -108,6 +110,8 @@ def make_queue(out: Path) -> list[Item]:
         Item(name="engine", doc="a chunk of Wan 1.3B with random weights, beside an eager research pipeline",
              command=python("bench_engine.py", "--seconds", "20", *to), estimate=190, limit=240,
              absent=without_package("numpy")),
+        Item(name="causal_conv", doc="the VAE's convolutions, ours and cuDNN's",
+             command=python("bench_causal_conv.py", *to), estimate=30, limit=90, absent=without_hopper),
         Item(name="vae", doc="the VAE's decoder, ours and diffusers'; compiling the latter takes longest",
              command=python("bench_vae.py", *to), estimate=120, limit=200, absent=without_package("diffusers")),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),

@@ -10,6 +10,8 @@ products do not depend on the order. Pairs are ordered time, row, column. A *tur
 Letters: see the glossary (flexkern/docs/architecture.md).
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -219,6 +221,25 @@ def add_norm_silu(
     past = torch.zeros_like(new[:, :1]).repeat(1, 2, 1, 1, 1) if past is None else past
     buffer = torch.cat((past, new), dim=1)
     return total, buffer, buffer[:, -2:]
+
+
+def causal_conv(buffer: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Convolve over this frame, the two before and the eight places around, of which those outside are zero.
+
+    Args:
+        buffer: [B, T + 2, H, W, C], as ``add_norm_silu`` lays it out.
+        weight: [N, C, 3, 3, 3]: taps in time, rows and columns.
+        bias: [N].
+
+    Returns:
+        [B, T, H, W, N].
+    """
+    count, height, width = buffer.shape[1] - 2, *buffer.shape[2:4]
+    padded = F.pad(buffer, (0, 0, 1, 1, 1, 1))
+    out = bias.expand(buffer.shape[0], count, height, width, -1)
+    for i, j, k in itertools.product(range(3), repeat=3):
+        out = out + padded[:, i : i + count, j : j + height, k : k + width] @ weight[:, :, i, j, k].T
+    return out
 
 
 def to_bytes(x: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ TRITON = {  # test files that import kernels, and what these need
     "bench/test_bench_vae.py": PORTABLE,
     "bench/test_default_path.py": PORTABLE,
     "kernels/test_add_norm_silu.py": PORTABLE,
+    "kernels/test_causal_conv.py": HOPPER,
     "kernels/test_compile.py": HOPPER,
     "kernels/test_frame_attention.py": PORTABLE,
     "kernels/test_frame_attention_hopper.py": HOPPER,

@@ -234,7 +234,7 @@ def colours(module):
                 out = torch.empty(batch, count + more, 2, 8, 3, dtype=torch.uint8)
                 yield lambda: module.to_bytes(x, out[:, more:])
 
-def attention(kernel, *variants):
+def compiled(kernel, *variants):
     module = pointwise[kernel]
     for variant in variants:
         yield lambda: LAUNCH[kernel](getattr(module, kernel), Case(kernel=kernel, arch=90, variant=variant))
@@ -247,8 +247,9 @@ def cases():
     yield from tokens(pointwise["norm_rope_write"])
     yield from frames(pointwise["add_norm_silu"])
     yield from colours(pointwise["to_bytes"])
-    yield from attention("frame_attention", "", "one frame")
-    yield from attention("frame_attention_hopper", "")
+    yield from compiled("frame_attention", "", "one frame")
+    yield from compiled("frame_attention_hopper", "")
+    yield from compiled("causal_conv_hopper", "", "384 channels 3 frames")
 
 def taken(call):
     launched.clear()
@@ -276,4 +277,4 @@ def test_the_second_launch_is_that_of_triton(tmp_path):
     script = tmp_path / "launches.py"
     script.write_text(SECOND_LAUNCHES.format(tests=str(Path(__file__).parent.parent / "support")))
     done = subprocess.run([sys.executable, str(script)], env=COMPILING, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and int(done.stdout) == 2 * (128 + 48 + 8), done.stderr[-3000:]
+    assert done.returncode == 0 and int(done.stdout) == 2 * (128 + 48 + 10), done.stderr[-3000:]

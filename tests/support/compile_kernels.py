@@ -34,7 +34,7 @@ TABLE = ROOT / "tests/data" / ("compile.csv" if version("triton") == IN_CI else 
 ARCHS = (80, 89, 90, 100, 120)
 SHARED = {80: 163, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB that one block may ask for
 # functions that must use the matrix units
-MULTIPLIES = ("_frame_attention", "_frame_attention_hopper")
+MULTIPLIES = ("_frame_attention", "_frame_attention_hopper", "_causal_conv_hopper")
 ROWS_IN_FLIGHT = 15  # tokens of norm_rope_write at 12 heads of 128 in bfloat16, 9 KB each, that an SM must hold at once
 OUR_BARRIERS = 6  # the first named barrier that hopper_ring.py takes
 COLUMNS = ("function", "triton", "num_warps", "registers", "stack", "spill_stores", "spill_loads", "shared")
@@ -127,6 +127,13 @@ def add_norm_silu(launcher, case: Case) -> None:
     launcher(x, None if first else addend, empty(case, channels), None if first else past)
 
 
+def causal_conv_hopper(launcher, case: Case) -> None:
+    channels, frames = (int(number) for number in case.variant.split()[::2]) if case.variant else (96, 12)
+    height, width = 480 * 96 // channels, 832 * 96 // channels  # of a frame at the level with so many channels
+    weight = empty(case, channels, channels, 3, 3, 3).contiguous(memory_format=torch.channels_last_3d)
+    launcher(empty(case, 1, frames + 2, height, width, channels), weight, empty(case, channels))
+
+
 def to_bytes(launcher, case: Case) -> None:
     shape = 1, FRAMES, 480, 832, 3
     launcher(empty(case, *shape), torch.empty(shape, dtype=torch.uint8))
@@ -142,6 +149,7 @@ MODULES = {  # of kernels/, that hold the launchers
     "add_modulate": "pointwise.add_modulate",
     "add_norm_silu": "vae.add_norm_silu",
     "to_bytes": "vae.to_bytes",
+    "causal_conv_hopper": "vae.causal_conv",
 }
 LAUNCH = {
     "frame_attention": frame_attention,
@@ -153,6 +161,7 @@ LAUNCH = {
     "add_modulate": add_modulate,
     "add_norm_silu": add_norm_silu,
     "to_bytes": to_bytes,
+    "causal_conv_hopper": causal_conv_hopper,
 }
 
 
@@ -177,6 +186,11 @@ SHIPPED = [
     Case(kernel="add_modulate", arch=90, variant="no gate"),
     Case(kernel="add_norm_silu", arch=90, dtype="float32"),
     *(Case(kernel="add_norm_silu", arch=90, variant=v) for v in ("first", "192 channels", "384 channels")),
+    Case(kernel="causal_conv_hopper", arch=90, dtype="float16"),
+    *(  # the tiles that a decoder of Wan launches: chunks of three latents, the first chunk, one latent
+        Case(kernel="causal_conv_hopper", arch=90, variant=f"{channels} channels {frames} frames")
+        for channels, frames in ((192, 12), (384, 3), (384, 6), (96, 9), (96, 1), (192, 1), (384, 1), (384, 2))
+    ),
 ]
 
 

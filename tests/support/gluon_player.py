@@ -1,12 +1,12 @@
 """Play a warp-specialised Gluon kernel on the CPU: the functions of its source run as they are, each role in a thread.
 
-Gluon has no interpreter. This one knows what kernels/attention/hopper.py uses, and nothing of layouts. One role
-runs at a time; at every barrier, copy and product a random one goes on. What the hardware leaves open is random too: a
-TMA copy poisons its target with NaN at once and fills it some time later; an asynchronous product reads its operands
-anywhere between its issue and the wait that finishes it. A deadlock, a result that was not waited for, a product that
-reads what no fence has published, an arrival too many and one that is left at a named barrier raise; a buffer
-overwritten too early or read too soon shows in the numbers. What it does not see: how a role's warps are kept together
-(by barriers of the four warps), and layouts.
+Gluon has no interpreter. This one knows what kernels/attention/hopper.py and kernels/vae/causal_conv.py use, and
+nothing of layouts. One role runs at a time; at every barrier, copy and product a random one goes on. What the hardware
+leaves open is random too: a TMA copy poisons its target with NaN at once and fills it some time later; an asynchronous
+product reads its operands anywhere between its issue and the wait that finishes it. A deadlock, a result that was not
+waited for, a product that reads what no fence has published, an arrival too many and one that is left at a named
+barrier raise; a buffer overwritten too early or read too soon shows in the numbers. What it does not see: how a role's
+warps are kept together (by barriers of the four warps), and layouts.
 """
 
 import inspect
@@ -23,20 +23,9 @@ from types import ModuleType, SimpleNamespace
 import torch
 import triton
 from gluon_barriers import Barrier, Barriers, NamedBarrier
+from gluon_memory import Descriptor, Pointer, Shared, load, store, value
 
 ROOT = Path(__file__).parent.parent.parent
-
-
-class Value(torch.Tensor):
-    """A tensor whose ``x += y`` makes a new one, as in a kernel."""
-
-    __iadd__ = torch.Tensor.__add__
-    __isub__ = torch.Tensor.__sub__
-    __imul__ = torch.Tensor.__mul__
-
-
-def value(x) -> Value:
-    return torch.as_tensor(x).as_subclass(Value)
 
 
 class Constant(int):
@@ -52,68 +41,6 @@ def constant(x: float) -> float:
     return Constant(x) if isinstance(x, int) else x
 
 
-class Pointer:
-    def __init__(self, tensor: torch.Tensor, offset=0):
-        assert tensor.is_contiguous()
-        self.tensor, self.offset = tensor, offset
-        self.dtype = SimpleNamespace(element_ty=tensor.dtype)
-
-    def __add__(self, offset) -> "Pointer":
-        return Pointer(self.tensor, self.offset + offset)
-
-    def resolve(self, mask):
-        """Offsets it points to, and which of them count; raises where one is outside the tensor."""
-        offset = value(self.offset).long()
-        mask = torch.ones_like(offset, dtype=torch.bool) if mask is None else mask.expand(offset.shape)
-        assert ((offset >= 0) & (offset < self.tensor.numel()))[mask].all(), "out of bounds"
-        return offset, mask
-
-
-def load(pointer: Pointer, mask=None, other=0.0) -> Value:
-    offset, mask = pointer.resolve(mask)
-    found = pointer.tensor.view(-1)[torch.where(mask, offset, 0)]
-    return value(torch.where(mask, found, torch.tensor(other, dtype=found.dtype)))
-
-
-def store(pointer: Pointer, x, mask=None) -> None:
-    offset, mask = pointer.resolve(mask)
-    pointer.tensor.view(-1)[offset[mask]] = x.expand(offset.shape)[mask].to(pointer.tensor.dtype)
-
-
-class Shared:
-    """A buffer in shared memory, or [n] of them; views share the storage."""
-
-    def __init__(self, storage: torch.Tensor, shape, dirty: dict[int, str], layout=None):
-        self.storage, self.shape, self.dirty, self.layout = storage, list(shape), dirty, layout
-        self.dtype = storage.dtype
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        count = torch.Size(self.shape).numel()
-        return self.storage[:count].view(self.shape)
-
-    def index(self, i) -> "Shared":
-        size = self.storage.numel() // self.shape[0]
-        return Shared(self.storage[int(i) * size :][:size], self.shape[1:], self.dirty, self.layout)
-
-    def slice(self, start: int, length: int) -> "Shared":
-        assert start == 0
-        return Shared(self.storage, [length, *self.shape[1:]], self.dirty, self.layout)
-
-    def permute(self, order) -> SimpleNamespace:
-        assert tuple(order) == (1, 0)
-        return SimpleNamespace(read=lambda: self.read().T)
-
-    def store(self, x) -> None:
-        self.tensor.copy_(x)
-        self.dirty[self.storage.data_ptr()] = threading.current_thread().name
-
-    def read(self) -> torch.Tensor:
-        """As the asynchronous proxy sees it."""
-        assert self.storage.data_ptr() not in self.dirty, "read through the asynchronous proxy without a fence"
-        return self.tensor.float().clone()
-
-
 class Product:
     """An asynchronous product: reads its operands when it likes, until it is waited for."""
 
@@ -124,7 +51,11 @@ class Product:
     def run(self) -> None:
         if self.result is None:
             left = self.left.read() if isinstance(self.left, Shared) else self.left.float()
-            self.result = value(left @ self.right.read() + (self.acc if self.keep else 0.0))
+            acc = self.acc if self.keep else 0.0
+            if isinstance(acc, Product):  # products of one accumulator follow on each other
+                acc.run()
+                acc = acc.result
+            self.result = value(left @ self.right.read() + acc)
 
 
 class Stage:
@@ -219,17 +150,6 @@ class Kernel:
         return launch
 
 
-class Descriptor:
-    """How blocks of a tensor are copied."""
-
-    def __init__(self, base: torch.Tensor, shape: list[int], strides: list[int], block_shape: list[int], layout: None):
-        self.base, self.shape, self.block = base, shape, block_shape
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        return self.base.view(self.shape)
-
-
 class Player:
     """Gluon's and Triton's functions, as far as the kernel uses them."""
 
@@ -276,16 +196,12 @@ class Player:
         stage.pause((lambda: barrier.round != before) if found[1] == "sync" else None)
 
     def copy(self, descriptor, corner, barrier: Barrier, target: Shared) -> None:
-        page, start, column = (int(i) for i in corner)
-        _, rows, columns = descriptor.block
-        assert target.shape == [rows, columns]
-        block = torch.zeros(rows, columns, dtype=descriptor.tensor.dtype)
-        found = descriptor.tensor[page, start : start + rows, column : column + columns]
-        block[: len(found)] = found
+        block = descriptor.read([int(i) for i in corner])
+        assert [size for size in target.shape if size > 1] == [size for size in block.shape if size > 1]
         target.storage.fill_(float("nan"))
 
         def finish():
-            target.tensor.copy_(block)
+            target.tensor.copy_(block.view(target.shape))
             barrier.change(0, -block.numel() * block.element_size())
 
         self.stage.copies.append(finish)
@@ -310,7 +226,7 @@ class Player:
             product.done = True
         assert all(not isinstance(x, Product) or x.done for x in deps), "used before it was waited for"
         results = [x.result if isinstance(x, Product) else x for x in deps]
-        return results[0] if len(results) == 1 else results
+        return results[0] if len(results) == 1 else tuple(results)
 
     def fence(self) -> None:
         for storage in [storage for storage, role in self.stage.dirty.items() if role == self.stage.me()]:

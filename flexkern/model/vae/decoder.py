@@ -20,7 +20,7 @@ from flexkern.finite import all_finite
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import some_of
 from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, is_countable, reach, spans
-from flexkern.model.vae.net import DecoderNet, Past
+from flexkern.model.vae.net import Convolutions, DecoderNet, Past
 from flexkern.model.vae.ops import to_bytes
 from flexkern.model.vae.weights import held_by, load_net, read_vae
 
@@ -50,7 +50,7 @@ class WanDecoder(ChunkDecoder):
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        memory: int | None = None,
+        memory: int | None = None, convolutions: Convolutions = "library",
     ) -> "WanDecoder":  # fmt: skip
         """The decoder of a checkpoint; needs torch and safetensors alone.
 
@@ -59,13 +59,15 @@ class WanDecoder(ChunkDecoder):
             device: Where to decode.
             dtype: Of what is computed.
             memory: As above.
+            convolutions: Who computes those of 3x3x3: "library" is torch's, which is cuDNN on a GPU; "hopper" a kernel
+                of our own for compute capability 9.0, in bfloat16 or float16, which no GPU has run yet.
 
         Raises:
             FileNotFoundError: No weights are there.
             NotImplementedError: The VAE of Wan 2.2.
-            ValueError: Lists the keys that do not fit.
+            ValueError: Lists the keys that do not fit; or the convolutions cannot be computed so.
         """
-        return cls(load_net(read_vae(path), dtype=dtype, device=device), memory=memory)
+        return cls(load_net(read_vae(path), dtype=dtype, device=device, convolutions=convolutions), memory=memory)
 
     @classmethod
     def from_module(
@@ -75,6 +77,7 @@ class WanDecoder(ChunkDecoder):
         normalised: bool = True,
         dtype: torch.dtype | None = None,
         memory: int | None = None,
+        convolutions: Convolutions = "library",
     ) -> "WanDecoder":
         """The decoder with the weights of a VAE that is in memory, on its device.
 
@@ -83,16 +86,18 @@ class WanDecoder(ChunkDecoder):
             normalised: Whether latents come as a transformer makes them; False for those that AutoencoderKLWan takes.
             dtype: Of what is computed. Default: the module's.
             memory: As above.
+            convolutions: As in ``from_pretrained``.
 
         Raises:
             NotImplementedError: The VAE of Wan 2.2.
-            ValueError: It is another module.
+            ValueError: It is another module, or the convolutions cannot be computed so.
         """
         held = held_by(module)
         if not normalised:
             held = replace(held, mean=[0.0] * len(held.mean), std=[1.0] * len(held.std))
         weight = held.state["post_quant_conv.weight"]
-        return cls(load_net(held, dtype=dtype or weight.dtype, device=weight.device), memory=memory)
+        net = load_net(held, dtype=dtype or weight.dtype, device=weight.device, convolutions=convolutions)
+        return cls(net, memory=memory)
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> Tensor:

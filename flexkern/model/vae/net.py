@@ -23,14 +23,15 @@ Source: Wan-Video/Wan2.1 wan/modules/vae.py; diffusers models/autoencoders/autoe
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flexkern.model.vae.ops import add_norm, add_norm_silu, splice
+from flexkern.model.vae.ops import add_norm, add_norm_silu, convolve, splice, takes_own, why_not_own
 
+Convolutions = Literal["library", "hopper"]  # whose: torch's library's, or our kernel's
 DOUBLING = ((0, 0, 1), (0, 1, 1), (1, 1, 0), (1, 0, 0))  # rows of the 3-tap kernel that make each of the 4 taps
 
 
@@ -90,13 +91,14 @@ class CausalConv(nn.Conv3d):
     """A convolution over this frame and the two before; its input comes from ``splice``, with those two in front."""
 
     name = ""  # in the decoder
+    own = False  # whether a kernel of ours computes it
 
     def __init__(self, inputs: int, outputs: int, kernel: tuple[int, int, int] = (3, 3, 3)):
         super().__init__(inputs, outputs, kernel, padding=(0, kernel[1] // 2, kernel[2] // 2))
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T + 2, H, W, inputs] -> [B, T, H, W, outputs]."""
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()
+        return convolve(x, self, own=self.own)
 
     def read_normed(self, x: Sum, norm: "Norm", past: Past) -> tuple[Tensor, Tensor]:
         """x, and what the convolution of silu(N(x)) is to be computed from."""
@@ -313,6 +315,21 @@ class DecoderNet(nn.Module):
             if isinstance(module, nn.Conv3d):
                 module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
         conv.bias, conv.weight = map(_frozen, entry)
+        return self
+
+    def convolve_with(self, convolutions: Convolutions) -> "DecoderNet":
+        """Choose who computes the 3x3x3 convolutions; the others stay with torch's library.
+
+        Raises:
+            ValueError: There is no such choice, or the kernel does not run on this device or in this dtype.
+        """
+        if convolutions not in get_args(Convolutions):
+            choices = " or ".join(map(repr, get_args(Convolutions)))
+            raise ValueError(f"convolutions must be {choices}, got {convolutions!r}")
+        if convolutions == "hopper" and (why := why_not_own(self.device, self.dtype)):
+            raise ValueError(f"convolutions 'hopper' cannot run: {why}")
+        for conv in self.causal().values():
+            conv.own = convolutions == "hopper" and takes_own(conv)
         return self
 
     @property

@@ -1,4 +1,4 @@
-"""What the decoder computes besides convolutions, products and attention: norms, and the buffers they are written to.
+"""What the decoder computes besides products and attention: norms, the buffers they are written to, convolutions.
 
 On a GPU the kernels of ``flexkern.kernels.vae`` compute it, where the installed Triton has them; elsewhere torch does.
 
@@ -11,7 +11,7 @@ from functools import cache
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from flexkern.backends import why_not
 
@@ -68,6 +68,46 @@ def add_norm_silu(
     else:
         new.copy_(F.silu(_normalise(total, gamma), inplace=True))
     return total, buffer, buffer[:, -BEFORE:].clone()
+
+
+def convolve(buffer: Tensor, conv: nn.Conv3d, *, own: bool) -> Tensor:
+    """A causal convolution of what ``add_norm_silu`` or ``splice`` laid out.
+
+    Args:
+        buffer: [B, T + 2, H, W, inputs].
+        conv: Its weights, channels last in memory.
+        own: By a kernel of ``flexkern.kernels.vae``, which ``why_not_own`` has allowed; else by torch's library.
+
+    Returns:
+        [B, T, H, W, outputs].
+    """
+    if own:
+        from flexkern.kernels.vae.causal_conv import causal_conv_hopper
+
+        assert conv.bias is not None
+        return causal_conv_hopper(buffer, conv.weight, conv.bias)
+    return nn.Conv3d.forward(conv, buffer.movedim(-1, 1)).movedim(1, -1).contiguous()
+
+
+def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why no convolution is computed by a kernel of our own there; None where those are that it takes."""
+    from flexkern.kernels import HOPPER, lacking
+
+    try:
+        if why := lacking(HOPPER):
+            return f"it needs {why}"
+    except ImportError:
+        return "Triton is not installed"
+    from flexkern.kernels.gpus import why_not_hopper
+
+    return why_not_hopper(device, dtype)
+
+
+def takes_own(conv: nn.Conv3d) -> bool:
+    """Whether the kernel takes a convolution."""
+    from flexkern.kernels.vae.causal_conv import unfit_channels
+
+    return unfit_channels(conv.in_channels, conv.out_channels, conv.kernel_size) is None
 
 
 def _begin(x: Tensor, past: Tensor | None) -> Tensor:

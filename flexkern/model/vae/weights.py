@@ -16,7 +16,7 @@ from flexkern.model.decoder import LatentForm
 from flexkern.model.families import CHANNELS
 from flexkern.model.files import find_files, some_of
 from flexkern.model.load import declared, fill, fitting, need, read_part
-from flexkern.model.vae.net import DecoderNet, Sizes
+from flexkern.model.vae.net import Convolutions, DecoderNet, Sizes
 
 FOLDER_FILES = ("Wan2.1_VAE.pth", "diffusion_pytorch_model*.safetensors")
 QUANT_NAMES = {"conv1": "quant_conv", "conv2": "post_quant_conv"}
@@ -116,12 +116,18 @@ def load_autoencoder(held: Held, *, dtype: torch.dtype, device: str | torch.devi
     return fill(make_autoencoder(held), dict(held.state), held.where, dtype=dtype, device=device)
 
 
-def load_net(held: Held, *, dtype: torch.dtype, device: str | torch.device) -> DecoderNet:
-    """Our decoder with the weights, ready to compute. Raises ValueError that lists the keys that do not fit."""
+def load_net(
+    held: Held, *, dtype: torch.dtype, device: str | torch.device, convolutions: Convolutions = "library"
+) -> DecoderNet:
+    """Our decoder with the weights, ready to compute.
+
+    Raises:
+        ValueError: Lists the keys that do not fit; or the convolutions cannot be computed so.
+    """
     wide = torch.promote_types(dtype, torch.float32)
     net = fill(lambda: DecoderNet(held.decoder_sizes()), _decoding(held), held.where, dtype=wide, device=device)
     mean, std = (torch.tensor(each, dtype=torch.float64, device=device) for each in (held.mean, held.std))
-    return net.prepare(mean, std, dtype)
+    return net.prepare(mean, std, dtype).convolve_with(convolutions)
 
 
 def validate_net(held: Held) -> None:

@@ -13,6 +13,7 @@ from flexkern.model.vae import load_vae, ops
 from flexkern.model.vae.decoder import WanDecoder
 from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, reach, spans
 from flexkern.model.vae.net import DecoderNet, Past, Sizes, fold_doubling
+from flexkern.testing import assert_as_accurate
 
 PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))
 
@@ -259,3 +260,45 @@ def test_tiles_take_the_memory_that_they_say(hollow, monkeypatch):
     said = decoder.peak_bytes(cut.pictures, batch=1, height=size[0], width=size[1], count=5, cut=cut)
     pictures = 4 * cut.pictures * (43 * 8) * (65 * 8) * 3  # of a tile with its margins
     assert 0.9 * said <= live.most + own - out.untyped_storage().nbytes() - pictures <= said
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """Lets a decoder compute with our own convolutions on a CPU: the kernel is played; lists what they were asked."""
+    from gluon_player import played
+
+    kernels, asked = played("vae.causal_conv", (), ("prepared", "common", "gpus"), 0), []
+
+    def convolve(buffer, weight, bias):
+        asked.append((buffer.shape, weight.shape))
+        return kernels.causal_conv_hopper(buffer, weight, bias)
+
+    monkeypatch.setattr("flexkern.kernels.vae.causal_conv.causal_conv_hopper", convolve)
+    monkeypatch.setattr("flexkern.model.vae.net.why_not_own", lambda device, dtype: None)
+    return asked
+
+
+@pytest.mark.triton(3, 6)
+def test_our_own_convolutions_make_the_same_pictures_however_a_video_is_cut(file, latents, own, at_once):
+    latents = latents[:1, :3, :, :2, :3]
+    exact = WanDecoder.from_pretrained(file, dtype=torch.float64).decode(latents)
+    entitled = WanDecoder.from_pretrained(file, dtype=torch.bfloat16).decode(latents)
+    assert not own
+    decoder = WanDecoder.from_pretrained(file, dtype=torch.bfloat16, convolutions="hopper")
+    pictures = decoder.decode(latents)
+    assert_as_accurate(pictures, exact, entitled)
+    assert {weight[:2] for _, weight in own} == {(32, 32)}, "of those tests only the widest are multiples of 32"
+    assert {weight[2:] for _, weight in own} == {(3, 3, 3)}
+    for pieces, count in ((1, 1), (2, 12)):
+        at_once(count)
+        stream = decoder.another()
+        cut = torch.cat([stream.decode(part) for part in latents.split(pieces, dim=1)], dim=1)
+        assert_as_accurate(cut, exact, entitled)
+
+
+def test_convolutions_that_cannot_be_are_refused(file, theirs):
+    for make in (WanDecoder.from_pretrained, lambda _, **options: WanDecoder.from_module(theirs, **options)):
+        with pytest.raises(ValueError, match="convolutions must be 'library' or 'hopper', got 'cudnn'"):
+            make(file, convolutions="cudnn")
+        with pytest.raises(ValueError, match="convolutions 'hopper' cannot run: .*Triton"):
+            make(file, convolutions="hopper")
