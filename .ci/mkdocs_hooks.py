@@ -37,6 +37,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.model.protocols",
             "flexkern.noise",
             "flexkern.graphs",
+            "flexkern.capture",
             "flexkern.window",
             "flexkern.state",
         ],
