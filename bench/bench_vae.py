@@ -3,8 +3,9 @@
 python bench/bench_vae.py --save
 python bench/bench_vae.py --save --tiny-decoder taew2_1.pth     # beside them, for previews: no error is told of it
 
-Needs diffusers. A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of two chunks, against
+Needs diffusers. A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of three chunks, against
 diffusers' decoder in float32; one that exceeds what diffusers' own decoder in bfloat16 has is wrong, and not timed.
+"flexkern, graph" captures the third chunk and replays it from then on; its peak is that of capturing.
 Operations are those that the mathematics needs, with the doubling of height and width folded into the convolution after
 it.
 """
@@ -40,8 +41,8 @@ LAST = torch.channels_last_3d
 PREVIEW = "tiny decoder"
 
 
-def ours(module: AutoencoderKLWan) -> ChunkDecoder:
-    return WanDecoder.from_module(module)
+def ours(module: AutoencoderKLWan, *, graphs: bool = False) -> WanDecoder:
+    return WanDecoder.from_module(module, graphs=graphs)
 
 
 def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = False) -> DiffusersDecoder:
@@ -58,6 +59,7 @@ def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = Fal
 
 PROVIDERS: dict[str, Callable[[AutoencoderKLWan], ChunkDecoder]] = {
     "flexkern": ours,
+    "flexkern, graph": partial(ours, graphs=True),
     "diffusers": theirs,
     "diffusers, channels last": partial(theirs, last=True),
     "diffusers, channels last, compiled": partial(theirs, last=True, compiled=True),
@@ -97,18 +99,23 @@ def chunk_ms(decoder: ChunkDecoder, latents: Tensor) -> float:
 
 
 def start(make: Callable[[], ChunkDecoder], latents: Tensor) -> tuple[ChunkDecoder, Tensor, float]:
-    """A decoder with a past, the pictures of its first two chunks, and the most that is allocated in a third, in GB.
+    """A decoder with a past, the pictures of its first three chunks, and the most that the third allocates, in GB.
 
     Its weights count, other decoders do not. On a CPU it is the peak of the process, all included.
     """
     others = allocated()
     decoder = make()
-    pictures = torch.cat([decoder.decode(latents).float().cpu() for _ in range(2)], dim=1)
-    if DEVICE != "cuda":
-        return decoder, pictures, machine.peak_resident() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    decoder(latents)
-    return decoder, pictures, (torch.cuda.max_memory_allocated() - others) / 1e9
+    pictures = [decoder.decode(latents).float().cpu() for _ in range(2)]
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    pictures.append(decoder.decode(latents).float().cpu())
+    most = torch.cuda.max_memory_allocated() - others if DEVICE == "cuda" else machine.peak_resident()
+    return decoder, torch.cat(pictures, dim=1), most / 1e9
+
+
+def why_launched(decoder: ChunkDecoder) -> str | None:
+    """Why a decoder with graphs has not replayed its last chunk; None if it has, and for one without."""
+    return decoder.graphs.why_not if isinstance(decoder, WanDecoder) and decoder.graphs else None
 
 
 def bench(
@@ -130,6 +137,8 @@ def bench(
         try:
             decoders[provider], pictures, peak = start(partial(PROVIDERS[provider], half), latents)
             error, fault = truth.judge(pictures, 1.05, 2.0)
+            if why := why_launched(decoders[provider]):
+                fault = fault or f"not replayed: {why}"
         except Exception as failed:  # a peer may fail in any way; the others are still wanted
             error, peak = math.nan, math.nan
             fault = f"failed: {type(failed).__name__}: {' '.join(str(failed).split())[:300]}"

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
 import bench_vae
 from diffusers import AutoencoderKLWan
+from recorder import StandIn
 from vae_split import split
 
 from flexkern.model import tiny_decoder
@@ -45,6 +46,21 @@ def test_a_row_for_every_decoder(module, monkeypatch):
     assert rows["broken"].note == "failed: RuntimeError: no such layout" and math.isnan(rows["broken"].ms)
     assert rows["wrong"].note.startswith("wrong: mean error") and math.isnan(rows["wrong"].ms)
     assert {row.shape for row in rows.values()} == {"16x24 3 latents bfloat16, random weights"}
+
+
+def test_graphs_are_timed_where_they_are_replayed(module, monkeypatch):
+    def rows(stand_in=None):
+        if stand_in is not None:
+            monkeypatch.setattr("flexkern.model.vae.decoder.find_recorder", lambda net: lambda: stand_in)
+        return bench_vae.bench(module, "16x24", (2, 3), ["flexkern", "flexkern, graph"], 1)
+
+    stand_in = StandIn()
+    (_, none), (plain, replayed) = rows(), rows(stand_in)
+    assert none.note == "failed: ValueError: graphs need a CUDA GPU, the decoder is on 'cpu'" and math.isnan(none.ms)
+    assert replayed.note == "" and replayed.ms > 0 and replayed.error == plain.error
+    assert len(stand_in.graphs) == 1 and stand_in.replays == 1 + 2 + 1  # judged, timed, traced
+    launched = rows(StandIn(fails=RuntimeError("no")))[1]
+    assert launched.note == "not replayed: a capture failed with RuntimeError: no" and math.isnan(launched.ms)
 
 
 def test_a_tiny_decoder_is_timed_and_not_judged(module):

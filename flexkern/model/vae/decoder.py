@@ -264,8 +264,8 @@ class WanDecoder(ChunkDecoder):
     def graph_bytes(self, count: int, *, batch: int, height: int, width: int) -> int:
         """The bytes that the graph of a chunk holds for as long as it is held, weights apart.
 
-        They are what ``peak_bytes`` counts, the latents as they come and as they are taken, and the pictures before they
-        are rounded. The arguments are those of ``pictures_at_once``.
+        They are what ``peak_bytes`` counts, the latents as they come and as they are taken, and the pictures before
+        they are rounded. The arguments are those of ``pictures_at_once``.
         """
         pictures = self.pictures_at_once(count, batch=batch, height=height, width=width)
         peak = self.peak_bytes(pictures, batch=batch, height=height, width=width)
