@@ -74,6 +74,7 @@ AREAS = {  # a page each: its title, and the modules, classes or functions that 
             "flexkern.model.schedule",
             "flexkern.model.text",
             "flexkern.model.vae.decoder",
+            "flexkern.model.vae.graphs",
             "flexkern.model.vae.codec",
             "flexkern.model.tiny_decoder",
             "flexkern.model.wan",

@@ -58,6 +58,7 @@ class WanDecoder(ChunkDecoder):
         self.net, self.memory = net, memory
         self.graphs = ChunkGraphs(net, find_recorder(net)) if graphs else None
         self._kept = Past()
+        self._weights = sum(t.numel() * t.element_size() for t in chain(net.parameters(), net.buffers()))
 
     @classmethod
     def from_pretrained(
@@ -259,7 +260,7 @@ class WanDecoder(ChunkDecoder):
             first = frames_at_once(sizes, pictures)[0] * sizes.widths[0]  # a copy of the part that is computed
             tile = places * (sum(count_elements(sizes, pictures, middle=False)) + first)
             elements = height * width * features + max(tile, height * width * (middle + 9 * sizes.widths[0]))
-        return self._weights() + batch * elements * self.dtype.itemsize
+        return self._weights + batch * elements * self.dtype.itemsize
 
     def graph_bytes(self, count: int, *, batch: int, height: int, width: int) -> int:
         """The bytes that the graph of a chunk holds for as long as it is held, weights apart.
@@ -271,10 +272,7 @@ class WanDecoder(ChunkDecoder):
         peak = self.peak_bytes(pictures, batch=batch, height=height, width=width)
         latents = 2 * self.channels * max(4, self.dtype.itemsize)
         made = self.temporal * 3 * self.spatial**2 * self.dtype.itemsize
-        return peak - self._weights() + batch * count * height * width * (latents + made)
-
-    def _weights(self) -> int:
-        return sum(t.numel() * t.element_size() for t in chain(self.net.parameters(), self.net.buffers()))
+        return peak - self._weights + batch * count * height * width * (latents + made)
 
     def _write(self, pictures: Tensor, out: Tensor) -> None:
         if out.dtype == torch.uint8:
