@@ -74,9 +74,11 @@ class CudaRecorder:
             current = torch.cuda.current_stream()
             try:
                 self.stream.wait_stream(current)
-                with torch.cuda.stream(self.stream):
-                    run()
-                current.wait_stream(self.stream)
+                try:
+                    with torch.cuda.stream(self.stream):
+                        run()
+                finally:  # also where it failed: what it had launched writes to memory of the current stream
+                    current.wait_stream(self.stream)
                 # thread_local: others go on pinning memory and copying
                 with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
                     out = run()

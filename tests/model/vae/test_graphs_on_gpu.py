@@ -56,6 +56,18 @@ def test_torch_sees_no_chunk_wait(net):
     assert decoder.graphs.why_not is None and not torch.equal(pictures[0], torch.zeros_like(pictures[0]))
 
 
+def test_a_run_that_fails_on_the_way_leaves_the_pictures_as_they_would_be(net):
+    decoder = WanDecoder(net, graphs=True)
+
+    def fails(*args):
+        yield from net(*args)
+        raise torch.OutOfMemoryError("no more")
+
+    decoder.graphs.net = fails
+    assert same(decoder, WanDecoder(net), draw(18), 3)
+    assert decoder.graphs.why_not == "a capture failed with OutOfMemoryError: no more"
+
+
 def test_streams_that_wait_for_each_other(net):
     decoder, launched, latents = WanDecoder(net, graphs=True), WanDecoder(net), draw(21)
     expected, made = [launched(part) for part in latents.split(3, dim=1)], []
