@@ -3,8 +3,9 @@
 python bench/bench_vae.py --save
 python bench/bench_vae.py --save --tiny-decoder taew2_1.pth     # beside them, for previews: no error is told of it
 
-Needs diffusers. A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of two chunks, against
+Needs diffusers. A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of three chunks, against
 diffusers' decoder in float32; one that exceeds what diffusers' own decoder in bfloat16 has is wrong, and not timed.
+"flexkern, graph" captures the third chunk and replays it from then on; its peak is that of capturing.
 Operations are those that the mathematics needs, with the doubling of height and width folded into the convolution after
 it.
 """
@@ -40,8 +41,8 @@ LAST = torch.channels_last_3d
 PREVIEW = "tiny decoder"
 
 
-def ours(module: AutoencoderKLWan, *, convolutions: Convolutions = "library") -> ChunkDecoder:
-    return WanDecoder.from_module(module, convolutions=convolutions)
+def ours(module: AutoencoderKLWan, *, graphs: bool = False, convolutions: Convolutions = "library") -> WanDecoder:
+    return WanDecoder.from_module(module, graphs=graphs, convolutions=convolutions)
 
 
 def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = False) -> DiffusersDecoder:
@@ -58,11 +59,13 @@ def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = Fal
 
 PROVIDERS: dict[str, Callable[[AutoencoderKLWan], ChunkDecoder]] = {
     "flexkern": ours,
+    "flexkern, graph": partial(ours, graphs=True),
     "flexkern, own convolutions": partial(ours, convolutions="hopper"),
     "diffusers": theirs,
     "diffusers, channels last": partial(theirs, last=True),
     "diffusers, channels last, compiled": partial(theirs, last=True, compiled=True),
 }
+NEED_GPU = {"flexkern, graph", "flexkern, own convolutions", "diffusers, channels last, compiled"}
 
 
 def count_flops(sizes: Sizes, frames: int, height: int, width: int) -> int:
@@ -98,18 +101,23 @@ def chunk_ms(decoder: ChunkDecoder, latents: Tensor) -> float:
 
 
 def start(make: Callable[[], ChunkDecoder], latents: Tensor) -> tuple[ChunkDecoder, Tensor, float]:
-    """A decoder with a past, the pictures of its first two chunks, and the most that is allocated in a third, in GB.
+    """A decoder with a past, the pictures of its first three chunks, and the most that the third allocates, in GB.
 
     Its weights count, other decoders do not. On a CPU it is the peak of the process, all included.
     """
     others = allocated()
     decoder = make()
-    pictures = torch.cat([decoder.decode(latents).float().cpu() for _ in range(2)], dim=1)
-    if DEVICE != "cuda":
-        return decoder, pictures, machine.peak_resident() / 1e9
-    torch.cuda.reset_peak_memory_stats()
-    decoder(latents)
-    return decoder, pictures, (torch.cuda.max_memory_allocated() - others) / 1e9
+    pictures = [decoder.decode(latents).float().cpu() for _ in range(2)]
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    pictures.append(decoder.decode(latents).float().cpu())
+    most = torch.cuda.max_memory_allocated() - others if DEVICE == "cuda" else machine.peak_resident()
+    return decoder, torch.cat(pictures, dim=1), most / 1e9
+
+
+def why_launched(decoder: ChunkDecoder) -> str | None:
+    """Why a decoder with graphs has not replayed its last chunk; None if it has, and for one without."""
+    return decoder.graphs.why_not if isinstance(decoder, WanDecoder) and decoder.graphs else None
 
 
 def bench(
@@ -128,9 +136,14 @@ def bench(
     decoders: dict[str, ChunkDecoder] = {}
     found: dict[str, tuple[float, str, float]] = {}
     for provider in names:
+        if provider in NEED_GPU and DEVICE != "cuda":
+            found[provider] = math.nan, "absent: needs a CUDA GPU", math.nan
+            continue
         try:
             decoders[provider], pictures, peak = start(partial(PROVIDERS[provider], half), latents)
             error, fault = truth.judge(pictures, 1.05, 2.0)
+            if why := why_launched(decoders[provider]):
+                fault = fault or f"not replayed: {why}"
         except Exception as failed:  # a peer may fail in any way; the others are still wanted
             error, peak = math.nan, math.nan
             fault = f"failed: {type(failed).__name__}: {' '.join(str(failed).split())[:300]}"
@@ -171,9 +184,8 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(DEVICE):
         module = AutoencoderKLWan(base_dim=8 if is_tiny else 96).eval().requires_grad_(False)
-    names = [name for name in PROVIDERS if DEVICE == "cuda" or not name.endswith(("compiled", "own convolutions"))]
     for name, size in (TINY if is_tiny else SIZES).items():
-        rows = bench(module, name, size, names, 1 if is_tiny else ROUNDS, tiny)
+        rows = bench(module, name, size, list(PROVIDERS), 1 if is_tiny else ROUNDS, tiny)
         for row in rows:
             harness.show(row, as_json=args.json)
         if out:

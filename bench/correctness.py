@@ -2,7 +2,7 @@
 
 python bench/correctness.py frame_attention --save     # or hopper, another kernel, or a backend: flash-attn, xformers
 python bench/correctness.py --pytest                   # the kernels' tests, on the GPU if there is one
-python bench/correctness.py --pytest graphs            # those of captured passes and of steps that do not wait
+python bench/correctness.py --pytest graphs            # of captured passes and chunks, and of steps that do not wait
 
 Every shape is judged against the oracle in float64, then repeated and compared bit by bit; a small shape is repeated
 10,000 times, which is how a race shows itself.
@@ -40,7 +40,7 @@ KERNELS = (
 )  # fmt: skip
 TESTS = {
     "kernels": tuple(f"tests/kernels/test_{name}.py" for name in KERNELS),
-    "graphs": ("tests/engine/test_waiting.py",),
+    "graphs": ("tests/engine/test_waiting.py", "tests/model/vae/test_graphs_on_gpu.py"),
 }
 
 

@@ -100,8 +100,8 @@ def make_queue(out: Path) -> list[Item]:
         # alone they take over 120 s, nearly all of it compiling; with pytest-xdist eight processes share it
         Item(name="tests", doc="the kernels' tests on the GPU", command=python("correctness.py", "--pytest"),
              estimate=40, limit=150, absent=without_tests),
-        Item(name="graphs", doc="captured passes give the bits of launched ones; no step waits for the GPU",
-             command=python("correctness.py", "--pytest", "graphs"), estimate=40, limit=120, absent=without_tests),
+        Item(name="graphs", doc="captured passes and chunks give the bits of launched ones; no step waits for the GPU",
+             command=python("correctness.py", "--pytest", "graphs"), estimate=50, limit=120, absent=without_tests),
     ]  # fmt: skip
     timings = [
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),
@@ -113,7 +113,7 @@ def make_queue(out: Path) -> list[Item]:
         Item(name="causal_conv", doc="the VAE's convolutions, ours and cuDNN's",
              command=python("bench_causal_conv.py", *to), estimate=30, limit=90, absent=without_hopper),
         Item(name="vae", doc="the VAE's decoder, ours and diffusers'; compiling the latter takes longest",
-             command=python("bench_vae.py", *to), estimate=120, limit=200, absent=without_package("diffusers")),
+             command=python("bench_vae.py", *to), estimate=125, limit=200, absent=without_package("diffusers")),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
              estimate=35, limit=100),
         Item(name="hopper", doc="the portable and the warp-specialised kernel at the same shapes",

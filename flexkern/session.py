@@ -19,9 +19,10 @@ from torch import Tensor
 
 from flexkern.backends import Backend
 from flexkern.cache import FrameCache
+from flexkern.capture import Recorder
 from flexkern.checks import require, whole, whole_pair
 from flexkern.finite import HANDED_IN, Watch, validate_finite
-from flexkern.graphs import Passes, Recorder
+from flexkern.graphs import Passes
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import Decoder, Encoder, VideoModel
 from flexkern.model.schedule import Schedule

@@ -16,6 +16,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
     ["flexkern.policies"],
     [
         "flexkern.cache",
+        "flexkern.capture",
         "flexkern.plan",
         "flexkern.modes",
         "flexkern.ahead",

@@ -53,7 +53,7 @@ class ChunkDecoder(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Tensor]:
-        """What it keeps of the past, fit for safetensors; shares memory with the decoder, which never writes to it."""
+        """What it keeps of the past, fit for safetensors; may be the decoder's own memory, but is never written to."""
 
     @abstractmethod
     def restore(self, state: dict[str, Tensor]) -> None:

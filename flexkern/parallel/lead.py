@@ -191,8 +191,8 @@ class LedPasses(Passes):
     """Runs the passes of one session on all ranks."""
 
     def __init__(self, led: Led):
-        super().__init__(led.model)
-        self.why_not, self._led = LAUNCHED, led
+        super().__init__(led.model, unwanted=LAUNCHED)
+        self._led = led
         self._told: TextKV | None = None
 
     def hold(self, text: TextKV) -> TextKV:

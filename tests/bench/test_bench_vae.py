@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
 import bench_vae
 from diffusers import AutoencoderKLWan
+from recorder import StandIn
 from vae_split import split
 
 from flexkern.model import tiny_decoder
@@ -34,7 +35,7 @@ def test_a_row_for_every_decoder(module, monkeypatch):
 
     monkeypatch.setitem(bench_vae.PROVIDERS, "broken", broken)
     monkeypatch.setitem(bench_vae.PROVIDERS, "wrong", wrong)
-    names = ["flexkern", "diffusers", "broken", "wrong"]
+    names = ["flexkern", "diffusers", "broken", "wrong", "flexkern, graph"]
     rows = {row.provider: row for row in bench_vae.bench(module, "16x24", (2, 3), names, 1)}
     assert list(rows) == names
     for name in names[:2]:
@@ -43,8 +44,23 @@ def test_a_row_for_every_decoder(module, monkeypatch):
         assert 0 < row.error < 0.1 and row.peak_gb > 0 and row.roof_percent > 0
         assert row.convolution_ms > 0 and row.copy_ms > 0 and "conv" in row.longest and row.ours_ms == 0
     assert rows["broken"].note == "failed: RuntimeError: no such layout" and math.isnan(rows["broken"].ms)
+    assert rows["flexkern, graph"].note == "absent: needs a CUDA GPU" and math.isnan(rows["flexkern, graph"].ms)
     assert rows["wrong"].note.startswith("wrong: mean error") and math.isnan(rows["wrong"].ms)
     assert {row.shape for row in rows.values()} == {"16x24 3 latents bfloat16, random weights"}
+
+
+def test_graphs_are_timed_where_they_are_replayed(module, monkeypatch):
+    def rows(stand_in):
+        monkeypatch.setattr("flexkern.model.vae.decoder.find_recorder", lambda net: lambda: stand_in)
+        return bench_vae.bench(module, "16x24", (2, 3), ["flexkern", "flexkern, graph"], 1)
+
+    stand_in = StandIn()
+    monkeypatch.setattr(bench_vae, "NEED_GPU", set())
+    plain, replayed = rows(stand_in)
+    assert replayed.note == "" and replayed.ms > 0 and replayed.error == plain.error
+    assert len(stand_in.graphs) == 1 and stand_in.replays == 1 + 2 + 1  # judged, timed, traced
+    launched = rows(StandIn(fails=RuntimeError("no")))[1]
+    assert launched.note == "not replayed: a capture failed with RuntimeError: no" and math.isnan(launched.ms)
 
 
 def test_a_tiny_decoder_is_timed_and_not_judged(module):

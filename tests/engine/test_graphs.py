@@ -10,7 +10,7 @@ import torch
 from both_loops import SIZE, prompt_of
 from recorder import StandIn
 
-from flexkern import graphs
+from flexkern import capture
 from flexkern.engine import Engine
 from flexkern.finite import NotFiniteError
 from flexkern.graphs import MOST, Passes, find_recorder, why_eager
@@ -178,7 +178,7 @@ def test_what_is_not_finite_is_found_in_a_replayed_chunk(model, start):
 
 
 def test_a_capture_that_fails_leaves_the_session_as_it_would_be(start, caplog):
-    graphs.tell.cache_clear()
+    capture.tell.cache_clear()
     session = start(StandIn(fails=RuntimeError("operation not permitted\nwhen stream is capturing")))
     with caplog.at_level(logging.INFO, logger="flexkern"):
         assert torch.equal(video(session, 5), video(start(), 5))

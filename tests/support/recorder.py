@@ -5,7 +5,7 @@ and a count of what would make the host wait.
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from flexkern.backends.sdpa import add_modulate, frame_attention, modulate, rms_norm
 from flexkern.kernels import reference
@@ -60,7 +60,8 @@ class Replayed:
         self.recorder, self.run = recorder, run
         with Reads() as reads:
             out = run()
-        self.inputs, self.out = reads.found, None if out is None else out.clone()
+        with torch.inference_mode(False):  # replays write to it in any mode
+            self.inputs, self.out = reads.found, tree_map(lambda leaf: None if leaf is None else leaf.clone(), out)
 
     def replay(self):
         self.recorder.replays += 1
@@ -68,9 +69,11 @@ class Replayed:
             out = self.run()
         assert reads.found == self.inputs, "a graph reads where it read when it was captured"
         for graph in self.recorder.graphs:
-            if graph.out is not None:
-                graph.out.fill_(torch.nan)
-        return None if out is None else self.out.copy_(out)
+            for tensor in tensors(graph.out):
+                tensor.fill_(torch.nan)
+        for mine, new in zip(tensors(self.out), tensors(out), strict=True):
+            mine.copy_(new)
+        return self.out
 
 
 class StandIn:

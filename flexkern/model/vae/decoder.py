@@ -16,9 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from flexkern.checks import require
 from flexkern.finite import all_finite
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import some_of
+from flexkern.model.vae.graphs import ChunkGraphs, InPlace, find_recorder
 from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, is_countable, reach, spans
 from flexkern.model.vae.net import Convolutions, DecoderNet, Past
 from flexkern.model.vae.ops import to_bytes
@@ -36,21 +38,32 @@ class WanDecoder(ChunkDecoder):
         memory: The most bytes that weights, past and what is being computed may take, for latents of any size;
             convolutions may want workspace beside it. Default: a quarter of the GPU's memory, 4 GiB on a CPU, or what
             one picture at a time takes where that is more.
+        graphs: Whether a chunk that is shaped as the one before it is captured as a CUDA graph, and replayed from then
+            on. The pictures are the same, bit for bit.
+
+    Raises:
+        ValueError: ``graphs``, and nothing can be captured where the network is.
+
+    Attributes:
+        graphs: What replays chunks: how many graphs it holds, how many bytes, why a chunk was launched. None without.
     """
 
-    def __init__(self, net: DecoderNet, *, memory: int | None = None):
+    def __init__(self, net: DecoderNet, *, memory: int | None = None, graphs: bool = False):
         sizes = net.sizes
         super().__init__(
             channels=sizes.latent, spatial=2 ** (len(sizes.widths) - 1), temporal=sizes.stretch[0], dtype=net.dtype,
             device=net.device,
         )  # fmt: skip
+        require(isinstance(graphs, bool), f"graphs must be True or False, got {graphs!r}")
         self.net, self.memory = net, memory
+        self.graphs = ChunkGraphs(net, find_recorder(net)) if graphs else None
         self._kept = Past()
+        self._weights = sum(t.numel() * t.element_size() for t in chain(net.parameters(), net.buffers()))
 
     @classmethod
     def from_pretrained(
         cls, path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32,
-        memory: int | None = None, convolutions: Convolutions = "library",
+        memory: int | None = None, graphs: bool = False, convolutions: Convolutions = "library",
     ) -> "WanDecoder":  # fmt: skip
         """The decoder of a checkpoint; needs torch and safetensors alone.
 
@@ -59,15 +72,17 @@ class WanDecoder(ChunkDecoder):
             device: Where to decode.
             dtype: Of what is computed.
             memory: As above.
+            graphs: As above.
             convolutions: Who computes those of 3x3x3: "library" is torch's, which is cuDNN on a GPU; "hopper" a kernel
                 of our own for compute capability 9.0, in bfloat16 or float16, which no GPU has run yet.
 
         Raises:
             FileNotFoundError: No weights are there.
             NotImplementedError: The VAE of Wan 2.2.
-            ValueError: Lists the keys that do not fit; or the convolutions cannot be computed so.
+            ValueError: Lists the keys that do not fit; the convolutions cannot be computed so; or as above.
         """
-        return cls(load_net(read_vae(path), dtype=dtype, device=device, convolutions=convolutions), memory=memory)
+        net = load_net(read_vae(path), dtype=dtype, device=device, convolutions=convolutions)
+        return cls(net, memory=memory, graphs=graphs)
 
     @classmethod
     def from_module(
@@ -77,6 +92,7 @@ class WanDecoder(ChunkDecoder):
         normalised: bool = True,
         dtype: torch.dtype | None = None,
         memory: int | None = None,
+        graphs: bool = False,
         convolutions: Convolutions = "library",
     ) -> "WanDecoder":
         """The decoder with the weights of a VAE that is in memory, on its device.
@@ -86,18 +102,19 @@ class WanDecoder(ChunkDecoder):
             normalised: Whether latents come as a transformer makes them; False for those that AutoencoderKLWan takes.
             dtype: Of what is computed. Default: the module's.
             memory: As above.
+            graphs: As above.
             convolutions: As in ``from_pretrained``.
 
         Raises:
             NotImplementedError: The VAE of Wan 2.2.
-            ValueError: It is another module, or the convolutions cannot be computed so.
+            ValueError: It is another module; the convolutions cannot be computed so; or as above.
         """
         held = held_by(module)
         if not normalised:
             held = replace(held, mean=[0.0] * len(held.mean), std=[1.0] * len(held.std))
         weight = held.state["post_quant_conv.weight"]
         net = load_net(held, dtype=dtype or weight.dtype, device=weight.device, convolutions=convolutions)
-        return cls(net, memory=memory)
+        return cls(net, memory=memory, graphs=graphs)
 
     @torch.no_grad()
     def decode_video(self, latents: Tensor) -> Tensor:
@@ -120,6 +137,8 @@ class WanDecoder(ChunkDecoder):
             pictures = self.decode(latents)
             self.reset()
             return pictures
+        if self.graphs is not None:
+            self.graphs.give_way(0)
         net, at_once = self.net, frames_at_once(self.net.sizes, cut.pictures)
         wide = batch, count, height, width, net.sizes.widths[0]
         features = torch.empty(wide, dtype=self.dtype, device=self.device)
@@ -170,15 +189,16 @@ class WanDecoder(ChunkDecoder):
         raise ValueError(self._too_little(least, batch, height, width, f"in {MOST_TILES} tiles to a side"))
 
     def another(self) -> "WanDecoder":
-        """A decoder for another video, with the same weights."""
-        return WanDecoder(self.net, memory=self.memory)
+        """A decoder for another video, with the same weights; a graph is captured for it alone."""
+        return WanDecoder(self.net, memory=self.memory, graphs=self.graphs is not None)
 
     def reset(self) -> None:
         """Forget the video so far: the next latents begin another one."""
         self._kept = Past()
 
     def state(self) -> dict[str, Tensor]:
-        return dict(self._kept.held)
+        held = self._kept.held
+        return {name: tensor.clone() for name, tensor in held.items()} if isinstance(held, InPlace) else dict(held)
 
     def restore(self, state: dict[str, Tensor]) -> None:
         expected = {name: conv.in_channels for name, conv in self.net.causal().items()}
@@ -235,7 +255,6 @@ class WanDecoder(ChunkDecoder):
             cut: Into how many; None for no cut in space.
         """
         sizes = self.net.sizes
-        weights = sum(t.numel() * t.element_size() for t in chain(self.net.parameters(), self.net.buffers()))
         if cut is None or cut.rows * cut.columns == 1:
             places, features = height * width, 0
             elements = places * sum(count_elements(sizes, pictures))
@@ -246,7 +265,19 @@ class WanDecoder(ChunkDecoder):
             first = frames_at_once(sizes, pictures)[0] * sizes.widths[0]  # a copy of the part that is computed
             tile = places * (sum(count_elements(sizes, pictures, middle=False)) + first)
             elements = height * width * features + max(tile, height * width * (middle + 9 * sizes.widths[0]))
-        return weights + batch * elements * self.dtype.itemsize
+        return self._weights + batch * elements * self.dtype.itemsize
+
+    def graph_bytes(self, count: int, *, batch: int, height: int, width: int) -> int:
+        """The bytes that the graph of a chunk holds for as long as it is held, weights apart.
+
+        They are what ``peak_bytes`` counts, the latents as they come and as they are taken, and the pictures before
+        they are rounded. The arguments are those of ``pictures_at_once``.
+        """
+        pictures = self.pictures_at_once(count, batch=batch, height=height, width=width)
+        peak = self.peak_bytes(pictures, batch=batch, height=height, width=width)
+        latents = 2 * self.channels * max(4, self.dtype.itemsize)
+        made = self.temporal * 3 * self.spatial**2 * self.dtype.itemsize
+        return peak - self._weights + batch * count * height * width * (latents + made)
 
     def _write(self, pictures: Tensor, out: Tensor) -> None:
         if out.dtype == torch.uint8:
@@ -270,4 +301,11 @@ class WanDecoder(ChunkDecoder):
     def _pictures(self, frames: Tensor, *, first: bool) -> Iterator[Tensor]:
         batch, count, _, height, width = frames.shape
         pictures = self.pictures_at_once(count, batch=batch, height=height, width=width)
-        return self.net(frames, self._kept, frames_at_once(self.net.sizes, pictures))
+        at_once = frames_at_once(self.net.sizes, pictures)
+        if self.graphs is not None:
+            room = self._allowed() - self.peak_bytes(pictures, batch=batch, height=height, width=width)
+            takes = self.graph_bytes(count, batch=batch, height=height, width=width)
+            if not first and (made := self.graphs(frames, self._kept, at_once, takes=takes, room=room)) is not None:
+                return iter(made)
+            self.graphs.give_way(room)
+        return self.net(frames, self._kept, at_once)

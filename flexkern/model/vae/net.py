@@ -81,7 +81,7 @@ class Past:
     """What a video's frames leave for the next ones: of each causal convolution's input, the last two frames."""
 
     held: dict[str, Tensor] = field(default_factory=dict)
-    """[B, 2, H, W, C] by the convolution's name; none is ever written to"""
+    """[B, 2, H, W, C] by the convolution's name; none is ever written to, but ``graphs.InPlace``"""
 
     def __bool__(self) -> bool:
         return bool(self.held)
@@ -362,7 +362,8 @@ class DecoderNet(nn.Module):
     def _enter(self, latents: Tensor) -> Tensor:
         """[B, F, C, h, w], normalised -> [B, F, h, w, C], as the decoder takes them."""
         entry = self.post_quant_conv
-        return F.linear(latents.movedim(2, -1).to(entry.weight.dtype), entry.weight, entry.bias).to(self.dtype)
+        places = latents.movedim(2, -1).contiguous()  # products of another layout would round otherwise
+        return F.linear(places.to(entry.weight.dtype), entry.weight, entry.bias).to(self.dtype)
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from flexkern.model.vae import load_vae, ops
 from flexkern.model.vae.decoder import WanDecoder
+from flexkern.model.vae.graphs import ChunkGraphs
 from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, reach, spans
 from flexkern.model.vae.net import DecoderNet, Past, Sizes, fold_doubling
 from flexkern.testing import assert_as_accurate
@@ -95,6 +96,14 @@ def test_latents_are_not_written_to(decoder, latents):
     assert torch.equal(latents, copy)
 
 
+def test_the_layout_of_latents_in_memory_does_not_matter(decoder):
+    latents = draw(2, 3, 16, 1, 2)
+    expected = decoder.another().decode(latents)
+    for order in ((1, 0, 2, 3, 4), (0, 2, 1, 3, 4), (0, 1, 3, 4, 2)):
+        turned = latents.permute(order).contiguous().permute(torch.tensor(order).argsort().tolist())
+        assert turned.stride() != latents.stride() and torch.equal(decoder.another().decode(turned), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_half_precision_is_as_close_as_that_of_diffusers(dtype, file, latents, one_shot):
     ours, entitled = (load_vae(file, dtype=dtype, backend=name).decoder() for name in ("flexkern", "diffusers"))
@@ -176,6 +185,38 @@ def test_it_takes_the_memory_that_it_says(pictures, size, hollow, monkeypatch):
     own = sum(tensor.numel() * tensor.element_size() for tensor in weights)
     said = decoder.peak_bytes(pictures, batch=1, height=size[0], width=size[1])
     assert 0.99 * said <= live.most + own - latents.nbytes <= said
+
+
+class Again:
+    """What captures nothing: it runs the function, again for each replay."""
+
+    def __init__(self, run=None):
+        self.replay = run
+
+    def capture(self, run):
+        run()
+        return Again(run)
+
+    def why_not(self):
+        return None
+
+
+@pytest.mark.parametrize(("pictures", "size"), [(2, (33, 17)), (12, (60, 104))])
+def test_a_graph_takes_the_memory_that_it_says(pictures, size, hollow, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda query, key, value: torch.empty_like(query))
+    monkeypatch.setattr(F, "conv3d", conv3d_in_its_layout)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # which has no answer for "meta"
+    monkeypatch.setattr(WanDecoder, "pictures_at_once", lambda *_, **__: pictures)
+    latents, past, graphs = torch.empty(1, 3, 16, *size, device="meta"), Past(), ChunkGraphs(hollow, Again)
+    at_once = frames_at_once(PUBLISHED, pictures)
+    takes = WanDecoder(hollow).graph_bytes(3, batch=1, height=size[0], width=size[1])
+    for made in hollow(latents, past, at_once):
+        del made
+    assert graphs(latents, past, at_once, takes=takes, room=takes) is None
+    apart = [latents, *hollow.parameters(), *hollow.buffers(), *past.held.values()]
+    with Live(apart) as live:
+        made = [sum(piece.shape[1] for piece in graphs(latents, past, at_once, takes=takes, room=takes)) for _ in "123"]
+    assert made == [12] * 3 and 0.99 * takes <= live.most <= takes
 
 
 def test_pictures_at_once_follow_from_the_memory(hollow):
