@@ -4,7 +4,7 @@ from functools import cache
 
 import torch
 
-from . import HOPPER, HOPPER_LAST, triton_version
+from . import CONVOLUTION_LAST, HOPPER, HOPPER_LAST, triton_version
 
 
 def arch_of(device: torch.device) -> int:
@@ -32,13 +32,16 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def unfit_for_hopper(*, arch: int, triton: tuple[int, int], dtype: torch.dtype) -> str | None:
+def unfit_for_hopper(
+    *, arch: int, triton: tuple[int, int], dtype: torch.dtype, last: tuple[int, int] = HOPPER_LAST
+) -> str | None:
     """Why a kernel written for Hopper does not take a call; None where it does.
 
     Args:
         arch: As ``arch_of`` says it.
         triton: Major and minor version.
         dtype: Of the operands.
+        last: The newest Triton that compiles it to code that can be fast.
     """
     if arch == 0:
         return "Triton interprets its kernels here, or nothing is on a GPU"
@@ -49,11 +52,11 @@ def unfit_for_hopper(*, arch: int, triton: tuple[int, int], dtype: torch.dtype) 
     said = "Triton {}.{}".format
     if triton < HOPPER:
         return f"the Hopper kernel needs {said(*HOPPER)}, {said(*triton)} is installed"
-    if triton > HOPPER_LAST:
-        return f"the Hopper kernel was tried to {said(*HOPPER_LAST)}, {said(*triton)} is installed"
+    if triton > last:
+        return f"the Hopper kernel was tried to {said(*last)}, {said(*triton)} is installed"
     return None
 
 
-def why_not_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why kernels written for Hopper do not run on a device, with operands of that dtype; None where they do."""
-    return unfit_for_hopper(arch=arch_of(device), triton=triton_version(), dtype=dtype)
+def why_not_convolve(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``causal_conv_hopper`` does not run on a device, with operands of that dtype; None where it does."""
+    return unfit_for_hopper(arch=arch_of(device), triton=triton_version(), dtype=dtype, last=CONVOLUTION_LAST)

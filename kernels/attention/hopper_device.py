@@ -9,7 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_ring import four_warps, free_tile, pass_turn, take_turn, tile_of, wait_full
+from ..gluon_names import four_warps
+from .hopper_ring import free_tile, pass_turn, take_turn, tile_of, wait_full
 from .work import Item, Sizes, Tables
 
 ROWS = gl.constexpr(64)  # query rows of a warpgroup

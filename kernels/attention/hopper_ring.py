@@ -37,13 +37,12 @@ from typing import NamedTuple
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from ..gluon_names import load_block
 
 TURN, KEYS_FREE, VALUES_FREE = gl.constexpr(6), gl.constexpr(8), gl.constexpr(12)  # named barriers; 0: none
 TURN_THREADS, FREE_THREADS = gl.constexpr(256), gl.constexpr(256 + 32)  # threads that meet there
-four_warps = (
-    gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-)  # of a warpgroup; before Triton 3.7: the latter
 
 
 class Buffers(NamedTuple):
@@ -163,7 +162,7 @@ def fetch(descriptor, buffers, n, page, start, column, N: gl.constexpr, VARIANT:
     if buffers.name > 0:  # values of a pair: its keys were waited for
         wait_free(buffers, n, VARIANT)
     mbarrier.expect(full, N * buffers.tiles.shape[2] * 2)
-    tma.async_copy_global_to_shared(descriptor, [page, start, column], full, tile_of(buffers, n, N, VARIANT))
+    load_block(descriptor, [page, start, column], full, tile_of(buffers, n, N, VARIANT))
 
 
 @gluon.jit

@@ -5,7 +5,7 @@ else matters: both kernels take any number of tokens and frames, a bias, a log-s
 asks the device for the first two, once.
 
     path        GPU       dtype                    head dim            Triton         tile
-    hopper      sm_90     bfloat16, float16        64, 128             3.6 to 3.8     its own
+    hopper      sm_90     bfloat16, float16        64, 128             3.6 to 3.9     its own
     portable    sm_80 on  those and float32        16, 32, 64, 128     3.4 on         kept.py, else tiles.py
 
 On an NVIDIA H200 the Hopper kernel took 0.555 to 0.639 of the portable kernel's time (path="hopper" set by hand, commit

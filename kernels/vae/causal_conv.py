@@ -31,13 +31,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common import require_contiguous
+from ..gluon_names import load_block
 from ..gpus import multiprocessors
 from ..prepared import Blocks, Prepared, keep
 
@@ -144,15 +144,13 @@ def produce(
                 mbarrier.expect(full, (SEEN * HEIGHT * WIDTH + 3 * (WIDE + REST)) * DEPTH * 2)
                 for i in gl.static_range(SEEN):
                     place = [frame + i, row, column, channel]
-                    tma.async_copy_global_to_shared(
-                        descriptors.buffer, place, full, ring.buffer.index(stage * SEEN + i)
-                    )
+                    load_block(descriptors.buffer, place, full, ring.buffer.index(stage * SEEN + i))
                 for i in gl.static_range(3):
                     place = [tile.channel, 9 * i + tap, channel]
-                    tma.async_copy_global_to_shared(descriptors.wide, place, full, ring.wide.index(stage * 3 + i))
+                    load_block(descriptors.wide, place, full, ring.wide.index(stage * 3 + i))
                     if REST > 0:
                         place = [tile.channel + WIDE, 9 * i + tap, channel]
-                        tma.async_copy_global_to_shared(descriptors.rest, place, full, ring.rest.index(stage * 3 + i))
+                        load_block(descriptors.rest, place, full, ring.rest.index(stage * 3 + i))
                 n += 1
 
 
@@ -166,8 +164,7 @@ def multiply(
     EACH: gl.constexpr = 2 if REST > 0 else 1
     left = ()
     for i in gl.static_range(FIRST, LAST):
-        frame = ring.buffer.index(stage * SEEN + i)
-        places = frame._reinterpret(frame.dtype, [HEIGHT * WIDTH, DEPTH], ring.wide.layout)
+        places = ring.buffer.index(stage * SEEN + i).reshape([HEIGHT * WIDTH, DEPTH])
         left = left + (places.slice(HALF * ROWS, ROWS).load(operand_layout(WIDE)),)  # type: ignore[assignment]
     for i in gl.static_range(FIRST, LAST):
         for t in gl.static_range(FRAMES):

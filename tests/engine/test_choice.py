@@ -60,9 +60,9 @@ def test_a_cpu_gets_sdpa_and_says_so():
 
 TAKEN = {  # architecture, Triton, head dim, dtype -> the backend, and what it says
     "hopper": (90, "3.7.1", {}, "triton", "the Hopper attention kernel, loop 'plain' (compute capability 9.0"),
-    "hopper, the newest Triton": (90, "3.8.0", {}, "triton", "the Hopper attention kernel"),
+    "hopper, the newest Triton": (90, "3.9.0", {}, "triton", "the Hopper attention kernel"),
     "hopper, Triton 3.4": (90, "3.4.0", {}, "triton", "the portable attention kernel, tile 64x64"),
-    "hopper, a Triton nobody tried": (90, "3.9.0", {}, "triton", "was tried to Triton 3.8, Triton 3.9 is installed"),
+    "hopper, a Triton nobody tried": (90, "3.10.0", {}, "triton", "was tried to Triton 3.9, Triton 3.10 is installed"),
     "hopper, Triton 3.2": (90, "3.2.0", {}, "sdpa", "it needs Triton >= 3.4, and Triton 3.2.0 is installed"),
     "hopper, float32": (90, "3.7.1", {"dtype": torch.float32}, "triton", "the portable attention kernel, tile 32x32"),
     "hopper, float64": (90, "3.7.1", {"dtype": torch.float64}, "sdpa", "got float64"),

@@ -30,7 +30,7 @@ def make_inputs(batch, count, height, width, inputs, outputs, dtype=torch.bfloat
 
 
 def play(inputs, seed=0, edit=None, programs=2):
-    kernels = played("vae.causal_conv", (), ("prepared", "common", "gpus"), seed, edit)
+    kernels = played("vae.causal_conv", ("gluon_names",), ("prepared", "common", "gpus"), seed, edit)
     return kernels.causal_conv_hopper(*inputs, programs=programs)
 
 
@@ -129,7 +129,7 @@ MUTANTS = {  # what is wrong: text that stands in the source once, what replaces
     "products are not waited for": ("        return warpgroup_mma_wait(0,", "        return warpgroup_mma_wait(1,"),
     "both halves multiply the same places": ("places.slice(HALF * ROWS, ROWS)", "places.slice(0, ROWS)"),
     "both halves store the same places": ("place = HALF * ROWS + ", "place = "),
-    "a step reads the first one": ("frame = ring.buffer.index(stage * SEEN + i)", "frame = ring.buffer.index(i)"),
+    "a step reads the first one": ("places = ring.buffer.index(stage * SEEN + i)", "places = ring.buffer.index(i)"),
     "taps in time are mixed up": (
         "weight = ring.wide.index(stage * 3 + (i - t))", "weight = ring.wide.index(stage * 3 + 2 - (i - t))",
     ),

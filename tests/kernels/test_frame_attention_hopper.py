@@ -15,7 +15,7 @@ from flexkern.testing import assert_as_accurate
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="fragments are merged by Triton's interpreter")
 # played like the kernel itself
-OWN = ("common", "attention.work", "attention.hopper_ring", "attention.hopper_device")
+OWN = ("common", "gluon_names", "attention.work", "attention.hopper_ring", "attention.hopper_device")
 SHARED = ("prepared", "attention.launch", "attention.hopper_variants")
 EVERY = [  # every combination of switches that a variant may have
     Variant(signal=signal, one_arrive=one, ping_pong=turns, early_free=early, stages=stages)
@@ -143,7 +143,7 @@ def test_variants_are_refused_by_name_and_by_sense():
             Variant(**switches)
 
 
-SOURCES = [(ROOT / "kernels" / f"{name.replace('.', '/')}.py").read_text() for name in (*OWN[2:], "attention.hopper")]
+SOURCES = [(ROOT / "kernels" / f"{name.replace('.', '/')}.py").read_text() for name in (*OWN[3:], "attention.hopper")]
 
 
 def check_many(edit=None, variant=VARIANTS[SELECTED], orders: int = 12) -> None:

@@ -37,8 +37,8 @@ def test_hopper_takes_what_it_can(triton, dtype, head_dim):
 FALLS = {  # what differs from a call that the Hopper kernel takes, the tile, and why
     "an older Triton": (dict(triton=(3, 5)), HALF[90], "needs Triton 3.6, Triton 3.5 is installed"),
     "the oldest Triton": (dict(triton=(3, 4)), HALF[90], "needs Triton 3.6, Triton 3.4 is installed"),
-    "a newer Triton": (dict(triton=(3, 9)), HALF[90], "was tried to Triton 3.8, Triton 3.9 is installed"),
-    "the next Triton": (dict(triton=(4, 0)), HALF[90], "was tried to Triton 3.8, Triton 4.0 is installed"),
+    "a newer Triton": (dict(triton=(3, 10)), HALF[90], "was tried to Triton 3.9, Triton 3.10 is installed"),
+    "the next Triton": (dict(triton=(4, 0)), HALF[90], "was tried to Triton 3.9, Triton 4.0 is installed"),
     "float32": (dict(dtype=torch.float32), FLOAT32, "takes bfloat16 and float16, got float32"),
     "narrow heads": (dict(head_dim=32), HALF[90], "takes head dims 64 and 128, got 32"),
     "an Ampere GPU": (dict(arch=80), HALF[80], "needs compute capability 9.0, this GPU is of the class sm_80"),

@@ -4,7 +4,7 @@
 
 --write replaces the committed table of loop lengths that kernels/test_compile.py and this script compare with:
 tests/data/compile.csv for the Triton of CI, compile-VERSION.csv beside it for another (make compile TRITON=VERSION).
-Needs torch and Triton (3.6 to 3.8) and nothing else. A new kernel is one entry in MODULES and one in LAUNCH, and its
+Needs torch and Triton (3.6 to 3.9) and nothing else. A new kernel is one entry in MODULES and one in LAUNCH, and its
 cases in SHIPPED.
 """
 
@@ -89,6 +89,7 @@ def load_file(name: str) -> ModuleType:
 
 # loops of the Hopper kernel that wait for a measurement
 PENDING = [name for name in load_file("attention/hopper_variants.py").VARIANTS if name != "plain"]
+CONVOLUTION_LAST = load_file("__init__.py").CONVOLUTION_LAST
 
 
 def frame_attention(launcher, case: Case) -> None:
@@ -169,7 +170,13 @@ def runs_on(kernel: str, arch: int) -> bool:
     return arch == 90 or "hopper" not in kernel
 
 
-SHIPPED = [
+def is_compiled_by(case: Case, triton: str) -> bool:
+    """Whether a Triton of that version is asked for the kernel: the newest one serialises the convolution's products."""
+    newest = tuple(int(number) for number in triton.split(".")[:2]) > CONVOLUTION_LAST
+    return case.kernel != "causal_conv_hopper" or not newest
+
+
+EVERY = [
     *(Case(kernel=kernel, arch=arch) for kernel in LAUNCH for arch in ARCHS if runs_on(kernel, arch)),
     # other variants on one chip: a chip that differs in tiles alone would give the same answer
     Case(kernel="frame_attention", arch=90, dtype="float16"),
@@ -192,6 +199,7 @@ SHIPPED = [
         for channels, frames in ((192, 12), (384, 3), (384, 6), (96, 9), (96, 1), (192, 1), (384, 1), (384, 2))
     ),
 ]
+SHIPPED = [case for case in EVERY if is_compiled_by(case, version("triton"))]
 
 
 def load_kernels() -> ModuleType:
@@ -244,7 +252,8 @@ def objections(case: Case, fact: dict, lengths: str | None = None) -> list[str]:
             wrong.append(f"{staged} values pass through shared memory in a loop of {loop['length']} instructions")
     spills = fact["stack"] or fact["spill_stores"] or fact["spill_loads"]
     # attention in float32 has no matrix unit; it exists to check logic
-    if spills and not loops and fact["function"] not in MULTIPLIES:
+    to_check = (case.kernel, case.dtype) == ("frame_attention", "float32")
+    if spills and not loops and fact["function"] not in MULTIPLIES and not to_check:
         wrong.append(f"spills {fact['spill_stores']} bytes and loads {fact['spill_loads']}, stack {fact['stack']}")
     unit = {90: "HGMMA", 100: "UTCHMMA"}.get(case.arch, "HMMA")
     if fact["function"] in MULTIPLIES and case.dtype != "float32" and not (loops and loops[0].get(unit)):

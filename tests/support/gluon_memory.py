@@ -67,9 +67,9 @@ class Shared:
         size = torch.Size(self.shape[1:]).numel()
         return Shared(self.storage[start * size :], [length, *self.shape[1:]], self.dirty, self.layout)
 
-    def _reinterpret(self, dtype, shape, layout) -> "Shared":
-        assert dtype == self.dtype and torch.Size(shape).numel() == torch.Size(self.shape).numel()
-        return Shared(self.storage, shape, self.dirty, layout)
+    def reshape(self, shape) -> "Shared":
+        assert torch.Size(shape).numel() == torch.Size(self.shape).numel()
+        return Shared(self.storage, shape, self.dirty, self.layout)
 
     def load(self, layout) -> Value:
         return value(self.tensor.clone())

@@ -2,7 +2,7 @@
 
 The launcher itself runs, on CPU tensors and under a stand-in driver: it chooses its configuration, Triton specialises
 on its real arguments, and everything stops before the launch. So what is checked is what is shipped.
-Needs TRITON_INTERPRET unset before Triton is imported. Works with Triton 3.6, 3.7 and 3.8.
+Needs TRITON_INTERPRET unset before Triton is imported. Works with Triton 3.6 to 3.9.
 """
 
 import contextlib

@@ -98,9 +98,9 @@ def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
             return f"it needs {why}"
     except ImportError:
         return "Triton is not installed"
-    from flexkern.kernels.gpus import why_not_hopper
+    from flexkern.kernels.gpus import why_not_convolve
 
-    return why_not_hopper(device, dtype)
+    return why_not_convolve(device, dtype)
 
 
 def takes_own(conv: nn.Conv3d) -> bool:
