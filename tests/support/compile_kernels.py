@@ -171,7 +171,7 @@ def runs_on(kernel: str, arch: int) -> bool:
 
 
 def is_compiled_by(case: Case, triton: str) -> bool:
-    """Whether a Triton of that version is asked for the kernel: the newest one serialises the convolution's products."""
+    """Whether a Triton of that version compiles the kernel: the newest ones serialise the convolution's products."""
     newest = tuple(int(number) for number in triton.split(".")[:2]) > CONVOLUTION_LAST
     return case.kernel != "causal_conv_hopper" or not newest
 
