@@ -56,6 +56,12 @@ class PolicyNoise(Ahead[Draw, Tensor, State]):
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
         return self._ask((tuple(frames), step))
 
+    def restart(self) -> None:
+        """Let the next frames begin their sequences: the video was given frames that were not drawn."""
+        self.forget()
+        for source in self.sources:
+            source.restart()
+
     def restore(self, state: Mapping[str, Any]) -> None:
         self.forget()
         self._go_back(state)
