@@ -78,12 +78,6 @@ def validate_time(
         )
 
 
-def refuse_compiling() -> None:
-    """Raise inside torch.compile, which would bake the angles of one chunk into the graph."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError("angles come from the host: call frame_turns outside of torch.compile and pass turn")
-
-
 def position_of(policy: object) -> PositionPolicy:
     """The positions of a policy, of a preset or of the preset of that name; raise where there is none."""
     if isinstance(policy, PositionPolicy):
