@@ -1,8 +1,10 @@
 """Presets: every supported method's positions, retention, noise and prompt switches, under one name."""
 
 import dataclasses
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Literal
 
 from ..checks import check_fields, did_you_mean, require
@@ -70,6 +72,31 @@ class Preset:
         recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
         held = recent is None or recent <= window or kind == "keep"
         require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
+
+    def override(self, overrides: Mapping[str, object]) -> "Preset":
+        """The same with single fields of its policies replaced.
+
+        Args:
+            overrides: Dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a
+                tuple.
+
+        Raises:
+            ValueError: A field is unknown (the message names those that exist), or does not take its value.
+        """
+        existing = [f"{policy}.{f.name}" for policy in POLICIES for f in dataclasses.fields(getattr(self, policy))]
+        changes: dict[str, dict[str, object]] = defaultdict(dict)
+        for dotted, value in overrides.items():
+            known = f"expected one of {', '.join(existing)}"
+            require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
+            policy, _, field = dotted.partition(".")
+            changes[policy][field] = tuple(value) if isinstance(value, list) else value
+        replaced = {policy: (getattr(self, policy), new) for policy, new in changes.items()}
+        try:
+            return dataclasses.replace(
+                self, **{p: dataclasses.replace(old, **new) for p, (old, new) in replaced.items()}
+            )
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def for_horizon(self, frames: int) -> "Preset":
         """The same for a model that was trained on so many latent frames, where ``position.train_len`` is None."""
@@ -228,31 +255,28 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
     """The preset of that name, or the given one, with single fields of its policies replaced.
 
+    Overrides that change no video, because the values of other fields leave them without use, are told as a warning.
+
     Args:
         name: A key of ``PRESETS``, or a preset.
-        overrides: Dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
+        overrides: As ``Preset.override`` takes them.
 
     Returns:
         A new preset where there are overrides.
 
     Raises:
-        ValueError: The preset or a field is unknown (the message names those that exist), or a field does not take its
-            value.
+        ValueError: The preset is unknown (the message names those that exist), or as ``Preset.override``.
     """
     if not isinstance(name, Preset):
         known = f"expected one of {', '.join(PRESETS)}"
         require(isinstance(name, str) and name in PRESETS, f"no preset {name!r}: {known}{did_you_mean(name, PRESETS)}")
     base = name if isinstance(name, Preset) else PRESETS[name]
-    existing = [f"{policy}.{field.name}" for policy in POLICIES for field in dataclasses.fields(getattr(base, policy))]
-    changes: dict[str, dict[str, object]] = defaultdict(dict)
-    for dotted, value in (overrides or {}).items():
-        known = f"expected one of {', '.join(existing)}"
-        require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
-        policy, _, field = dotted.partition(".")
-        changes[policy][field] = tuple(value) if isinstance(value, list) else value
-    try:
-        return dataclasses.replace(
-            base, **{policy: dataclasses.replace(getattr(base, policy), **new) for policy, new in changes.items()}
-        )
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+    if not overrides:
+        return base
+    from .effect import idle_fields  # which knows presets
+
+    preset = base.override(overrides)
+    said = [dotted for dotted in idle_fields(preset) if dotted in overrides]
+    if idle := [dotted for dotted in said if attrgetter(dotted)(preset) != attrgetter(dotted)(base)]:
+        warnings.warn(f"without effect in {preset.name}: {', '.join(idle)}", stacklevel=2)
+    return preset

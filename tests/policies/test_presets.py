@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
@@ -102,8 +103,22 @@ def test_a_description_tells_presets_apart():
     assert described["position.beta"] == 1.0 and described["loop.kind"] == "chunk"
     overridable = {f"{part}.{field.name}" for part in POLICIES for field in fields(getattr(PRESETS["flex"], part))}
     assert described.keys() == {"name", "loop.kind"} | overridable
-    changed = get_preset("flex", {"noise.stride": 8}).describe()
+    changed = PRESETS["flex"].override({"noise.stride": 8}).describe()
     assert {name for name in described if described[name] != changed[name]} == {"noise.stride"}
+
+
+def test_overrides_without_effect_are_told():
+    """In one warning, and only those that were said and differ; what a later override brings to use is no mistake."""
+    idle = {"position.riflex_band": 5, "noise.window": 9, "retention.window": 30, "switch.keep_sink": True}
+    with pytest.warns(UserWarning, match="^without effect in flex: position.riflex_band, noise.window$") as told:
+        preset = get_preset("flex", idle)
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PRESETS["flex"].override(idle) == preset
+        assert get_preset(preset, {"position.mode": "riflex", "noise.kind": "freenoise"}).position.riflex_band == 5
+        for name in PRESETS:
+            get_preset(name, {"retention.window": 24, "position.train_len": 30})
 
 
 USED = {  # what None stands for, in a preset with these overrides
