@@ -220,6 +220,9 @@ def test_importing_it_costs_nothing_and_dir_shows_what_is_public():
     assert done.returncode == 0, done.stderr
     assert set(done.stdout.split()) == {*flexkern.__all__, "__version__"}
     assert all(callable(getattr(flexkern, name)) for name in flexkern.__all__)
+    with pytest.raises(AttributeError, match="^module 'flexkern' has no attribute 'Sesion'; did you mean 'Session'"):
+        flexkern.Sesion  # noqa: B018
+    assert not hasattr(flexkern, "__wrapped__") and not hasattr(flexkern, "nothing_like_it")
     with pytest.raises(AttributeError, match="no attribute 'Motor'"):
         flexkern.Motor  # noqa: B018
 

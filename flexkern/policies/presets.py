@@ -8,34 +8,11 @@ from operator import attrgetter
 from typing import Literal
 
 from ..checks import check_fields, did_you_mean, require
+from .effect import idle
 from .noise import NoisePolicy
 from .position import PositionPolicy
 from .retention import RetentionPolicy, SinkWindow
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SwitchPolicy:
-    """What a change of prompt does to the cached frames."""
-
-    kind: Literal["keep", "recache", "flush"] = "keep"
-    """keep: nothing; recache: run the last frames through the model again, with the new prompt; flush: drop all but the
-    sink and the last frames"""
-    recent: int | None = None
-    """how many of the last frames recache runs again, or flush keeps. None: recache runs as many as the window holds,
-    as LongLive does; flush keeps 2, as Infinity-RoPE does"""
-    keep_sink: bool = True
-    """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink). If not, only frames that
-    are run again stay, and the first of them become the sink. Where those are all frames of the video so far, the sink
-    is run again either way"""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        require(self.recent is None or self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
-
-    def resolve(self, window: int) -> "SwitchPolicy":
-        """The same with ``recent`` as it is in use beside a window of so many frames; None where nothing uses it."""
-        in_use = {"keep": None, "recache": window, "flush": min(FLUSHED, window)}[self.kind]
-        return self if in_use is None or self.recent else dataclasses.replace(self, recent=in_use)
+from .switch import SwitchPolicy
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +124,6 @@ class Preset:
         return found
 
 
-FLUSHED = 2  # frames that Infinity-RoPE keeps beside its sink, whatever its window
 POLICIES = ("position", "retention", "noise", "switch")  # whose fields can be overridden
 
 IID = NoisePolicy(kind="iid")
@@ -273,10 +249,20 @@ def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None
     base = name if isinstance(name, Preset) else PRESETS[name]
     if not overrides:
         return base
-    from .effect import idle_fields  # which knows presets
-
     preset = base.override(overrides)
     said = [dotted for dotted in idle_fields(preset) if dotted in overrides]
-    if idle := [dotted for dotted in said if attrgetter(dotted)(preset) != attrgetter(dotted)(base)]:
-        warnings.warn(f"without effect in {preset.name}: {', '.join(idle)}", stacklevel=2)
+    if lost := [dotted for dotted in said if attrgetter(dotted)(preset) != attrgetter(dotted)(base)]:
+        warnings.warn(f"without effect in {preset.name}: {', '.join(lost)}", stacklevel=2)
     return preset
+
+
+def idle_fields(preset: Preset) -> tuple[str, ...]:
+    """The dotted names of the fields that could have any other value and the videos would be the same.
+
+    Args:
+        preset: The method, with its overrides.
+
+    Returns:
+        Names as ``get_preset`` takes them, in the order of the policies and their fields.
+    """
+    return tuple(f"{policy}.{name}" for policy in POLICIES for name in idle(getattr(preset, policy)))

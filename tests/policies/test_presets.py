@@ -65,11 +65,12 @@ def test_an_endless_session_needs_no_target(name):
 
 
 def test_overrides():
-    changes = {"position.alpha": 0.3, "position.beta": 2, "retention.sink": 6, "noise.kind": "iid", "switch.recent": 4}
+    changes = {"position.alpha": 0.3, "position.beta": 2, "retention.sink": 6, "noise.kind": "iid"}
+    changes |= {"switch.kind": "flush", "switch.recent": 4}
     it = get_preset("flex", changes)
     assert it.position == replace(PRESETS["flex"].position, alpha=0.3, beta=2)
     assert it.retention == SinkWindow(sink=6, window=21)
-    assert it.noise.kind == "iid" and it.switch == SwitchPolicy(recent=4)
+    assert it.noise.kind == "iid" and it.switch == SwitchPolicy(kind="flush", recent=4)
     assert PRESETS["flex"].retention.sink == 3
     assert get_preset(it, {"retention.sink": 1}).position == it.position
     assert get_preset(it) == it and get_preset("flex") == PRESETS["flex"]
