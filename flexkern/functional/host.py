@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from flexkern.plan import band_split, turns
-from flexkern.policies import PositionPolicy, Preset
+from flexkern.policies import PositionPolicy, Preset, position_of
 
-from .validate import hide_later, list_frames, position_of, validate_count
+from .validate import hide_later, list_frames, validate_count
 
 Value = TypeVar("Value")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexkern.finite import all_finite
 from flexkern.plan import band_split
-from flexkern.policies import PositionPolicy, Preset, get_preset
+from flexkern.policies import position_of
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 CUDA_HEAD_DIMS = 64, 128
@@ -76,15 +76,6 @@ def validate_time(
             "is_causal is by frame, and needs query_frames and key_frames: without them pass bias, float32 [F, R], "
             "-inf where the key's frame is later; there is no mask by token"
         )
-
-
-def position_of(policy: object) -> PositionPolicy:
-    """The positions of a policy, of a preset or of the preset of that name; raise where there is none."""
-    if isinstance(policy, PositionPolicy):
-        return policy
-    if not isinstance(policy, (str, Preset)):
-        raise TypeError(f"policy must be a PositionPolicy, a Preset or its name, got {type(policy).__name__}")
-    return get_preset(policy).position
 
 
 def hide_later(query_frames: list[int], key_frames: list[int], bias: Tensor | None, device: torch.device) -> Tensor:

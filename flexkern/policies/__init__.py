@@ -2,7 +2,7 @@
 
 from .noise import NoisePolicy, NoiseSource
 from .position import Phases, PositionPolicy
-from .presets import PRESETS, LoopPolicy, Preset, get_preset, idle_fields
+from .presets import PRESETS, LoopPolicy, Preset, get_preset, idle_fields, position_of
 from .retention import Blend, Kept, RetentionPolicy, SinkWindow
 from .switch import SwitchPolicy
 
@@ -21,4 +21,5 @@ __all__ = [
     "SwitchPolicy",
     "get_preset",
     "idle_fields",
+    "position_of",
 ]

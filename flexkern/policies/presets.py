@@ -256,6 +256,20 @@ def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None
     return preset
 
 
+def position_of(policy: object) -> PositionPolicy:
+    """The positions of a policy, of a preset or of the preset of that name.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: There is no such preset.
+    """
+    if isinstance(policy, PositionPolicy):
+        return policy
+    if not isinstance(policy, (str, Preset)):
+        raise TypeError(f"policy must be a PositionPolicy, a Preset or its name, got {type(policy).__name__}")
+    return get_preset(policy).position
+
+
 def idle_fields(preset: Preset) -> tuple[str, ...]:
     """The dotted names of the fields that could have any other value and the videos would be the same.
 
