@@ -86,6 +86,7 @@ class Engine:
             backend, model.device, head_dim=model.config.head_dim, dtype=model.dtype
         )  # fmt: skip
         self.backend_name = self.backend_choice.name
+        self._made_for = model.dtype, model.device
         if model.device.type == "cuda" and callable(stack := getattr(model, "stack_products", None)):
             stack()
         require(isinstance(graphs, bool), f"graphs must be True or False, got {graphs!r}")
@@ -302,8 +303,12 @@ class Engine:
             first_chunk: Frames of the first chunk; the engine's by default.
 
         Raises:
-            ValueError: Before any work: an argument is of another kind, or preset, size or prompt do not fit the model.
+            ValueError: Before any work: an argument is of another kind, preset, size or prompt do not fit the model, or
+                the model was cast or moved after the engine was made.
         """
+        (dtype, device), (cast_to, moved_to) = self._made_for, (self.model.dtype, self.model.device)
+        same = (dtype, device) == (cast_to, moved_to)  # the backend was chosen for these
+        require(same, f"the model must stay {dtype} on {device}, got {cast_to} on {moved_to}: make the engine last")
         return Session(
             self, prompt, preset=preset, seed=seed, frames=frames, size=size, noise=noise, first_chunk=first_chunk
         )

@@ -9,6 +9,7 @@ import torch
 from both_loops import SIZE, prompt_of
 
 from flexkern.engine import Engine
+from flexkern.noise import ResearchNoise
 from flexkern.policies import PRESETS, get_preset
 
 
@@ -33,6 +34,21 @@ def test_what_is_given_is_no_longer_than_the_video(engine):
         session.prefill(torch.randn(1, 6, 16, *SIZE))
     session.prefill(torch.randn(1, 3, 16, *SIZE))
     assert list(session) == []
+
+
+def test_an_engine_is_made_last(model):
+    """Its backend is chosen for the model's device and dtype: moved to a GPU later, it would stay a CPU's."""
+    moved = copy.deepcopy(model)
+    engine = Engine(moved, size=SIZE)
+    moved.to(torch.bfloat16)
+    with pytest.raises(
+        ValueError, match="must stay torch.float32 on cpu, got torch.bfloat16 on cpu: make the engine la"
+    ):
+        engine.session(prompt_of(1))
+    assert Engine(moved, size=SIZE).session(prompt_of(1)).step().latents.isfinite().all()
+    moved.to("meta", torch.float32)
+    with pytest.raises(ValueError, match="got torch.float32 on meta: make the engine last"):
+        engine.session(prompt_of(1))
 
 
 def test_the_last_chunk_is_whole(engine):
@@ -73,3 +89,9 @@ def test_messages_show_no_whole_arrays(engine, name, value):
 def test_a_chunk_says_what_it_is(engine):
     shown = repr(engine.session(prompt_of(1)).step())
     assert shown == f"Chunk(0, frames (0, 1, 2), latents {[1, 3, 16, *SIZE]}, pixels None)"
+
+
+def test_the_noise_of_research_code_is_a_video_of_a_generator():
+    for shape, generator in (((6, 4, 6, 8), torch.Generator()), ((1, 6, 4, 6, 8), 0)):
+        with pytest.raises(TypeError, match=r"expected a shape \[B, F, C, h, w\] and a torch.Generator, got \("):
+            ResearchNoise(shape, generator)
