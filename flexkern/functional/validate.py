@@ -80,7 +80,7 @@ def validate_time(
 
 def hide_later(query_frames: list[int], key_frames: list[int], bias: Tensor | None, device: torch.device) -> Tensor:
     """bias [F, R], or zeros, with -inf where the key's frame is later than the query's."""
-    query, key = torch.tensor(query_frames), torch.tensor(key_frames)
+    query, key = (torch.tensor(frames, device="cpu") for frames in (query_frames, key_frames))
     if bias is None:
         bias = torch.zeros(len(query), len(key), device=device)
     validate_tensor("bias", bias, "[F, R]", [len(query), len(key)], torch.float32, device)

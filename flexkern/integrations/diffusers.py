@@ -311,10 +311,11 @@ def _config(transformer: Any) -> WanConfig:
 
 def _validate_rope(rope: nn.Module, head_dim: int) -> None:
     """Raise unless the transformer turns its heads as Wan does, in every band of time, row and column."""
-    expected = torch.cat([torch.pow(BASE, -torch.arange(n, dtype=torch.float64) / n) for n in band_split(head_dim)])
+    counts = (torch.arange(n, dtype=torch.float64, device="cpu") / n for n in band_split(head_dim))
+    expected = torch.cat([torch.pow(BASE, -count) for count in counts])
     table: Tensor = getattr(rope, "freqs_cos", torch.empty(0, 0))
     rows = min(64, len(table))
-    angles = torch.arange(rows)[:, None] * expected
+    angles = torch.arange(rows, device="cpu")[:, None] * expected
     # the table may have been cast to bfloat16 along with the model
     if not rows or table.shape[1] != head_dim or (table[:rows, ::2].cpu() - angles.cos()).abs().max() > 0.01:
         raise NotImplementedError(f"the transformer's rope is not Wan's: {type(rope).__name__}; supported: base {BASE}")

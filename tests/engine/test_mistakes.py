@@ -51,6 +51,12 @@ def test_an_engine_is_made_last(model):
         engine.session(prompt_of(1))
 
 
+def test_a_file_is_no_state(engine):
+    for wrong in (None, "state.safetensors"):
+        with pytest.raises(TypeError, match=r"a state is a mapping, as state\(\) returns it, got "):
+            engine.session(prompt_of(1)).restore(wrong)
+
+
 def test_the_last_chunk_is_whole(engine):
     assert [chunk.frames for chunk in engine.session(prompt_of(1), frames=4)] == [(0, 1, 2), (3, 4, 5)]
 
