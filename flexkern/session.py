@@ -213,7 +213,7 @@ class Session:
         Args:
             given: Latents [B, n, C, h, w], or pictures, uint8 [B, pictures, height, width, 3]. n, the number of latent
                 frames, must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet. Noise that
-            is correlated in time begins anew after them.
+                is correlated in time begins anew after them.
 
         Returns:
             What was given, as a chunk of index -1. The decoder has seen it too, so that what follows is decoded as its
