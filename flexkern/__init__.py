@@ -40,8 +40,12 @@ _HOMES = {
 
 def __getattr__(name: str) -> object:
     """``flexkern.Engine`` and others, loaded when first asked for: importing the package costs nothing."""
-    if name not in _HOMES:
+    if name.startswith("_"):  # what Python itself looks for
         raise AttributeError(f"module 'flexkern' has no attribute {name!r}")
+    if name not in _HOMES:
+        from flexkern.checks import did_you_mean
+
+        raise AttributeError(f"module 'flexkern' has no attribute {name!r}{did_you_mean(name, __all__)}")
     return getattr(import_module(_HOMES[name]), name)
 
 

@@ -124,7 +124,7 @@ class FrameCache:
     def _copied(self, pages: Tensor) -> Tensor:
         """The occupied ones of the pages [L, B, P, S, H, D], in list order, copied to the CPU one layer at a time."""
         layers, batch, _, *page = pages.shape
-        held = torch.empty((layers, batch, len(self.listed), *page), dtype=pages.dtype)
+        held = torch.empty((layers, batch, len(self.listed), *page), dtype=pages.dtype, device="cpu")
         for layer, own in zip(held, pages, strict=True):
             layer.copy_(own[:, self.slots])
         return held

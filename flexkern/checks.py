@@ -19,6 +19,7 @@ BOUNDS = {  # name of a bound: in words, and whether a value is within it
     "maximum": ("at most", le),
 }
 _HINTS: dict[type, dict[str, Any]] = {}
+LARGEST_LATENT = 270 * 480  # places of a latent frame: those of a 4K picture
 LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
@@ -39,7 +40,7 @@ def check_fields(instance: Any) -> None:
             words = _literals(hint) if isinstance(value, str) else ()
             error = ValueError if words else TypeError
             name = f"{type(instance).__name__}.{field.name}"
-            raise error(f"{name} must be {_describe(hint)}, got {value!r}{did_you_mean(value, words)}")
+            raise error(f"{name} must be {_describe(hint)}, got {shown(value)}{did_you_mean(value, words)}")
         object.__setattr__(instance, field.name, python_numbers(value))
 
 
@@ -93,17 +94,29 @@ def python_numbers(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
+def shown(value: Any) -> str:
+    """A value as a message can hold it: in one line, cut to 80 characters; an array by its type and shape."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and shape:
+        return f"{type(value).__name__} {list(shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:80]}..."
+
+
 def whole(name: str, value: Any, low: int = 0) -> int:
     """The value as an int. Raises ValueError, naming it, unless it is a whole number (no bool) of at least low."""
-    require(is_index(value, low), f"{name} must be a whole number >= {low}, got {value!r}")
+    require(is_index(value, low), f"{name} must be a whole number >= {low}, got {shown(value)}")
     return int(value)
 
 
-def whole_pair(name: str, value: Any) -> tuple[int, int]:
-    """The value as two ints. Raises ValueError, naming it, unless it is a height and a width of at least 1."""
+def latent_size(value: Any) -> tuple[int, int]:
+    """Height and width of a latent frame. Raises ValueError unless value is such, as for those of a picture."""
     fits = isinstance(value, tuple | list) and len(value) == 2 and all(is_index(side, 1) for side in value)
-    require(fits, f"{name} must be (height, width), two whole numbers >= 1, got {value!r}")
-    return int(value[0]), int(value[1])
+    require(fits, f"size must be (height, width), two whole numbers >= 1, got {shown(value)}")
+    height, width = int(value[0]), int(value[1])
+    expected = "size must be that of a latent frame, an eighth of the picture's in Wan 2.1, (60, 104) for 480x832"
+    require(height * width <= LARGEST_LATENT, f"{expected}; got {(height, width)}, larger than that of a 4K picture")
+    return height, width
 
 
 def is_index(value: Any, low: int = 0) -> bool:

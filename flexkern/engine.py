@@ -11,13 +11,13 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from flexkern.backends.choice import AUTO, Choice, open_backend
-from flexkern.checks import require, whole, whole_pair
+from flexkern.checks import latent_size, require, shown, whole
 from flexkern.finite import HANDED_IN, OF_ENCODER, NotFiniteError, all_finite, validate_finite
 from flexkern.graphs import find_recorder
 from flexkern.model.checkpoint import Checkpoint, Dtype, Parts, load_parts, validate_checkpoint
@@ -49,7 +49,8 @@ class Engine:
         text_encoder: Needed for prompts that are text.
         encoder: Needed for videos that begin with pictures.
         decoder: Called once per session; what it returns decodes that session's latents.
-        size: Height and width of a latent frame, for sessions that do not name one.
+        size: Height and width of a latent frame, in Wan 2.1 an eighth of the picture's, for sessions that do not name
+            one.
         first_chunk: Latent frames of the first chunk, where it differs (1 for models trained with
             ``independent_first_frame``), for sessions that do not name it.
         horizon: Latent frames that the model was trained on, for presets whose ``position.train_len`` is None.
@@ -74,17 +75,18 @@ class Engine:
         decoder: Callable[[], Decoder] | None = None, size: tuple[int, int] = (60, 104),
         first_chunk: int | None = None, horizon: int = HORIZON, graphs: bool = True, ranks: "Ranks | None" = None,
     ):  # fmt: skip
-        self.model, self.size = model, whole_pair("size", size)
+        self.model, self.size = model, latent_size(size)
         self.chunk, self.horizon = whole("chunk", chunk, 1), whole("horizon", horizon, 1)
         self.first_chunk = self.chunk if first_chunk is None else whole("first_chunk", first_chunk, 1)
         self.schedule = Schedule() if schedule is None else schedule
-        require(isinstance(self.schedule, Schedule), f"schedule must be a Schedule, got {schedule!r}")
+        require(isinstance(self.schedule, Schedule), f"schedule must be a Schedule, got {shown(schedule)}")
         for name, call in (("text_encoder", text_encoder), ("encoder", encoder), ("decoder", decoder)):
-            require(call is None or callable(call), f"{name} must be callable, got {call!r}")
+            require(call is None or callable(call), f"{name} must be callable, got {shown(call)}")
         self.backend, self.backend_choice = open_backend(
             backend, model.device, head_dim=model.config.head_dim, dtype=model.dtype
         )  # fmt: skip
         self.backend_name = self.backend_choice.name
+        self._made_for = model.dtype, model.device
         if model.device.type == "cuda" and callable(stack := getattr(model, "stack_products", None)):
             stack()
         require(isinstance(graphs, bool), f"graphs must be True or False, got {graphs!r}")
@@ -100,6 +102,9 @@ class Engine:
         where = f"{str(model.dtype).removeprefix('torch.')} on {model.device}"
         loop = f"backend {self.backend_name!r}, chunks of {self.chunk}, latents of {self.size[0]}x{self.size[1]}"
         return f"Engine({type(model).__name__} of {sizes}, {where}; {loop})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("an Engine is not copied: its sessions share it, in one process; load another for another")
 
     @classmethod
     def from_pretrained(
@@ -254,7 +259,7 @@ class Engine:
             return prompt
         texts = isinstance(prompt, Sequence) and all(isinstance(text, str) for text in prompt)
         wanted = "a text, several, or an embedding (a tensor [B, L, text_dim])"
-        require(texts, f"prompt must be {wanted}, got {type(prompt).__name__}: {prompt!r:.80}")
+        require(texts, f"prompt must be {wanted}, got {shown(prompt)}")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if self.text_encoder is None:
             raise ValueError("this engine has no text encoder: pass the prompt's embedding [B, L, text_dim]")
@@ -292,13 +297,18 @@ class Engine:
             preset: The method: a name, or a ``Preset``.
             seed: Of the preset's noise, >= 0; video b of a batch has seed + b.
             frames: Latent frames to make, None for no end; policies that depend on the length of the video need it.
+                Chunks are whole: the last one may go beyond it.
             size: Height and width of a latent frame; the engine's by default.
             noise: Replaces the preset's noise.
             first_chunk: Frames of the first chunk; the engine's by default.
 
         Raises:
-            ValueError: Before any work: an argument is of another kind, or preset, size or prompt do not fit the model.
+            ValueError: Before any work: an argument is of another kind, preset, size or prompt do not fit the model, or
+                the model was cast or moved after the engine was made.
         """
+        (dtype, device), (cast_to, moved_to) = self._made_for, (self.model.dtype, self.model.device)
+        same = (dtype, device) == (cast_to, moved_to)  # the backend was chosen for these
+        require(same, f"the model must stay {dtype} on {device}, got {cast_to} on {moved_to}: make the engine last")
         return Session(
             self, prompt, preset=preset, seed=seed, frames=frames, size=size, noise=noise, first_chunk=first_chunk
         )

@@ -50,7 +50,7 @@ def all_finite(*tensors: Tensor) -> Tensor:
     """
     floating = [tensor.detach() for tensor in tensors if tensor.is_floating_point() and tensor.numel()]
     if not floating:
-        return torch.ones((), dtype=torch.bool)
+        return torch.ones((), dtype=torch.bool, device=tensors[0].device if tensors else "cpu")
     return torch.stack([torch.isfinite(torch.stack(torch.aminmax(tensor))).all() for tensor in floating]).all()
 
 

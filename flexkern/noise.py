@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flexkern.ahead import Ahead
+from flexkern.checks import shown
 from flexkern.policies import NoisePolicy
 from flexkern.state import State, nest, within
 
@@ -56,6 +57,12 @@ class PolicyNoise(Ahead[Draw, Tensor, State]):
     def renoise(self, frames: Sequence[int], step: int) -> Tensor:
         return self._ask((tuple(frames), step))
 
+    def restart(self) -> None:
+        """Let the next frames begin their sequences: the video was given frames that were not drawn."""
+        self.forget()
+        for source in self.sources:
+            source.restart()
+
     def restore(self, state: Mapping[str, Any]) -> None:
         self.forget()
         self._go_back(state)
@@ -99,6 +106,10 @@ class ResearchNoise:
         generator: torch.Generator,
         dtype: torch.dtype = torch.bfloat16,
     ):
+        sized = isinstance(shape, tuple | list) and len(shape) == 5
+        if not isinstance(generator, torch.Generator) or not sized:
+            got = f"{shown(shape)} and {shown(generator)}"
+            raise TypeError(f"expected a shape [B, F, C, h, w] and a torch.Generator, got {got}")
         self.generator, self.dtype = generator, dtype
         self.video = self._draw(shape)
 

@@ -77,8 +77,8 @@ def make_plan(
             f"got {len(write_slots)} and {len(read_slots)} slots"
         )
     return ChunkPlan(
-        write_slots=torch.tensor(write_slots, dtype=torch.int32),
-        read_slots=torch.tensor(read_slots, dtype=torch.int32),
+        write_slots=torch.tensor(write_slots, dtype=torch.int32, device="cpu"),
+        read_slots=torch.tensor(read_slots, dtype=torch.int32, device="cpu"),
         turn=turns(query[:, None] - key),
         query_turn=turns(query),
         key_turn=turns(key),

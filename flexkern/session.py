@@ -20,7 +20,7 @@ from torch import Tensor
 from flexkern.backends import Backend
 from flexkern.cache import FrameCache
 from flexkern.capture import Recorder
-from flexkern.checks import require, whole, whole_pair
+from flexkern.checks import latent_size, require, shown, whole
 from flexkern.finite import HANDED_IN, Watch, validate_finite
 from flexkern.graphs import Passes
 from flexkern.memory import PagedMemory
@@ -55,6 +55,10 @@ class Chunk:
     """uint8 [B, pictures, height, width, 3]; None where the engine has no decoder"""
     spent: Spent | None = None
     """what its steps took; None for what was given"""
+
+    def __repr__(self) -> str:
+        pixels = None if self.pixels is None else list(self.pixels.shape)
+        return f"Chunk({self.index}, frames {self.frames}, latents {list(self.latents.shape)}, pixels {pixels})"
 
 
 class Loop(Protocol):
@@ -93,12 +97,13 @@ class Session:
         first_chunk: int | None = None,
     ):  # fmt: skip
         self.engine, self.preset = engine, get_preset(preset)
-        self.size = engine.size if size is None else whole_pair("size", size)
+        self.size = engine.size if size is None else latent_size(size)
         self.first_chunk = engine.first_chunk if first_chunk is None else whole("first_chunk", first_chunk, 1)
         self.target = frames = None if frames is None else whole("frames", frames, 1)
         seed = whole("seed", seed)
         draws = noise is None or all(callable(getattr(noise, name, None)) for name in ("initial", "renoise"))
-        require(draws, f"noise must have initial() and renoise(), got {noise!r}; a preset's is its field noise.kind")
+        wanted = "noise must have initial() and renoise()"
+        require(draws, f"{wanted}, got {shown(noise)}; a preset's is its field noise.kind")
         model, config = engine.model, engine.model.config
         rows, columns = model.grid(*self.size)
         bands, heads = band_split(config.head_dim)[0], config.num_heads
@@ -137,6 +142,9 @@ class Session:
         made = f"{self.next_frame} of {self.target if self.target is not None else 'any number of'} frames"
         videos = f"{self.batch} video{'s' * (self.batch > 1)} of {self.size[0]}x{self.size[1]} latents"
         return f"Session(preset {self.preset.name!r}, {made} in {self.chunks} chunks, {videos})"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a Session is not copied: begin another, and let it restore() the state() of this one")
 
     @property
     def cache(self) -> FrameCache:
@@ -204,14 +212,16 @@ class Session:
 
         Args:
             given: Latents [B, n, C, h, w], or pictures, uint8 [B, pictures, height, width, 3]. n, the number of latent
-                frames, must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet.
+                frames, must be whole chunks, the first of ``first_chunk`` frames where nothing was made yet. Noise that
+                is correlated in time begins anew after them.
 
         Returns:
             What was given, as a chunk of index -1. The decoder has seen it too, so that what follows is decoded as its
             continuation.
 
         Raises:
-            ValueError: It is no such tensor, its shape does not fit, or there is no encoder for pictures.
+            ValueError: It is no such tensor, its shape does not fit, it is longer than the video was to be, or there
+                is no encoder for pictures.
             NotFiniteError: What is given, or what encoder or decoder make of it, is not finite.
         """
         floating = isinstance(given, Tensor) and (given.is_floating_point() or given.dtype == torch.uint8)
@@ -236,12 +246,17 @@ class Session:
                 f"latents must be whole chunks of {self.engine.chunk} frames (the first of a video "
                 f"{self.first_chunk}), got {latents.shape[1]} frames"
             )
+        whole_video = self.target is None or self.next_frame + latents.shape[1] <= self.target
+        begun = f"{self.next_frame} are there, and {latents.shape[1]} are given"
+        require(whole_video, f"the video was to have {self.target} frames: {begun}")
         if latents is given:
             validate_finite("the given latents", latents, advice=HANDED_IN)
         else:
             advice = "its weights may be damaged" if latents.dtype == torch.float32 else "try it in float32"
             validate_finite("the latents of the given pictures", latents, advice=f"the encoder made them: {advice}")
         latents, first = ordinary(latents.to(self.engine.model.device)), self.next_frame
+        if self._drawn is not None:
+            self._drawn.restart()
         for block in latents.split(sizes, dim=1):
             frames = list(range(self.next_frame, self.next_frame + block.shape[1]))
             self._finish(block, frames, self._prepare(frames))

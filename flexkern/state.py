@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from flexkern.checks import shown
+
 State = dict[str, Any]
 
 
@@ -16,7 +18,9 @@ def nest(name: str, state: Mapping[str, Any]) -> State:
 
 
 def within(name: str, state: Mapping[str, Any]) -> State:
-    """The entries that ``nest`` put under ``name.``."""
+    """The entries that ``nest`` put under ``name.``. Raises TypeError for what is no state."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"a state is a mapping, as state() returns it, got {shown(state)}")
     return {key[len(name) + 1 :]: value for key, value in state.items() if key.startswith(f"{name}.")}
 
 

@@ -61,7 +61,7 @@ def live(engine: Engine, preset: str | Preset) -> None:
     many there are.
     """
     config = engine.model.config
-    text = torch.randn(1, config.text_len, config.text_dim)
+    text = torch.randn(1, config.text_len, config.text_dim, device="cpu")
     full = math.ceil(get_preset(preset).retention.capacity / engine.chunk) + 1
     frames = engine.first_chunk + engine.chunk * (2 * full + 2)
     session = engine.session(text, preset=preset, frames=frames)

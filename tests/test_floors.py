@@ -19,6 +19,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
         "flexkern.capture",
         "flexkern.plan",
         "flexkern.modes",
+        "flexkern.untraced",
         "flexkern.ahead",
         "flexkern.noise",
         "flexkern.state",

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexkern.backends import generations
+from flexkern.checks import did_you_mean
 from flexkern.kernels import lacking
 from flexkern.plan import ChunkPlan
 
@@ -168,7 +169,8 @@ def get_backend(
     """
     if why := why_not(name, device, head_dim=head_dim, dtype=dtype):
         there = "; ".join(f"{known} ({doc})" for known, doc in BACKENDS.items() if why_not(known, device) is None)
-        raise ValueError(f"backend {name!r} is not there: {why}. There is {there}")
+        meant = "" if name in BACKENDS else did_you_mean(name, ("auto", *BACKENDS))
+        raise ValueError(f"backend {name!r} is not there: {why}. There is {there}{meant}")
     return cast(Backend, import_module(f".{name.replace('-', '_')}", __name__))
 
 

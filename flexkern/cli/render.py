@@ -131,7 +131,7 @@ class Render(Flags):
         self.model = chosen_model(self.model, self.config_path, self.weights)
         base = base_preset(self.preset, self.model, research)
         overrides = chosen_overrides(self, base, research, setting.overrides)
-        preset = get_preset(base.name, overrides)
+        preset = get_preset(base.name).override(overrides)
         if idle := without_effect(preset, overrides, research):
             note(idle)
         videos = chosen_videos(self, preset, research, setting.inline)

@@ -51,7 +51,7 @@ class Warmup:
     def run(self) -> int:
         with refusing(ValueError, OSError, NotImplementedError):
             base = base_preset(self.preset, self.model, None)
-            preset = get_preset(base.name, chosen_overrides(self, base, None))
+            preset = get_preset(base.name).override(chosen_overrides(self, base, None))
             device = self.chosen_device()
             config, family, dtype = self.sizes(device)
 

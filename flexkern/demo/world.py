@@ -101,7 +101,7 @@ def embed_phrases(phrases: Sequence[Sequence[str]], known: Sequence[str], length
     Each word is one-hot among the known ones, beside it the words of its phrase and which phrase that is: what a
     contextual encoder would know, so that cross-attention can tell whose colour a colour is.
     """
-    rows = torch.zeros(length, dim)
+    rows = torch.zeros(length, dim, device="cpu")
     at = 0
     for number, phrase in enumerate(phrases):
         words = [known.index(word) for word in phrase]

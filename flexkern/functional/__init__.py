@@ -1,8 +1,8 @@
 """Attention for other people's code: functions of tensors over one operator, ``torch.ops.flexkern.frame_attention``.
 
-torch.compile (fullgraph) and torch.export keep the operator whole. The device of the tensors alone decides what runs:
-on CUDA the Triton kernel ``flexkern.kernels.attention.portable``, on a CPU torch's scaled_dot_product_attention over
-turned keys. Other devices raise. Inference only: there is no backward.
+torch.compile (fullgraph) and torch.export keep the operator whole; positions are work of the host, beside the graph.
+The device of the tensors alone decides what runs: on CUDA the Triton kernel ``flexkern.kernels.attention.portable``, on
+a CPU torch's scaled_dot_product_attention over turned keys. Other devices raise. Inference only: there is no backward.
 
 One rule of dtypes, compiled or not: query, key and value are taken in the one dtype that they have; under
 torch.autocast they are cast to its dtype first, as F.scaled_dot_product_attention does.
@@ -18,18 +18,15 @@ import torch
 from torch import Tensor
 
 from flexkern.kernels.reference import split_pairs
-from flexkern.plan import band_split, place_angles, turns
+from flexkern.plan import band_split, place_angles
 from flexkern.policies import PositionPolicy, Preset
 
 from . import operator as operator  # registers torch.ops.flexkern.frame_attention
+from .host import on_host, plan_frames
 from .validate import (
     count_frames,
     dtype_of,
     frames_known,
-    hide_later,
-    list_frames,
-    position_of,
-    refuse_compiling,
     take_number,
     take_scale,
     take_slots,
@@ -86,8 +83,8 @@ def attention(
         enable_gqa: Key and value may have fewer heads, which divide H: consecutive query heads share one.
         tokens: S; derived where query_frames, turn or bias tell how many frames there are, checked where both do.
         query_frames: Indices in time of the F frames, together with key_frames: a sequence, an array or a tensor. The
-            angles are then those of ``policy``, computed on the host. Inside torch.compile pass the result of
-            ``frame_turns`` instead.
+            angles are then those of ``policy``, computed on the host, where torch.compile breaks its graph: for one
+            graph, and for torch.export, pass the result of ``frame_turns`` instead.
         key_frames: Indices in time of the R frames.
         policy: A ``PositionPolicy``, a preset or its name, only with frames; if not given "self-forcing", as trained.
         target: Frames of the whole video, if known, only with frames.
@@ -115,13 +112,12 @@ def attention(
     query, key, value = (x.to(dtype_of(x)) for x in (query, key, value))
     policy_scale: Tensor | float = 1.0
     if query_frames is not None and key_frames is not None:
-        refuse_compiling()
-        at, seen = list_frames("query_frames", query_frames), list_frames("key_frames", key_frames)
-        turn, policy_scale = frame_turns(
-            at, seen, head_dim=query.shape[-1], heads=query.shape[2],
-            policy="self-forcing" if policy is None else policy, target=target, device=query.device,
+        turn, policy_scale, hidden = on_host(
+            plan_frames, query_frames, key_frames, bias if is_causal else None, head_dim=query.shape[-1],
+            heads=query.shape[2], policy="self-forcing" if policy is None else policy, target=target,
+            device=query.device, is_causal=bool(is_causal),
         )  # fmt: skip
-        bias = hide_later(at, seen, bias, query.device) if is_causal else bias
+        bias = hidden if is_causal else bias
     tokens = None if tokens is None else validate_count("tokens", tokens)
     frames, read, tokens = count_frames(query, key, tokens, frames_known(turn, bias))
     logit_scale = take_scale(logit_scale, frames, query.device) * policy_scale
@@ -215,7 +211,7 @@ def frame_turns(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What ``attention`` needs to know of frames at these indices under a policy.
 
-    Angles are computed in float64 on the host, and reduced mod 2 pi.
+    Angles are computed in float64 on the host, and reduced mod 2 pi; torch.compile breaks its graph here.
 
     Args:
         query_frames: Indices in time of the F query frames: a sequence, an array or a tensor.
@@ -232,19 +228,13 @@ def frame_turns(
     Raises:
         ValueError: An argument does not fit, or as ``PositionPolicy.phases``.
         TypeError: Frames are not integers.
-        NotImplementedError: It is called inside torch.compile.
+        NotImplementedError: It is called inside torch.export.
     """
-    refuse_compiling()
-    query_frames, key_frames = list_frames("query_frames", query_frames), list_frames("key_frames", key_frames)
-    for name, count in (("head_dim", head_dim), ("heads", heads), ("target", 1 if target is None else target)):
-        validate_count(name, count)
-    if head_dim % 2:
-        raise ValueError(f"head_dim must be even, got {head_dim}")
-    phases = position_of(policy).phases(
-        query=query_frames, visible=key_frames, bands=band_split(head_dim)[0], heads=heads, target=target
-    )
-    query, key = torch.from_numpy(phases.query), torch.from_numpy(phases.key)
-    return turns(query[:, None] - key).to(device), torch.from_numpy(phases.logit_scale).float().to(device)
+    turn, logit_scale, _ = on_host(
+        plan_frames, query_frames, key_frames, None, head_dim=head_dim, heads=heads, policy=policy, target=target,
+        device=device, is_causal=False,
+    )  # fmt: skip
+    return turn, logit_scale
 
 
 def turn_place(x: Tensor, rows: int, columns: int, *, pairs: Pairs) -> Tensor:

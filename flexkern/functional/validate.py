@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexkern.finite import all_finite
 from flexkern.plan import band_split
-from flexkern.policies import PositionPolicy, Preset, get_preset
+from flexkern.policies import position_of
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 CUDA_HEAD_DIMS = 64, 128
@@ -78,24 +78,9 @@ def validate_time(
         )
 
 
-def refuse_compiling() -> None:
-    """Raise inside torch.compile, which would bake the angles of one chunk into the graph."""
-    if torch.compiler.is_compiling():
-        raise NotImplementedError("angles come from the host: call frame_turns outside of torch.compile and pass turn")
-
-
-def position_of(policy: object) -> PositionPolicy:
-    """The positions of a policy, of a preset or of the preset of that name; raise where there is none."""
-    if isinstance(policy, PositionPolicy):
-        return policy
-    if not isinstance(policy, (str, Preset)):
-        raise TypeError(f"policy must be a PositionPolicy, a Preset or its name, got {type(policy).__name__}")
-    return get_preset(policy).position
-
-
 def hide_later(query_frames: list[int], key_frames: list[int], bias: Tensor | None, device: torch.device) -> Tensor:
     """bias [F, R], or zeros, with -inf where the key's frame is later than the query's."""
-    query, key = torch.tensor(query_frames), torch.tensor(key_frames)
+    query, key = (torch.tensor(frames, device="cpu") for frames in (query_frames, key_frames))
     if bias is None:
         bias = torch.zeros(len(query), len(key), device=device)
     validate_tensor("bias", bias, "[F, R]", [len(query), len(key)], torch.float32, device)
@@ -107,6 +92,7 @@ def take_scale(logit_scale: Tensor | float | None, frames: int, device: torch.de
     if isinstance(logit_scale, Tensor):
         if logit_scale.ndim:
             validate_tensor("logit_scale", logit_scale, "[F]", [frames], torch.float32, device)
+        refuse_gradient("logit_scale", logit_scale)
         return logit_scale.to(device, torch.float32).expand(frames)
     number = 1.0 if logit_scale is None else take_number("logit_scale", logit_scale, ", or a float32 tensor [F]")
     return torch.full((frames,), number, dtype=torch.float32, device=device)
@@ -165,6 +151,7 @@ def validate_tensor(
         raise ValueError(f"{name} must be {letters} = {list(shape)}, got {list(x.shape)}")
     if (x.dtype, x.device) != (dtype, device):
         raise ValueError(f"{name} must be {dtype} on {device}, got {x.dtype} on {x.device}")
+    refuse_gradient(name, x)
 
 
 def validate_tensors(
@@ -180,8 +167,9 @@ def validate_tensors(
             raise ValueError(f"{name} must be {layout}, not empty, got {list(x.shape)}")
         if (dtype_of(x), x.device) != (dtype_of(query), query.device):
             raise ValueError(f"{name} must be {query.dtype} on {query.device} as query is, got {x.dtype} on {x.device}")
-        if x.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(f"{name} requires a gradient, and there is no backward: use torch.no_grad()")
+        refuse_gradient(name, x)
+        if x.layout != torch.strided:
+            raise NotImplementedError(f"{name} must be a dense tensor, got one of {x.layout}")
         validate_heads(name, x, query, enable_gqa)
     (key_name, key), (value_name, value) = others.items()
     if key.shape != value.shape:
@@ -198,6 +186,12 @@ def validate_tensors(
         )
 
 
+def refuse_gradient(name: str, x: Tensor) -> None:
+    """Raise where a gradient would be lost on the way."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} requires a gradient, and there is no backward: use torch.no_grad()")
+
+
 def validate_heads(name: str, x: Tensor, query: Tensor, enable_gqa: bool) -> None:
     """Raise unless x has the batch, the head dim and the heads of query, or with enable_gqa heads that divide them."""
     heads, others = query.shape[-2], x.shape[-2]
@@ -206,11 +200,17 @@ def validate_heads(name: str, x: Tensor, query: Tensor, enable_gqa: bool) -> Non
         raise ValueError(expected)
     if heads == others or (enable_gqa and heads % others == 0):
         return
-    if x.shape[-3] == query.shape[-3]:
-        expected += f"; if heads come first, pass x.transpose({x.ndim - 3}, {x.ndim - 2}) of each"
+    ways = []
     if enable_gqa:
-        raise ValueError(f"{expected}: with enable_gqa its heads must divide those of query")
-    raise ValueError(expected + ("; if query heads share them, pass enable_gqa=True" if heads % others == 0 else ""))
+        ways.append("with enable_gqa its heads must divide those of query")
+    elif heads % others == 0 and others <= MOST_HEADS:
+        ways.append("if query heads share them, pass enable_gqa=True")
+    way = f"pass x.transpose({x.ndim - 3}, {x.ndim - 2})"
+    if x.shape[-3] == query.shape[-3]:
+        ways.append(f"if heads come first, {way} of each")
+    elif x.shape[-3] == heads or query.shape[-3] == others:
+        ways.append(f"if heads come first in one of them, {way} of that")
+    raise ValueError("; ".join((expected, *ways)))
 
 
 def validate_plan(query: Tensor, slots: Tensor, turn: Tensor, logit_scale: Tensor, bias: Tensor | None) -> None:

@@ -12,7 +12,9 @@ that returns a ``PagedMemory``. Source: diffusers 0.42.1, models/transformers/tr
 """
 
 from collections.abc import Callable, Sequence
+from threading import Lock
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from flexkern.plan import BASE, ChunkPlan, PlanBuffers, band_split, make_plan, p
 from flexkern.policies import Preset, get_preset
 
 TRIED = "0.42.1"
+_IN_USE: "WeakKeyDictionary[nn.Module, Lock]" = WeakKeyDictionary()  # transformers that sessions of any engine share
 
 
 class PagedProcessor:
@@ -120,6 +123,14 @@ class ClipMemory:
         self.plans: dict[tuple[int, int, int, torch.device], ChunkPlan] = {}
 
     def __call__(self, latents: Tensor) -> PagedMemory:
+        if torch.compiler.is_compiling():
+            from flexkern.untraced import call
+
+            return call(self._begin, latents)
+        return self._begin(latents)
+
+    def _begin(self, latents: Tensor) -> PagedMemory:
+        """Empty pages for a forward of latents [B, C, F, h, w], and its plan."""
         if torch.is_grad_enabled():
             raise RuntimeError("a patched transformer is for inference: call it under torch.no_grad()")
         batch, _, frames, height, width = latents.shape
@@ -149,11 +160,12 @@ class CausalTransformer:
     """A ``VideoModel`` made of diffusers' transformer, which is as it was after each call.
 
     Frames go through it as a batch of single pictures, so that each has its own timestep; only self-attention, in the
-    session's memory, joins them.
+    session's memory, joins them. Threads take turns.
     """
 
     def __init__(self, transformer: Any):
         self.transformer, self.config = transformer, _config(transformer)
+        self._turn = _IN_USE.setdefault(transformer, Lock())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -182,7 +194,7 @@ class CausalTransformer:
         batch, frames = latents.shape[:2]
         pictures = latents.to(self.dtype).flatten(0, 1).unsqueeze(2)
         prompt = text[0][0].repeat_interleave(frames, dim=0)
-        with Patch(self.transformer, lambda _: memory, range(self.config.num_layers)):
+        with self._turn, Patch(self.transformer, lambda _: memory, range(self.config.num_layers)):
             (out,) = self.transformer(pictures, timesteps.flatten(), prompt, return_dict=False)
         return None if keys_only else out.squeeze(2).unflatten(0, (batch, frames))
 
@@ -299,10 +311,11 @@ def _config(transformer: Any) -> WanConfig:
 
 def _validate_rope(rope: nn.Module, head_dim: int) -> None:
     """Raise unless the transformer turns its heads as Wan does, in every band of time, row and column."""
-    expected = torch.cat([torch.pow(BASE, -torch.arange(n, dtype=torch.float64) / n) for n in band_split(head_dim)])
+    counts = (torch.arange(n, dtype=torch.float64, device="cpu") / n for n in band_split(head_dim))
+    expected = torch.cat([torch.pow(BASE, -count) for count in counts])
     table: Tensor = getattr(rope, "freqs_cos", torch.empty(0, 0))
     rows = min(64, len(table))
-    angles = torch.arange(rows)[:, None] * expected
+    angles = torch.arange(rows, device="cpu")[:, None] * expected
     # the table may have been cast to bfloat16 along with the model
     if not rows or table.shape[1] != head_dim or (table[:rows, ::2].cpu() - angles.cos()).abs().max() > 0.01:
         raise NotImplementedError(f"the transformer's rope is not Wan's: {type(rope).__name__}; supported: base {BASE}")

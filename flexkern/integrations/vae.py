@@ -65,11 +65,26 @@ class Patch(Replaced):
             self.replace(vae.model, "clear_cache", self._clearing(vae.model.clear_cache))
         else:
             expected = "an AutoencoderKLWan, or a WanVAEWrapper with decode_to_pixel(latent, use_cache)"
-            raise ValueError(f"vae must be {expected}, got {kind.__name__}")
+            hint = "; pass its .vae" if hasattr(vae, "vae") else ""
+            raise ValueError(f"vae must be {expected}, got {kind.__name__}{hint}")
         self.replace(vae, HANDLE, self)
+        self._vae, self._parameters = vae, list(vae.parameters())  # held, so that no other ever has the id of one
+        self._weights = self._stamp()
+
+    def __repr__(self) -> str:
+        state = "in place" if vars(self._vae).get(HANDLE) is self else "undone"
+        return f"Patch({type(self._vae).__name__}, {state}: {self.decoder})"
+
+    def _stamp(self) -> list[tuple[int, torch.dtype, int]]:
+        """What changes with the VAE's weights: which they are, their dtype, how often they were written."""
+        return [(id(p), p.dtype, 0 if p.is_inference() else p._version) for p in self._vae.parameters()]
 
     def _fitting(self, latents: Tensor) -> Tensor:
-        """The latents. Raises ValueError where the VAE was moved after it was patched."""
+        """The latents. Raises ValueError where the VAE was moved, cast or loaded after it was patched."""
+        if self._stamp() != self._weights:
+            raise ValueError(
+                "the VAE's weights or their dtype changed after it was patched: unpatch and patch it again"
+            )
         if latents.device != self.decoder.device:
             raise ValueError(
                 f"the decoder is on {self.decoder.device}, latents on {latents.device}: patch the VAE last"

@@ -16,9 +16,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from flexkern.checks import shown
 from flexkern.metrics import curves, vision
 from flexkern.metrics.curves import Curve
-from flexkern.metrics.video import as_pictures, inspect_video, read_pictures
+from flexkern.metrics.video import as_array, as_pictures, inspect_video, read_pictures
 from flexkern.metrics.vision import Grey, Picture
 from flexkern.metrics.weights import BATCH, Consistency, Model, Score
 
@@ -88,6 +89,18 @@ class Report:
     summary: dict[str, float]
     events: dict[str, list[float]]
 
+    def __repr__(self) -> str:
+        figures = f"{len(self.curves)} curves, {len(self.summary)} numbers"
+        return f"Report({self.pictures} pictures at {self.fps:g} a second: {figures})"
+
+
+def validate_reports(reports: object) -> None:
+    """Raises ValueError unless there are reports, by name."""
+    if isinstance(reports, Report):
+        raise ValueError('reports must be a mapping of names to reports, got one report: pass {"video": report}')
+    if not isinstance(reports, Mapping) or not reports:
+        raise ValueError(f"reports must be a mapping of names to reports, at least one, got {shown(reports)}")
+
 
 @dataclass(slots=True)
 class Meter:
@@ -119,7 +132,7 @@ class Meter:
 
     def add(self, picture: Picture) -> None:
         """Take the next picture, uint8 [H, W, 3] in RGB. Raises ValueError where its size or dtype is another."""
-        before = self._before
+        before, picture = self._before, as_array(picture)
         if picture.ndim != 3 or picture.shape[-1] != 3 or picture.dtype != np.uint8:
             raise ValueError(f"a picture must be uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
         if before is not None and picture.shape != before[0].shape:
@@ -228,7 +241,8 @@ def measure(
     """Return the figures of a video.
 
     Args:
-        video: a file; pictures uint8 [T, H, W, 3] in RGB; or any iterable of uint8 [H, W, 3], read once.
+        video: a file; pictures uint8 [T, H, W, 3] in RGB, an array or a tensor; or any iterable of uint8 [H, W, 3],
+            read once.
         fps: pictures per second; needed for pictures, read from a file.
         sink_pictures: the first pictures, which a sink would call back: 9 are three latent frames of Wan.
         chunk_pictures: pictures that the model makes at a time.
@@ -245,7 +259,7 @@ def measure(
         fps = fps or inspect_video(video).fps
         pictures: Iterable[Picture] = read_pictures(video)
     else:
-        pictures = as_pictures(video) if isinstance(video, np.ndarray) else video
+        pictures = as_pictures(video) if hasattr(video, "dtype") else video
     if fps is None:
         raise ValueError("pictures do not say how many are shown per second: pass fps")
     meter = Meter(fps, sink_pictures, learned or {})

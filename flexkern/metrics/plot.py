@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from flexkern.metrics import curves
-from flexkern.metrics.measure import CURVES, LEARNED, Report
+from flexkern.metrics.measure import CURVES, LEARNED, Report, validate_reports
 
 try:
     import matplotlib
@@ -44,10 +44,9 @@ def plot_curves(
         title: above it all.
 
     Raises:
-        ValueError: there is no report.
+        ValueError: there is no report, or reports are not by name.
     """
-    if not reports:
-        raise ValueError("expected at least one report, got none")
+    validate_reports(reports)
     shown = _shown(list(reports.values()))
     columns = 3 if len(shown) > 4 else 2
     rows = -(-len(shown) // columns)

@@ -3,14 +3,15 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from flexkern.policies import PositionPolicy
+from flexkern.checks import whole
+from flexkern.policies import PositionPolicy, Preset, get_preset, position_of
 
 BANDS = 22  # temporal bands of Wan
 STRIDE = 4  # pictures per latent frame of Wan's VAE, after the first
 
 
 def sink_alignment(
-    position: PositionPolicy,
+    position: PositionPolicy | Preset | str,
     frames: int,
     *,
     window: int | None = None,
@@ -25,9 +26,11 @@ def sink_alignment(
     beginning, and a model may fall back to it.
 
     Args:
-        position: of a preset; theta' and what t is (a frame's index or its slot) are its own.
+        position: a preset, its name or its ``position``; theta' and what t is, a frame's index or its slot, are its
+            own.
         frames: latent frames of the video.
-        window: frames attended; needed where positions are slots, since no distance exceeds it there.
+        window: frames attended, a preset's own if not given; needed where positions are slots, since no distance
+            exceeds it there.
         chunk: latent frames computed together, which share a scale in schedule per_chunk.
         bands: temporal bands of the model.
         heads: attention heads, over which the mean goes as well where each has positions of its own.
@@ -37,12 +40,15 @@ def sink_alignment(
         float64 [frames], 1 for the first frame, in 0..1.
 
     Raises:
-        ValueError: frames or chunk is below 1, or positions are slots and there is no window of at least a chunk.
+        TypeError: position is something else.
+        ValueError: frames or chunk is no whole number of at least 1, there is no such preset, or positions are slots
+            and there is no window of at least a chunk.
 
     Source: LoL (arXiv 2601.16914), which finds collapse at maxima of the phase concentration, latents 132 and 201.
     """
-    if frames < 1 or chunk < 1:
-        raise ValueError(f"frames and chunk must be at least 1, got {frames} and {chunk}")
+    if window is None and isinstance(position, str | Preset):
+        window = get_preset(position).retention.capacity
+    position, frames, chunk = position_of(position), whole("frames", frames, 1), whole("chunk", chunk, 1)
     if position.index == "slot" and (window is None or window < chunk):
         raise ValueError(f"positions are slots: window must be given and hold a chunk of {chunk}, got {window}")
     result = np.ones(frames)

@@ -103,8 +103,14 @@ def _open(path: Path) -> Any:
     return container
 
 
-def as_pictures(pictures: np.ndarray) -> Iterator[Picture]:
-    """Yield the pictures of an array. Raises ValueError unless it is uint8 [T, H, W, 3]."""
+def as_array(pictures: Any) -> Any:
+    """A tensor of bytes as an array, wherever it is; anything else as it is."""
+    return pictures.detach().cpu().numpy() if str(getattr(pictures, "dtype", "")) == "torch.uint8" else pictures
+
+
+def as_pictures(pictures: Any) -> Iterator[Picture]:
+    """Yield the pictures of an array, or of a tensor. Raises ValueError unless it is uint8 [T, H, W, 3]."""
+    pictures = as_array(pictures)
     if pictures.ndim != 4 or pictures.shape[-1] != 3 or pictures.dtype != np.uint8:
         raise ValueError(f"pictures must be uint8 [T, H, W, 3], got {pictures.dtype} {list(pictures.shape)}")
     yield from pictures

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flexkern.metrics.measure import CURVES, LEARNED, WHOLE, Better, Metric, Report
+from flexkern.metrics.measure import CURVES, LEARNED, WHOLE, Better, Metric, Report, validate_reports
 
 ARROWS: dict[Better, str] = {"higher": "↑", "lower": "↓", "neither": ""}
 EXTRA = {"sink_distance": "of its median", "repeats": "correlation", "sink_alignment": "0..1"}
@@ -28,6 +28,7 @@ def rows(reports: Sequence[Report]) -> Iterator[tuple[str, str, Better]]:
 
 def write_summary(path: Path, reports: Mapping[str, Report]) -> None:
     """Write one line per video and number: video, metric, unit, better, value; an unknown value is left empty."""
+    validate_reports(reports)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("video", "metric", "unit", "better", "value"))
@@ -38,6 +39,7 @@ def write_summary(path: Path, reports: Mapping[str, Report]) -> None:
 
 def write_curves(path: Path, reports: Mapping[str, Report]) -> None:
     """Write one line per picture of each video: video, picture, seconds, and a column per curve."""
+    validate_reports(reports)
     columns = list(dict.fromkeys(name for report in reports.values() for name in report.curves))
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -54,6 +56,7 @@ def write_json(path: Path, reports: Mapping[str, Report]) -> None:
 
     Curves are in the CSV.
     """
+    validate_reports(reports)
     known = {metric.name: metric for metric in (*CURVES.values(), *LEARNED.values(), *WHOLE.values())}
     first = next(iter(reports.values()))
     used = {name: _described(metric) for name, metric in known.items() if name in first.summary}
@@ -71,6 +74,7 @@ def write_json(path: Path, reports: Mapping[str, Report]) -> None:
 
 def table(reports: Mapping[str, Report]) -> list[str]:
     """Return the summaries as lines of text: a row per figure, with its unit and direction, a column per video."""
+    validate_reports(reports)
     lines = [["", "", "", *reports]]
     for metric, unit, better in rows(list(reports.values())):
         values = [_short(report.summary[metric]) for report in reports.values()]

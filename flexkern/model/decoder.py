@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexkern.checks import shown
 from flexkern.finite import all_finite
 
 
@@ -77,6 +78,9 @@ class ChunkDecoder(ABC):
 
     def validate_latents(self, latents: Tensor) -> None:
         """Raises ValueError for latents of another form."""
+        if not isinstance(latents, Tensor) or not latents.is_floating_point():
+            got = latents.dtype if isinstance(latents, Tensor) else shown(latents)
+            raise ValueError(f"latents must be a floating-point tensor, got {got}")
         if latents.dim() != 5 or latents.shape[2] != self.channels or 0 in latents.shape:
             raise ValueError(f"latents must be [B, F, {self.channels}, h, w], got {list(latents.shape)}")
 

@@ -61,7 +61,7 @@ class Schedule:
         """Noise levels of the 1000 training timesteps, float32, falling."""
         import torch
 
-        s = torch.linspace(1, 0, 1001)[:-1]
+        s = torch.linspace(1, 0, 1001, device="cpu")[:-1]
         return self.shift * s / (1 + (self.shift - 1) * s)
 
     def timesteps(self, *, first_chunk: bool = False) -> list[float]:
@@ -71,7 +71,7 @@ class Schedule:
             return [float(s) for s in steps]
         import torch
 
-        table = torch.cat((self.sigmas * 1000, torch.zeros(1)))
+        table = torch.cat((self.sigmas * 1000, torch.zeros(1, device="cpu")))
         return [table[1000 - int(s)].item() for s in steps]
 
     def sigma(self, timestep: float) -> float:

@@ -83,7 +83,7 @@ class Share:
         pages: Tensor = getattr(self.cache, name)
         layers, batch, _, tokens, own, head_dim = pages.shape
         shape = layers, batch, len(slots), tokens, own * self.split.ranks, head_dim
-        held = torch.empty(shape, dtype=pages.dtype) if self.group.rank == 0 else None
+        held = torch.empty(shape, dtype=pages.dtype, device="cpu") if self.group.rank == 0 else None
         for layer, one in enumerate(pages):
             parts = self.group.gather(one[:, list(slots)].contiguous())
             if held is not None and parts is not None:

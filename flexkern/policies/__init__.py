@@ -1,10 +1,10 @@
 """Policies: pure functions that decide positions, retention and noise, and presets that combine them. NumPy only."""
 
-from .effect import idle_fields
 from .noise import NoisePolicy, NoiseSource
 from .position import Phases, PositionPolicy
-from .presets import PRESETS, LoopPolicy, Preset, SwitchPolicy, get_preset
+from .presets import PRESETS, LoopPolicy, Preset, get_preset, idle_fields, position_of
 from .retention import Blend, Kept, RetentionPolicy, SinkWindow
+from .switch import SwitchPolicy
 
 __all__ = [
     "PRESETS",
@@ -21,4 +21,5 @@ __all__ = [
     "SwitchPolicy",
     "get_preset",
     "idle_fields",
+    "position_of",
 ]

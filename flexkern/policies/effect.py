@@ -1,23 +1,11 @@
-"""Which fields of a preset do nothing, because the values of others leave them without use."""
+"""Which fields of a policy do nothing, because the values of others leave them without use."""
 
 from .noise import NoisePolicy
 from .position import PositionPolicy
-from .presets import POLICIES, Preset, SwitchPolicy
+from .switch import SwitchPolicy
 
 
-def idle_fields(preset: Preset) -> tuple[str, ...]:
-    """The dotted names of the fields that could have any other value and the videos would be the same.
-
-    Args:
-        preset: The method, with its overrides.
-
-    Returns:
-        Names as ``get_preset`` takes them, in the order of the policies and their fields.
-    """
-    return tuple(f"{policy}.{name}" for policy in POLICIES for name in _idle(getattr(preset, policy)))
-
-
-def _idle(policy: object) -> list[str]:
+def idle(policy: object) -> list[str]:
     """The fields of a policy that nothing reads at the values of the others; of one of one's own, none is known."""
     if isinstance(policy, PositionPolicy):
         slowed = policy.table is None and policy.mode not in ("none", "jitter")

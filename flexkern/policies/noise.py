@@ -134,6 +134,10 @@ class NoiseSource:
         everywhere = self.policy.apply == "initial+renoise"
         return self._draw(frames, RENOISE, step, self.policy.kind if everywhere else "iid")
 
+    def restart(self) -> None:
+        """Let the next frames begin their sequences, whichever they are: those before them were not drawn here."""
+        self._last = {}
+
     def state(self) -> dict[str, np.ndarray | int]:
         """All that a resumed render needs: the seed and, for each recursive sequence, its last index and float64 z."""
         state: dict[str, np.ndarray | int] = {"seed": self.seed}

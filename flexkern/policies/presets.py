@@ -1,39 +1,18 @@
 """Presets: every supported method's positions, retention, noise and prompt switches, under one name."""
 
 import dataclasses
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Literal
 
 from ..checks import check_fields, did_you_mean, require
+from .effect import idle
 from .noise import NoisePolicy
 from .position import PositionPolicy
 from .retention import RetentionPolicy, SinkWindow
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class SwitchPolicy:
-    """What a change of prompt does to the cached frames."""
-
-    kind: Literal["keep", "recache", "flush"] = "keep"
-    """keep: nothing; recache: run the last frames through the model again, with the new prompt; flush: drop all but the
-    sink and the last frames"""
-    recent: int | None = None
-    """how many of the last frames recache runs again, or flush keeps. None: recache runs as many as the window holds,
-    as LongLive does; flush keeps 2, as Infinity-RoPE does"""
-    keep_sink: bool = True
-    """whether a recache leaves the sink of the old prompt in place (LongLive's global_sink). If not, only frames that
-    are run again stay, and the first of them become the sink. Where those are all frames of the video so far, the sink
-    is run again either way"""
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        require(self.recent is None or self.recent >= 1, f"recent must be at least 1 frame, got {self.recent}")
-
-    def resolve(self, window: int) -> "SwitchPolicy":
-        """The same with ``recent`` as it is in use beside a window of so many frames; None where nothing uses it."""
-        in_use = {"keep": None, "recache": window, "flush": min(FLUSHED, window)}[self.kind]
-        return self if in_use is None or self.recent else dataclasses.replace(self, recent=in_use)
+from .switch import SwitchPolicy
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +49,31 @@ class Preset:
         recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
         held = recent is None or recent <= window or kind == "keep"
         require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
+
+    def override(self, overrides: Mapping[str, object]) -> "Preset":
+        """The same with single fields of its policies replaced.
+
+        Args:
+            overrides: Dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a
+                tuple.
+
+        Raises:
+            ValueError: A field is unknown (the message names those that exist), or does not take its value.
+        """
+        existing = [f"{policy}.{f.name}" for policy in POLICIES for f in dataclasses.fields(getattr(self, policy))]
+        changes: dict[str, dict[str, object]] = defaultdict(dict)
+        for dotted, value in overrides.items():
+            known = f"expected one of {', '.join(existing)}"
+            require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
+            policy, _, field = dotted.partition(".")
+            changes[policy][field] = tuple(value) if isinstance(value, list) else value
+        replaced = {policy: (getattr(self, policy), new) for policy, new in changes.items()}
+        try:
+            return dataclasses.replace(
+                self, **{p: dataclasses.replace(old, **new) for p, (old, new) in replaced.items()}
+            )
+        except TypeError as error:
+            raise ValueError(str(error)) from None
 
     def for_horizon(self, frames: int) -> "Preset":
         """The same for a model that was trained on so many latent frames, where ``position.train_len`` is None."""
@@ -120,7 +124,6 @@ class Preset:
         return found
 
 
-FLUSHED = 2  # frames that Infinity-RoPE keeps beside its sink, whatever its window
 POLICIES = ("position", "retention", "noise", "switch")  # whose fields can be overridden
 
 IID = NoisePolicy(kind="iid")
@@ -228,31 +231,52 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 def get_preset(name: str | Preset, overrides: Mapping[str, object] | None = None) -> Preset:
     """The preset of that name, or the given one, with single fields of its policies replaced.
 
+    Overrides that change no video, because the values of other fields leave them without use, are told as a warning.
+
     Args:
         name: A key of ``PRESETS``, or a preset.
-        overrides: Dotted names to values, ``{"position.alpha": 0.3, "retention.sink": 6}``; a list stands for a tuple.
+        overrides: As ``Preset.override`` takes them.
 
     Returns:
         A new preset where there are overrides.
 
     Raises:
-        ValueError: The preset or a field is unknown (the message names those that exist), or a field does not take its
-            value.
+        ValueError: The preset is unknown (the message names those that exist), or as ``Preset.override``.
     """
     if not isinstance(name, Preset):
         known = f"expected one of {', '.join(PRESETS)}"
         require(isinstance(name, str) and name in PRESETS, f"no preset {name!r}: {known}{did_you_mean(name, PRESETS)}")
     base = name if isinstance(name, Preset) else PRESETS[name]
-    existing = [f"{policy}.{field.name}" for policy in POLICIES for field in dataclasses.fields(getattr(base, policy))]
-    changes: dict[str, dict[str, object]] = defaultdict(dict)
-    for dotted, value in (overrides or {}).items():
-        known = f"expected one of {', '.join(existing)}"
-        require(dotted in existing, f"no field {dotted!r}: {known}{did_you_mean(dotted, existing)}")
-        policy, _, field = dotted.partition(".")
-        changes[policy][field] = tuple(value) if isinstance(value, list) else value
-    try:
-        return dataclasses.replace(
-            base, **{policy: dataclasses.replace(getattr(base, policy), **new) for policy, new in changes.items()}
-        )
-    except TypeError as error:
-        raise ValueError(str(error)) from None
+    if not overrides:
+        return base
+    preset = base.override(overrides)
+    said = [dotted for dotted in idle_fields(preset) if dotted in overrides]
+    if lost := [dotted for dotted in said if attrgetter(dotted)(preset) != attrgetter(dotted)(base)]:
+        warnings.warn(f"without effect in {preset.name}: {', '.join(lost)}", stacklevel=2)
+    return preset
+
+
+def position_of(policy: object) -> PositionPolicy:
+    """The positions of a policy, of a preset or of the preset of that name.
+
+    Raises:
+        TypeError: It is none of these.
+        ValueError: There is no such preset.
+    """
+    if isinstance(policy, PositionPolicy):
+        return policy
+    if not isinstance(policy, (str, Preset)):
+        raise TypeError(f"policy must be a PositionPolicy, a Preset or its name, got {type(policy).__name__}")
+    return get_preset(policy).position
+
+
+def idle_fields(preset: Preset) -> tuple[str, ...]:
+    """The dotted names of the fields that could have any other value and the videos would be the same.
+
+    Args:
+        preset: The method, with its overrides.
+
+    Returns:
+        Names as ``get_preset`` takes them, in the order of the policies and their fields.
+    """
+    return tuple(f"{policy}.{name}" for policy in POLICIES for name in idle(getattr(preset, policy)))

@@ -45,7 +45,7 @@ def base_preset(name: str | None, model: str, research: Research | None) -> Pres
         from flexkern.model.families import FAMILIES
 
         name = FAMILIES[model].preset
-    return get_preset(name or PRESET, research.policies if research else None)
+    return get_preset(name or PRESET).override(research.policies if research else {})
 
 
 def chosen_model(model: str, config: str | Path | None, weights: str | Path | None) -> str:

@@ -68,7 +68,7 @@ class Order:
     @property
     def method(self) -> Preset:
         """The preset with its overrides."""
-        return get_preset(self.preset, self.overrides)
+        return get_preset(self.preset).override(self.overrides)
 
     @property
     def idle(self) -> tuple[str, ...]:

@@ -125,7 +125,7 @@ class JobSpec:
             get_preset(self.preset or "flex")
         if self.preset is not None:
             with said_of("overrides"):
-                get_preset(self.preset, self.overrides)
+                get_preset(self.preset).override(self.overrides)
 
     @property
     def target(self) -> Path:

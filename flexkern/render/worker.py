@@ -271,7 +271,7 @@ class Worker:
             validate_for_demo(given_of(spec))
         base = base_preset(spec.preset, model, research)
         overrides = dict(research.policies if research else {}) | dict(spec.overrides)
-        preset = get_preset(base.name, overrides)
+        preset = get_preset(base.name).override(overrides)
         shown = shown_of(spec)
         family, weights = chosen_family(spec, research), chosen_weights(spec)
         script, pictures, told = timed(shown, spec, family, research)

@@ -200,7 +200,7 @@ def test_options_without_effect_have_none(name):
     changed = {"noise.rho": 0.5, "noise.weight": 0.5, "noise.window": 8, "position.alpha": 0.3, "position.beta": 3.0}
     changed |= {"position.scale": 2.0, "position.riflex_band": 1, "position.jitter_sigma": 0.1}
     for dotted, value in changed.items():
-        other, option = get_preset(name, {dotted: value}), f"--{dotted.replace('_', '-')}"
+        other, option = get_preset(name).override({dotted: value}), f"--{dotted.replace('_', '-')}"
         frames = {"query": [60, 61, 62], "visible": [0, *range(45, 63)], "bands": 22, "heads": 2}
         phases = [one.position.phases(**frames) for one in (preset, other)]
         noises = [one.noise.source(0, shape=(2,)) for one in (preset, other)]

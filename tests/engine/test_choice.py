@@ -160,7 +160,7 @@ def test_an_engine_refuses_a_named_backend_before_anything_runs():
 def test_a_name_is_checked_before_the_model_is_known():
     validate_backend(AUTO, "cpu")
     validate_backend("sdpa")
-    with pytest.raises(ValueError, match="'autos' is not there: no backend has that name"):
+    with pytest.raises(ValueError, match="'autos' is not there: no backend has that name.+ did you mean 'auto'"):
         validate_backend("autos")
 
 

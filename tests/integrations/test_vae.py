@@ -1,5 +1,7 @@
 """Patched VAEs of diffusers and of Self-Forcing's kind make the pictures they made before, and can be given back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -113,3 +115,38 @@ def test_memory_is_bounded_by_the_patch(module, z):
         pytest.raises(ValueError, match=r"memory must be at least 0.00\d* GB for 2 videos .* got 1e-05 GB"),
     ):
         module.decode(z)
+
+
+def change(module, how):
+    """Weights that are not those of the patch any more."""
+    other = AutoencoderKLWan(base_dim=8).state_dict()
+    if how == "loaded":
+        module.load_state_dict(other)
+    elif how == "assigned":
+        module.load_state_dict(other, assign=True)
+    elif how == "cast":
+        module.to(torch.bfloat16)
+    else:
+        with torch.no_grad():
+            module.post_quant_conv.weight.mul_(2)
+
+
+@pytest.mark.parametrize("how", ["loaded", "assigned", "cast", "trained"])
+def test_the_old_weights_do_not_go_on_in_silence(module, z, how):
+    handle = vae.patch(module)
+    assert repr(handle).startswith("Patch(AutoencoderKLWan, in place: WanDecoder(float32 on cpu")
+    module.decode(z)
+    change(module, how)
+    z = z.to(next(module.parameters()).dtype)
+    with pytest.raises(ValueError, match="changed after it was patched: unpatch and patch it again"):
+        module.decode(z)
+    vae.unpatch(module)
+    assert "undone" in repr(handle)
+    own = module.decode(z).sample
+    with vae.patch(module):
+        assert (module.decode(z).sample - own).abs().max() < (0.1 if how == "cast" else 1e-4)
+
+
+def test_a_pipeline_is_told_to_hand_over_its_vae(module):
+    with pytest.raises(ValueError, match="got SimpleNamespace; pass its .vae"):
+        vae.patch(SimpleNamespace(vae=module))

@@ -186,8 +186,14 @@ def test_alignment_follows_a_preset():
     assert found[:6] == pytest.approx(sink_alignment(PLAIN, 6)) and found[48:51] == pytest.approx(found[3:6])
     with pytest.raises(ValueError, match="positions are slots: window must be given and hold a chunk of 3, got None"):
         sink_alignment(slots, 100)
-    with pytest.raises(ValueError, match="frames and chunk must be at least 1, got 0 and 3"):
+    with pytest.raises(ValueError, match="frames must be a whole number >= 1, got 0"):
         sink_alignment(PLAIN, 0)
+    with pytest.raises(ValueError, match="no preset 'flx'.+did you mean 'flex'"):
+        sink_alignment("flx", 9)
+    with pytest.raises(TypeError, match="policy must be a PositionPolicy, a Preset or its name, got SinkWindow"):
+        sink_alignment(PRESETS["flex"].retention, 9)
+    for preset in ("infinity-rope", PRESETS["infinity-rope"]):
+        assert np.array_equal(sink_alignment(preset, 100), found)
 
 
 def test_frames_and_pictures():

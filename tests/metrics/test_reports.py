@@ -3,6 +3,7 @@
 import csv
 import json
 import weakref
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,7 +19,17 @@ from matplotlib.text import Text
 
 from flexkern.cli.metrics import Metrics
 from flexkern.cli.sheet import Sheet
-from flexkern.metrics import contact_sheet, inspect_video, measure, pictures_at, read_pictures
+from flexkern.metrics import (
+    contact_sheet,
+    inspect_video,
+    measure,
+    pictures_at,
+    read_pictures,
+    table,
+    write_curves,
+    write_json,
+    write_summary,
+)
 from flexkern.metrics.plot import clock, plot_curves
 from flexkern.metrics.sheet import moments
 from flexkern.render import VideoWriter
@@ -32,6 +43,33 @@ def files(tmp_path_factory):
         with VideoWriter(folder / f"{name}.mp4", 96, 64, fps=FPS) as writer:
             writer.write(pictures)
     return folder / "long.mp4", folder / "short.mp4"
+
+
+def test_tensors_are_pictures_too():
+    """A session's chunks are: what measures their array measures them, and the error names what is wrong."""
+    torch, pictures = pytest.importorskip("torch"), clean()[: 2 * CHUNK]
+    found = measure(pictures, fps=FPS)
+    for given in (torch.from_numpy(pictures), list(torch.from_numpy(pictures))):
+        assert measure(given, fps=FPS).summary == pytest.approx(found.summary, nan_ok=True)
+    for wrong in (torch.from_numpy(pictures)[None], torch.from_numpy(pictures).float(), torch.zeros(24, 3, 64, 96)):
+        with pytest.raises(ValueError, match=r"pictures must be uint8 \[T, H, W, 3\], got (torch.float32|uint8) \["):
+            measure(wrong, fps=FPS)
+
+
+def test_reports_come_by_name(tmp_path):
+    report = measure(clean()[: 2 * CHUNK], fps=FPS)
+    shown = (
+        f"Report({2 * CHUNK} pictures at {FPS} a second: {len(report.curves)} curves, {len(report.summary)} numbers)"
+    )
+    assert repr(report) == shown
+    writers = [partial(write, tmp_path / "a") for write in (plot_curves, write_curves, write_json, write_summary)]
+    for use in (*writers, table):
+        with pytest.raises(ValueError, match='got one report: pass {"video": report}'):
+            use(report)
+        for wrong in ({}, [report], None):
+            with pytest.raises(ValueError, match="reports must be a mapping of names to reports, at least one, got"):
+                use(wrong)
+    assert not any(tmp_path.iterdir())
 
 
 def run(command, *words, capsys):

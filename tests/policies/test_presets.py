@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import FrozenInstanceError, fields, replace
 
 import numpy as np
@@ -64,11 +65,12 @@ def test_an_endless_session_needs_no_target(name):
 
 
 def test_overrides():
-    changes = {"position.alpha": 0.3, "position.beta": 2, "retention.sink": 6, "noise.kind": "iid", "switch.recent": 4}
+    changes = {"position.alpha": 0.3, "position.beta": 2, "retention.sink": 6, "noise.kind": "iid"}
+    changes |= {"switch.kind": "flush", "switch.recent": 4}
     it = get_preset("flex", changes)
     assert it.position == replace(PRESETS["flex"].position, alpha=0.3, beta=2)
     assert it.retention == SinkWindow(sink=6, window=21)
-    assert it.noise.kind == "iid" and it.switch == SwitchPolicy(recent=4)
+    assert it.noise.kind == "iid" and it.switch == SwitchPolicy(kind="flush", recent=4)
     assert PRESETS["flex"].retention.sink == 3
     assert get_preset(it, {"retention.sink": 1}).position == it.position
     assert get_preset(it) == it and get_preset("flex") == PRESETS["flex"]
@@ -102,8 +104,22 @@ def test_a_description_tells_presets_apart():
     assert described["position.beta"] == 1.0 and described["loop.kind"] == "chunk"
     overridable = {f"{part}.{field.name}" for part in POLICIES for field in fields(getattr(PRESETS["flex"], part))}
     assert described.keys() == {"name", "loop.kind"} | overridable
-    changed = get_preset("flex", {"noise.stride": 8}).describe()
+    changed = PRESETS["flex"].override({"noise.stride": 8}).describe()
     assert {name for name in described if described[name] != changed[name]} == {"noise.stride"}
+
+
+def test_overrides_without_effect_are_told():
+    """In one warning, and only those that were said and differ; what a later override brings to use is no mistake."""
+    idle = {"position.riflex_band": 5, "noise.window": 9, "retention.window": 30, "switch.keep_sink": True}
+    with pytest.warns(UserWarning, match="^without effect in flex: position.riflex_band, noise.window$") as told:
+        preset = get_preset("flex", idle)
+    assert len(told) == 1 and told[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert PRESETS["flex"].override(idle) == preset
+        assert get_preset(preset, {"position.mode": "riflex", "noise.kind": "freenoise"}).position.riflex_band == 5
+        for name in PRESETS:
+            get_preset(name, {"retention.window": 24, "position.train_len": 30})
 
 
 USED = {  # what None stands for, in a preset with these overrides

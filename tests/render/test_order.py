@@ -80,7 +80,7 @@ def test_what_has_a_default_may_be_left_out():
 
 def test_the_method_is_the_preset_with_its_overrides():
     assert PLAIN.method == get_preset("flex")
-    assert FULL.method == get_preset("longlive-infinite", FULL.overrides) != get_preset("longlive-infinite")
+    assert FULL.method == get_preset("longlive-infinite").override(FULL.overrides) != get_preset("longlive-infinite")
     assert FULL.prompts == ("a cat", "a dog")
 
 

@@ -107,7 +107,7 @@ class DiffusersDecoder(ChunkDecoder):
     def state(self) -> dict[str, Tensor]:
         kinds = [HELD if isinstance(slot, Tensor) else EMPTY if slot is None else REPEATED for slot in self._slots]
         held = {f"slot.{i}": slot for i, slot in enumerate(self._slots) if isinstance(slot, Tensor)}
-        return {"kinds": torch.tensor(kinds, dtype=torch.uint8), **held}
+        return {"kinds": torch.tensor(kinds, dtype=torch.uint8, device="cpu"), **held}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         kinds = state["kinds"].tolist() if "kinds" in state else []

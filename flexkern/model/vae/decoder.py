@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flexkern.checks import require
+from flexkern.checks import require, shown, whole
 from flexkern.finite import all_finite
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.files import some_of
@@ -28,6 +28,15 @@ from flexkern.model.vae.weights import held_by, load_net, read_vae
 
 ON_CPU = 4 * 2**30  # bytes that a decoder takes on a CPU if it can; on a GPU it is a quarter of the GPU's memory
 MOST_TILES = 16  # to a side
+DTYPES = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def _validate(dtype: object, memory: int | None) -> None:
+    """Raises ValueError for what is no dtype to compute in, or no number of bytes."""
+    names = ", ".join(str(known).removeprefix("torch.") for known in DTYPES)
+    require(dtype in DTYPES, f"dtype must be one of torch's {names}, got {shown(dtype)}")
+    if memory is not None:
+        whole("memory", memory, 1)
 
 
 class WanDecoder(ChunkDecoder):
@@ -54,11 +63,16 @@ class WanDecoder(ChunkDecoder):
             channels=sizes.latent, spatial=2 ** (len(sizes.widths) - 1), temporal=sizes.stretch[0], dtype=net.dtype,
             device=net.device,
         )  # fmt: skip
-        require(isinstance(graphs, bool), f"graphs must be True or False, got {graphs!r}")
-        self.net, self.memory = net, memory
+        require(isinstance(graphs, bool), f"graphs must be True or False, got {shown(graphs)}")
+        self.net, self.memory = net, None if memory is None else whole("memory", memory, 1)
         self.graphs = ChunkGraphs(net, find_recorder(net)) if graphs else None
         self._kept = Past()
         self._weights = sum(t.numel() * t.element_size() for t in chain(net.parameters(), net.buffers()))
+
+    def __repr__(self) -> str:
+        past, dtype = self._past(), str(self.dtype).removeprefix("torch.")
+        video = "before a video" if past is None else "in {} video(s), latents of {}x{}".format(*past)
+        return f"WanDecoder({dtype} on {self.device}, within {self._allowed() / 1e9:.3g} GB; {video})"
 
     @classmethod
     def from_pretrained(
@@ -79,8 +93,10 @@ class WanDecoder(ChunkDecoder):
         Raises:
             FileNotFoundError: No weights are there.
             NotImplementedError: The VAE of Wan 2.2.
-            ValueError: Lists the keys that do not fit; the convolutions cannot be computed so; or as above.
+            ValueError: dtype or memory is none; lists the keys that do not fit; the convolutions cannot be computed so;
+                or as above.
         """
+        _validate(dtype, memory)
         net = load_net(read_vae(path), dtype=dtype, device=device, convolutions=convolutions)
         return cls(net, memory=memory, graphs=graphs)
 
@@ -107,8 +123,14 @@ class WanDecoder(ChunkDecoder):
 
         Raises:
             NotImplementedError: The VAE of Wan 2.2.
-            ValueError: It is another module; the convolutions cannot be computed so; or as above.
+            TypeError: It is no module.
+            ValueError: It is another module; dtype or memory is none; the convolutions cannot be computed so; or as
+                above.
         """
+        _validate(torch.float32 if dtype is None else dtype, memory)
+        if not isinstance(module, nn.Module):
+            hint = "; pass its .vae" if hasattr(module, "vae") else ""
+            raise TypeError(f"module must be diffusers' AutoencoderKLWan or Wan's VAE, got {shown(module)}{hint}")
         held = held_by(module)
         if not normalised:
             held = replace(held, mean=[0.0] * len(held.mean), std=[1.0] * len(held.std))
