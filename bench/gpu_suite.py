@@ -237,7 +237,8 @@ def describe(items: Sequence[Item], minutes: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = dict(prog=machine.program(), description=machine.described(__doc__))
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="list the queue and stop")
     parser.add_argument("--minutes", type=float, default=9.5, help="wall time for everything (default 9.5)")
     parser.add_argument("--out", type=Path, help="default bench/results/<gpu>")

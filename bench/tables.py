@@ -370,7 +370,8 @@ def fill(text: str, results: Path = machine.RESULTS) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = dict(prog=machine.program(), description=machine.described(__doc__))
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
     parser.add_argument("--results", type=Path, metavar="DIR", help="CSVs to print tables of, instead of bench/results")
     args = parser.parse_args()
