@@ -121,7 +121,7 @@ def test_wheel_says_what_it_is(package):
     assert (metadata["Name"], metadata["Version"]) == ("flexkern", flexkern.__version__)
     assert metadata["License-Expression"] == "Apache-2.0" and "The flexkern authors" in licence
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
-    assert "flexkern = flexkern.cli:main" in scripts
+    assert "flexkern = flexkern.__main__:main" in scripts
 
 
 def test_benches_run_from_the_wheel_and_name_its_version(package):
