@@ -20,10 +20,12 @@ def strict_masks(monkeypatch):
         return
     from triton.runtime.interpreter import InterpreterBuilder
 
-    for name, at in (("create_masked_load", 1), ("create_masked_store", 2)):
-
-        def checked(builder, *given, at=at, original=getattr(InterpreterBuilder, name)):
+    def strict(original, at):
+        def checked(builder, *given):
             assert given[at].data.dtype == bool, f"a mask of {given[at].data.dtype}, expected bool"
             return original(builder, *given)
 
-        monkeypatch.setattr(InterpreterBuilder, name, checked)
+        return checked
+
+    for name, at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        monkeypatch.setattr(InterpreterBuilder, name, strict(getattr(InterpreterBuilder, name), at))
