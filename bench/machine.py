@@ -138,12 +138,15 @@ def answer(*command: str) -> str:
 def commit() -> str:
     """The commit of this tree: FLEXKERN_COMMIT, or git's, with "+" after it if files differ, or the file COMMIT.
 
-    Where flexkern is installed from a wheel it is the version. An archive has no git:
+    Where flexkern is installed from a wheel it is the version, with the commit that it was built of, where that is
+    known: two wheels may bear the same version. An archive has no git:
     `git rev-parse --short=10 HEAD > COMMIT; git archive --add-file=COMMIT HEAD` brings it along.
     """
     named, file = os.environ.get("FLEXKERN_COMMIT", ""), ROOT / "COMMIT"
     if not named and not CHECKOUT:
-        return f"flexkern {sys.modules['flexkern'].__version__}"
+        built = BENCH.parent / "COMMIT"
+        of = f" ({built.read_text().strip()})" if built.is_file() else ""
+        return f"flexkern {sys.modules['flexkern'].__version__}{of}"
     if not named and (ROOT / ".git").exists():
         named = answer("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
         # results change while a suite runs, and do not change what it measures
