@@ -122,13 +122,13 @@ class SimulatedFarm:
 
 def resident():
     """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def write_jobs(path, count, models):
     """So many jobs of so many models that share nothing, mixed."""
     prompt = "a red disc and a blue square on dark green, fast"
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for i in range(count):
             job = {"model": "self-forcing", "weights": f"/weights/{i % models}.pt", "prompt": prompt, "seconds": 60}
             file.write(json.dumps(job | {"seed": i, "out": f"{i // 1000:03}/{i:06}.mp4"}) + "\n")

@@ -189,7 +189,7 @@ def record(outcome: Outcome, path: Path) -> None:
             rows = {row["item"]: row for row in csv.DictReader(file)}
     rows[outcome.item] = asdict(outcome)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Outcome)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())

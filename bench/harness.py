@@ -6,6 +6,7 @@ C B A, ...), so that a drifting clock affects all of them equally, each call wit
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -100,13 +101,18 @@ def save(rows: Sequence, path: Path, key: Sequence[str] = KEY) -> None:
     """Add rows to a CSV; a row with the same key takes the place of the old one. The file is never half written."""
     identity = lambda row: tuple(getattr(row, name) for name in key)
     merged = {identity(row): row for row in [*load(path, type(rows[0])), *rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: as_text(value) for name, value in asdict(row).items()} for row in merged.values())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: as_text(value) for name, value in asdict(row).items()} for row in merged.values())
+        partial.replace(path)
+    except OSError as fault:  # what was there stays
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        machine.refuse(f"cannot write {path}: {fault.strerror}", status=1)
 
 
 def as_text(value: object) -> object:

@@ -72,10 +72,10 @@ def unloadable(error: BaseException) -> str:
         return ""
 
 
-def refuse(why: str) -> NoReturn:
-    """One line on stderr, and exit status 2."""
+def refuse(why: str, status: int = 2) -> NoReturn:
+    """One line on stderr, and that exit status: 2 where nothing was measured yet."""
     print(f"{program()}: error: {why}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def program() -> str:
@@ -145,7 +145,7 @@ def commit() -> str:
     named, file = os.environ.get("FLEXKERN_COMMIT", ""), ROOT / "COMMIT"
     if not named and not CHECKOUT:
         built = BENCH.parent / "COMMIT"
-        of = f" ({built.read_text().strip()})" if built.is_file() else ""
+        of = f" ({built.read_text(encoding='utf-8').strip()})" if built.is_file() else ""
         return f"flexkern {sys.modules['flexkern'].__version__}{of}"
     if not named and (ROOT / ".git").exists():
         named = answer("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
@@ -154,7 +154,7 @@ def commit() -> str:
         if named and answer("git", "-C", str(ROOT), *changed):
             named += "+"
     if not named and file.is_file():
-        named = file.read_text().strip()
+        named = file.read_text(encoding="utf-8").strip()
     return named or "unknown"
 
 
@@ -180,7 +180,7 @@ def clocks_during(call: Callable[[], object]) -> str:
 
 def resident() -> int:
     """Bytes of this process that are in RAM (Linux)."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

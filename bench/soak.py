@@ -164,7 +164,7 @@ def main(args: Args) -> None:
                                       preset=args.preset), Path(tempfile.mkdtemp(dir=folder)))  # fmt: skip
             same = target.read_bytes() == whole.read_bytes()
             lines.append(f"the same bytes as undisturbed: {'yes' if same else 'NO'}")
-    with (args.results / "soak.csv").open("w", newline="") as file:
+    with (args.results / "soak.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: round(value, 3) for name, value in row.items()} for row in rows)

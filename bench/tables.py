@@ -385,12 +385,12 @@ def main() -> int:
     stale = []
     for name in FILES:
         path = machine.ROOT / name
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         new = fill(old, args.results or machine.RESULTS)
         if new != old:
             stale.append(name)
             if not args.check:
-                path.write_text(new)
+                path.write_text(new, encoding="utf-8")
     print("\n".join(f"{'stale' if args.check else 'rewritten'}: {name}" for name in stale) or "up to date")
     return 1 if args.check and stale else 0
 

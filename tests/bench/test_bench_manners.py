@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,18 @@ def test_the_engine_is_not_built_for_a_folder_that_cannot_be_written(folder, mon
 def test_a_folder_is_made_when_it_is_named(tmp_path):
     args = harness.arguments("A bench.").parse_args(["--out", str(tmp_path / "a/b")])
     assert harness.folder(args) == tmp_path / "a/b" and (tmp_path / "a/b").is_dir()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_is_one_line_and_keeps_the_rows_that_were_there(tmp_path, capsys):
+    row = harness.Row(kernel="k", provider="p", shape="s", ms=1.0, **harness.provenance())
+    harness.save([row], tmp_path / "k.csv")
+    before = (tmp_path / "k.csv").read_text()
+    (tmp_path / "k.partial").symlink_to("/dev/full")
+    with pytest.raises(SystemExit, match="1"):
+        harness.save([replace(row, ms=2.0)], tmp_path / "k.csv")
+    assert capsys.readouterr().err.endswith(f"cannot write {tmp_path}/k.csv: No space left on device\n")
+    assert (tmp_path / "k.csv").read_text() == before and [path.name for path in tmp_path.iterdir()] == ["k.csv"]
 
 
 def test_what_has_no_operations_has_no_rate_of_them():
