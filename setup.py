@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: an sdist leaves the tests out, and an editable install is found before the clone.
+"""What pyproject.toml cannot say: an sdist leaves the tests out, what is built knows the commit it is of, and an
+editable install is found before the clone.
 
 Standing beside a clone, or running a script that lies there, Python finds the clone's folder under the name flexkern: a
 folder without ``__init__.py`` is a package without content. A package on the path wins over such a folder, but the
@@ -8,14 +9,33 @@ finder of an editable install was asked last, so that ``flexkern.attention`` did
 import base64
 import hashlib
 import shutil
+import subprocess
 import zipfile
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 from setuptools.command.editable_wheel import editable_wheel
 from setuptools.command.sdist import sdist
 
 LAST, FIRST = b"sys.meta_path.append(_EditableFinder)", b"sys.meta_path.insert(0, _EditableFinder)"
+ROOT = Path(__file__).resolve().parent
+
+
+def commit() -> str:
+    """The commit of this tree, with "+" after it if files differ; of an archive or an sdist what COMMIT says."""
+    file = ROOT / "COMMIT"
+    if not (ROOT / ".git").exists():
+        return file.read_text().strip() if file.is_file() else ""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", ROOT, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=10", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.CalledProcessError):  # no git, or the tree of somebody else
+        return ""
 
 
 class SdistWithoutTests(sdist):
@@ -24,6 +44,20 @@ class SdistWithoutTests(sdist):
     def make_distribution(self):
         self.filelist.exclude_pattern("*", prefix="tests")
         super().make_distribution()
+
+    def make_release_tree(self, base_dir, files):
+        super().make_release_tree(base_dir, files)
+        if found := commit():
+            Path(base_dir, "COMMIT").write_text(f"{found}\n")
+
+
+class BuildWithCommit(build_py):
+    """What bench/machine.py writes into every row."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode and (found := commit()):
+            Path(self.build_lib, "flexkern/COMMIT").write_text(f"{found}\n")
 
 
 class EditableFirst(editable_wheel):
@@ -55,4 +89,4 @@ def find_first(wheel: Path):
     shutil.move(rewritten, wheel)
 
 
-setup(cmdclass={"editable_wheel": EditableFirst, "sdist": SdistWithoutTests})
+setup(cmdclass={"build_py": BuildWithCommit, "editable_wheel": EditableFirst, "sdist": SdistWithoutTests})

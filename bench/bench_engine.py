@@ -205,8 +205,8 @@ def race(racers: Sequence[Racer], *, seconds: float, chunks: int, rounds: int) -
             racer.run(seconds * share / rounds, math.ceil(chunks * share * (i + 1) / rounds))
 
 
-def row_of(racer: Racer, parts: Parts, *, flops: int, roof: Roofs) -> dict[str, Any]:
-    """The measured columns of a row."""
+def row_of(racer: Racer, parts: Parts, *, flops: int, roof: Roofs, shows: bool) -> dict[str, Any]:
+    """The measured columns of a row; ``shows``: whether pictures come of it, or latents alone."""
     decoded = [made.ms + racer.decoding for made in racer.taken]
     denoised = [made.denoise_ms for made in racer.taken]
     ms_20, ms, ms_80 = harness.quantiles(decoded)
@@ -214,8 +214,8 @@ def row_of(racer: Racer, parts: Parts, *, flops: int, roof: Roofs) -> dict[str, 
     last = lambda values: statistics.quantiles(values, n=20, method="inclusive")[-1] if len(values) > 1 else values[0]
     roof_ms, rate = flops / roof.matmul_tflop_s / 1e9, flops / denoise_ms / 1e9
     vae_ms = parts.vae + racer.decoding
-    found = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, ms_95=last(decoded), pictures_s=pictures / ms, peak_gb=racer.peak)
-    found |= dict(device_gb=racer.device)
+    found = dict(ms=ms, ms_20=ms_20, ms_80=ms_80, ms_95=last(decoded), peak_gb=racer.peak, device_gb=racer.device)
+    found |= dict(pictures_s=pictures / ms if shows else math.nan)
     found |= dict(denoise_ms=denoise_ms, denoise_ms_95=last(denoised), denoise_fps=pictures / denoise_ms)
     found |= dict(attention_ms=parts.attention, linear_ms=parts.linear, other_ms=parts.other, vae_ms=vae_ms)
     idle = ms - racer.decoding - parts.busy
@@ -270,7 +270,7 @@ def bench(
         figures = {}
         if name in racers:
             racers[name].finish()
-            figures = row_of(racers[name], parts[name], flops=flops, roof=roof)
+            figures = row_of(racers[name], parts[name], flops=flops, roof=roof, shows=setup.vae is not None)
         about = dict(kernel="engine", provider=name, shape=shape, error=error, note=faults.get(name, ""))
         if not faults.get(name) and setup.vae is None:
             about["note"] = "nothing is decoded"
@@ -320,7 +320,7 @@ def main() -> None:
         window = preset.retention.capacity
         length = dict(chunks=3, seconds=0.0, rounds=3) if is_tiny else dict(chunks=args.chunks, seconds=args.seconds)
         pictures = f"{STRIDE * size[0]}x{STRIDE * size[1]}"
-        shape = f"{name} {pictures} {chosen} window {window} bfloat16, random weights"
+        shape = f"{name} {pictures} {chosen} window {window} bfloat16, random weights{'' if vae else ', no VAE'}"
         rows = bench(
             replace(setup, vae=vae, preset=preset), judged, shape,
             keep_trace=args.trace if number == 0 else None, **{"rounds": ROUNDS} | length,

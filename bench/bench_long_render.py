@@ -49,4 +49,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog=machine.program(), description=machine.described(__doc__)))

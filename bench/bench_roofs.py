@@ -45,7 +45,7 @@ def main() -> None:
             harness.show(row, as_json=True)
     if out:
         harness.save(rows, out / "roofs.csv")
-        (out / "machine.json").write_text(json.dumps(about, indent=1) + "\n")
+        (out / "machine.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+import machine
 import numpy as np
 import torch
 import tyro
@@ -106,4 +107,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog=machine.program(), description=machine.described(__doc__)))

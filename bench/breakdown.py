@@ -158,7 +158,7 @@ def traced(call: Callable[[], object], keep_in: Path | None = None) -> list[dict
         path = keep_in or Path(folder) / "trace.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         seen.export_chrome_trace(str(path))
-        found: list[dict] = json.loads(path.read_text(errors="replace"))["traceEvents"]
+        found: list[dict] = json.loads(path.read_text(encoding="utf-8", errors="replace"))["traceEvents"]
     return found
 
 

@@ -16,5 +16,5 @@ def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Mod
     """Collect the benches that have a test; a file named on the command line is collected by pytest itself."""
     if parent.session.isinitpath(file_path) or not file_path.match("bench_*.py"):
         return None
-    has_test = "harness.speed_test(" in file_path.read_text()
+    has_test = "harness.speed_test(" in file_path.read_text(encoding="utf-8")
     return pytest.Module.from_parent(parent, path=file_path) if has_test else None

@@ -119,9 +119,10 @@ def main() -> None:
     if args.pytest:
         raise SystemExit(run_pytest(args.pytest))
     out, all_right = harness.folder(args), True
-    name = PROVIDERS.get(args.kernel, "triton")
-    for case, repeats in cases(args.kernel or BENCHES[0], args.tiny or DEVICE == "cpu"):
-        row = judge(args.kernel or BENCHES[0], case, name, repeats)
+    kernel = args.kernel or BENCHES[0]
+    name = PROVIDERS.get(kernel, "triton")
+    for case, repeats in cases(kernel, args.tiny or DEVICE == "cpu"):
+        row = judge(kernel, case, name, repeats)
         error = "" if math.isnan(row.error) else f"  error {row.error:.2e}"
         if args.json:
             harness.show(row, as_json=True)

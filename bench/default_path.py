@@ -6,6 +6,7 @@ On a GPU of compute capability 9.0 that must be the Hopper kernel alone; on anot
 CPU the backend sdpa. Fails where something else ran, or where its first chunk is far from that of sdpa. Needs numpy.
 """
 
+import argparse
 import sys
 from dataclasses import replace
 
@@ -69,9 +70,14 @@ def check(head_dim: int) -> list[str]:
 
 
 def main() -> int:
+    about = dict(prog=machine.program(), description=machine.described(__doc__))
+    argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{torch.cuda.get_device_name() if DEVICE == 'cuda' else 'cpu'}, commit {machine.commit()}")
     wrong = [f"head dim {dim}: {line}" for dim in (128, 64) for line in check(dim)]
-    print("\n".join(wrong) or "the default is the fast path")
+    right = (
+        "the default is the fast path" if DEVICE == "cuda" else "no CUDA GPU: the default is sdpa; no kernel was tried"
+    )
+    print("\n".join(wrong) or right)
     return bool(wrong)
 
 

@@ -266,9 +266,11 @@ def main(args: Args) -> None:
         f"{rows[0]['torch']}, {rows[0]['day']}, device {args.device}."
     )
     sections = [("Presets", presets), ("Parts of FLEX", of_parts[PLAIN]), ("Parts of FLEX", of_parts[SINK])]
-    (args.out / "reading.md").write_text(reading([*sections, ("What the paper leaves open", of_choices)], about))
-    print((args.out / "reading.md").read_text(), file=sys.stdout)
+    (args.out / "reading.md").write_text(
+        reading([*sections, ("What the paper leaves open", of_choices)], about), encoding="utf-8"
+    )
+    print((args.out / "reading.md").read_text(encoding="utf-8"), file=sys.stdout)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog=machine.program(), description=machine.described(__doc__)))

@@ -83,7 +83,7 @@ def results(rows: Iterable[Row], names: Sequence[str], against: str, horizons: S
 
 def write_results(path: Path, found: Sequence[Result], commit: str) -> None:
     """One row per variant, horizon and figure, with the commit."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         names = [name for name in Result.__dataclass_fields__]
         writer.writerow([*names, "verdict", "commit"])

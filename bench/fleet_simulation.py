@@ -1,6 +1,6 @@
 """What the driver of a fleet costs: its own loop, schedule and manifest, with workers that only exist as events.
 
-    python bench/fleet_simulation.py --workers 1000 --jobs 100000
+python bench/fleet_simulation.py --workers 1000 --jobs 100000
 
 Time is simulated: a job takes minutes of it and microseconds of ours. Workers are lost at random and replaced, jobs are
 stopped, and some always kill their worker. Printed are, for a tenth of the jobs and for all, the driver's own time,
@@ -15,6 +15,8 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+
+import machine
 
 from flexkern.serve.book import Jobs
 from flexkern.serve.fleet import Fleet, News
@@ -120,13 +122,13 @@ class SimulatedFarm:
 
 def resident():
     """Bytes of this process in memory."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]) * resource.getpagesize()
 
 
 def write_jobs(path, count, models):
     """So many jobs of so many models that share nothing, mixed."""
     prompt = "a red disc and a blue square on dark green, fast"
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         for i in range(count):
             job = {"model": "self-forcing", "weights": f"/weights/{i % models}.pt", "prompt": prompt, "seconds": 60}
             file.write(json.dumps(job | {"seed": i, "out": f"{i // 1000:03}/{i:06}.mp4"}) + "\n")
@@ -168,7 +170,8 @@ def simulate(workers, count, *, models=4, seed=0, folder, **hazards):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = dict(prog=machine.program(), description=machine.described(__doc__))
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=100_000)
     parser.add_argument("--models", type=int, default=4)

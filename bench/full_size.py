@@ -34,7 +34,7 @@ def write(folder: Path) -> None:
         shapes = {key: list(tensor.shape) for key, tensor in CausalWan(CONFIGS["1.3B"]).state_dict().items()}
     draw = lambda shapes, scale: {k: scale * torch.randn(shape, dtype=torch.bfloat16) for k, shape in shapes.items()}
     save_file(draw(shapes, 0.02), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"model_type": "t2v"}))
+    (folder / "config.json").write_text(json.dumps({"model_type": "t2v"}), encoding="utf-8")
     torch.save({k: t.float() for k, t in draw(layouts.SHAPES["vae"], 0.05).items()}, folder / "Wan2.1_VAE.pth")
     text = {key: shape for key, shape in layouts.SHAPES["t5"].items() if layouts.is_early(key)}
     text["token_embedding.weight"] = [64, 4096]

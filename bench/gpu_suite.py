@@ -189,7 +189,7 @@ def record(outcome: Outcome, path: Path) -> None:
             rows = {row["item"]: row for row in csv.DictReader(file)}
     rows[outcome.item] = asdict(outcome)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
+    with partial.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Outcome)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows.values())
@@ -237,7 +237,8 @@ def describe(items: Sequence[Item], minutes: float) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = dict(prog=machine.program(), description=machine.described(__doc__))
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dry-run", action="store_true", help="list the queue and stop")
     parser.add_argument("--minutes", type=float, default=9.5, help="wall time for everything (default 9.5)")
     parser.add_argument("--out", type=Path, help="default bench/results/<gpu>")

@@ -6,6 +6,7 @@ C B A, ...), so that a drifting clock affects all of them equally, each call wit
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import math
@@ -100,13 +101,18 @@ def save(rows: Sequence, path: Path, key: Sequence[str] = KEY) -> None:
     """Add rows to a CSV; a row with the same key takes the place of the old one. The file is never half written."""
     identity = lambda row: tuple(getattr(row, name) for name in key)
     merged = {identity(row): row for row in [*load(path, type(rows[0])), *rows]}
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows({name: as_text(value) for name, value in asdict(row).items()} for row in merged.values())
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(rows[0])], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({name: as_text(value) for name, value in asdict(row).items()} for row in merged.values())
+        partial.replace(path)
+    except OSError as fault:  # what was there stays
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        machine.refuse(f"cannot write {path}: {fault.strerror}", status=1)
 
 
 def as_text(value: object) -> object:
@@ -205,7 +211,7 @@ def compare(case: Case, roof: Roofs, *, budget_ms: float = 200.0, note: str = ""
 def rates(case: Case, times: Sequence[float], roof: Roofs) -> dict[str, float]:
     """The measured columns of a row, from milliseconds per operation."""
     ms_20, ms, ms_80 = quantiles(times)
-    gb_s, tflop_s = case.bytes / ms / 1e6, case.flops / ms / 1e9
+    gb_s, tflop_s = case.bytes / ms / 1e6, case.flops / ms / 1e9 if case.flops else math.nan
     percent = 100 * (gb_s / roof.copy_gb_s if case.bound == "copy" else tflop_s / roof.matmul_tflop_s)
     return dict(ms=ms, ms_20=ms_20, ms_80=ms_80, gb_s=gb_s, tflop_s=tflop_s, roof_percent=percent)
 
@@ -233,9 +239,9 @@ def describe(row: Row) -> str:
         return f"{head} {row.note}"
     parts = [
         (row.ms, f"{row.ms:9.4f} ms ({row.ms_20:.4f} to {row.ms_80:.4f})"),
-        (row.gb_s, f"{row.gb_s:7.0f} GB/s"),
-        (row.tflop_s, f"{row.tflop_s:7.1f} TFLOP/s"),
-        (row.roof_percent, f"{row.roof_percent:6.1f} % of the roof"),
+        (row.gb_s, f"{row.gb_s:8.4g} GB/s"),
+        (row.tflop_s, f"{row.tflop_s:8.4g} TFLOP/s"),
+        (row.roof_percent, f"{row.roof_percent:7.3g} % of the roof"),
         (row.pictures_s, f"{row.pictures_s:7.2f} pictures/s"),
         (row.peak_gb, f"peak {row.peak_gb:.2f} GB"),
         (row.error, f" error {row.error:.2e}"),
@@ -243,10 +249,15 @@ def describe(row: Row) -> str:
     return f"{head} {' '.join(text for value, text in parts if not math.isnan(value))}"
 
 
-def arguments(doc: str) -> argparse.ArgumentParser:
+def shown_results() -> str:
+    return "bench/results" if machine.CHECKOUT else machine.RESULTS.name
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
     """The options that every bench has."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    shown = "bench/results" if machine.CHECKOUT else machine.RESULTS.name
+    about = dict(prog=machine.program(), description=machine.described(doc))
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    shown = shown_results()
     parser.add_argument("--save", action="store_true", help=f"write {shown}/<gpu>/<kernel>.csv")
     parser.add_argument("--out", type=Path, help=f"write there instead of {shown}/<gpu>")
     parser.add_argument("--all", action="store_true", help="every shape instead of the short list")
@@ -257,12 +268,12 @@ def arguments(doc: str) -> argparse.ArgumentParser:
 
 
 def folder(args: argparse.Namespace) -> Path | None:
-    """The folder that rows go to; None if they are not saved."""
+    """The folder that rows go to, made if needed; None if they are not saved."""
     if args.out:
-        return args.out
+        return machine.writable(args.out)
     if args.save and DEVICE == "cpu":
-        raise SystemExit("no CUDA GPU: only figures of a GPU belong in bench/results (use --out to see the CSV)")
-    return machine.RESULTS / machine.folder_of(provenance()["gpu"]) if args.save else None
+        machine.refuse(f"no CUDA GPU: only figures of a GPU belong in {shown_results()} (use --out to see the CSV)")
+    return machine.writable(machine.RESULTS / machine.folder_of(provenance()["gpu"])) if args.save else None
 
 
 def shapes_for(args: argparse.Namespace, short: Sequence, every: Sequence, tiny: object) -> Sequence:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import machine
 import numpy as np
 import torch
 import tyro
@@ -69,7 +70,7 @@ def parts(args: Args, case: Case) -> Iterator[torch.Tensor]:
 def measured(latents: torch.Tensor, case: Case, path: Path) -> None:
     """A row for each minute of latents [T, 3, SIZE, SIZE]; the first without what was given, and its horizon."""
     marks = measure(latents[None], case)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("minute", "first_frame", "last_frame", *FIGURES))
         for start in range(0, len(latents), MINUTE):
@@ -93,4 +94,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog=machine.program(), description=machine.described(__doc__)))

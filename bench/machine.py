@@ -5,6 +5,7 @@ and write their results to bench_results in the current folder.
 """
 
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -13,6 +14,8 @@ from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
 
 BENCH = Path(__file__).resolve().parent
 CHECKOUT = (BENCH.parent / "pyproject.toml").is_file() or (BENCH.parent / "flexkern").is_dir()  # or an archive of one
@@ -24,6 +27,85 @@ if "flexkern" not in sys.modules:
     sys.path.insert(0, str(ROOT))
     import_module("flexkern")
     sys.path.remove(str(ROOT))
+
+
+def tell(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What a bench says that ends with an error: a line where a package is missing or Ctrl-C came,
+    nothing where the reader has gone, else a traceback."""
+    if issubclass(kind, KeyboardInterrupt):
+        print("interrupted", file=sys.stderr)
+    elif issubclass(kind, BrokenPipeError):  # the reader has seen enough; nor is what is left in the buffer wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    elif isinstance(error, ImportError) and not str(error.name).startswith("flexkern"):
+        print(f"{program()}: error: {lacking(error)}", file=sys.stderr)
+    elif trace is not None and (sentence := unloadable(error)):
+        print(f"{program()}: error: {sentence}", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+if str(BENCH) == os.path.dirname(os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")):
+    sys.excepthook = tell
+
+
+def lacking(error: ImportError) -> str:
+    """Which package is not there, and what brings it."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return str(error)
+    package = error.name.partition(".")[0]
+    try:
+        from flexkern.cli.requirements import need_of
+
+        need = need_of(package)
+    except ImportError:  # an archive may have torch and triton only
+        need = None
+    return f"the package {package!r} is not installed{f': {need.advice}' if need else ''}"
+
+
+def unloadable(error: BaseException) -> str:
+    """Which installed package does not load, and why; "" where the error is of none, or flexkern is not installed."""
+    try:
+        from flexkern.cli.errors import unloadable as found
+
+        return found(error)
+    except ImportError:  # as in ``lacking``
+        return ""
+
+
+def refuse(why: str, status: int = 2) -> NoReturn:
+    """One line on stderr, and that exit status: 2 where nothing was measured yet."""
+    print(f"{program()}: error: {why}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def program() -> str:
+    """The command that runs this bench: of a wheel ``flexkern bench NAME``, else the file."""
+    file = Path(sys.argv[0])
+    return file.name if CHECKOUT else command_of(file.stem)
+
+
+def command_of(stem: str) -> str:
+    """How a bench is called that is installed; ``stem``: of its file."""
+    return f"flexkern bench {stem.removeprefix('bench_').removeprefix('gpu_').replace('_', '-')}"
+
+
+def described(doc: str | None) -> str:
+    """A bench's docstring, whose commands work where it is installed."""
+    if CHECKOUT:
+        return doc or ""
+    words = re.sub(r"python bench/(\w+)\.py", lambda found: command_of(found[1]), doc or "")
+    return words.replace("bench/results", RESULTS.name)
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if needed. Refused before anything is measured where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        refuse(f"cannot write to {folder}: {fault.strerror}")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        refuse(f"no permission to write to {folder}")
+    return folder
 
 
 def child_environment() -> dict[str, str]:
@@ -56,12 +138,15 @@ def answer(*command: str) -> str:
 def commit() -> str:
     """The commit of this tree: FLEXKERN_COMMIT, or git's, with "+" after it if files differ, or the file COMMIT.
 
-    Where flexkern is installed from a wheel it is the version. An archive has no git:
+    Where flexkern is installed from a wheel it is the version, with the commit that it was built of, where that is
+    known: two wheels may bear the same version. An archive has no git:
     `git rev-parse --short=10 HEAD > COMMIT; git archive --add-file=COMMIT HEAD` brings it along.
     """
     named, file = os.environ.get("FLEXKERN_COMMIT", ""), ROOT / "COMMIT"
     if not named and not CHECKOUT:
-        return f"flexkern {sys.modules['flexkern'].__version__}"
+        built = BENCH.parent / "COMMIT"
+        of = f" ({built.read_text(encoding='utf-8').strip()})" if built.is_file() else ""
+        return f"flexkern {sys.modules['flexkern'].__version__}{of}"
     if not named and (ROOT / ".git").exists():
         named = answer("git", "-C", str(ROOT), "rev-parse", "--short=10", "HEAD")
         # results change while a suite runs, and do not change what it measures
@@ -69,7 +154,7 @@ def commit() -> str:
         if named and answer("git", "-C", str(ROOT), *changed):
             named += "+"
     if not named and file.is_file():
-        named = file.read_text().strip()
+        named = file.read_text(encoding="utf-8").strip()
     return named or "unknown"
 
 
@@ -95,7 +180,7 @@ def clocks_during(call: Callable[[], object]) -> str:
 
 def resident() -> int:
     """Bytes of this process that are in RAM (Linux)."""
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="ascii") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

@@ -24,8 +24,6 @@ from pathlib import Path
 import machine
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 LIMIT = 0.02  # of the time, for checkpoints
 COLUMNS = ("run", "pictures", "ms_per_chunk", "cpu_ms_per_chunk", "resident_mb", "seconds", "copying", "writing")
 PROMPTS = ("a red disc and a blue square on dark green, fast", "a yellow disc and a cyan square on black, slow")
@@ -43,7 +41,7 @@ class Args:
     """of a row"""
     compare: bool = False
     """render it once more without a kill"""
-    results: Path = ROOT / "bench" / "results" / "demo"
+    results: Path = machine.RESULTS / "demo"
     worker: Path | None = None
     """a video to begin or to go on with; rows go to stdout. For the process that is killed"""
 
@@ -166,7 +164,7 @@ def main(args: Args) -> None:
                                       preset=args.preset), Path(tempfile.mkdtemp(dir=folder)))  # fmt: skip
             same = target.read_bytes() == whole.read_bytes()
             lines.append(f"the same bytes as undisturbed: {'yes' if same else 'NO'}")
-    with (args.results / "soak.csv").open("w", newline="") as file:
+    with (args.results / "soak.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows({name: round(value, 3) for name, value in row.items()} for row in rows)
@@ -175,4 +173,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(tyro.cli(Args, prog=machine.program(), description=machine.described(__doc__)))

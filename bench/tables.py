@@ -370,7 +370,8 @@ def fill(text: str, results: Path = machine.RESULTS) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    about = dict(prog=machine.program(), description=machine.described(__doc__))
+    parser = argparse.ArgumentParser(**about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where a table is stale")
     parser.add_argument("--results", type=Path, metavar="DIR", help="CSVs to print tables of, instead of bench/results")
     args = parser.parse_args()
@@ -384,12 +385,12 @@ def main() -> int:
     stale = []
     for name in FILES:
         path = machine.ROOT / name
-        old = path.read_text()
+        old = path.read_text(encoding="utf-8")
         new = fill(old, args.results or machine.RESULTS)
         if new != old:
             stale.append(name)
             if not args.check:
-                path.write_text(new)
+                path.write_text(new, encoding="utf-8")
     print("\n".join(f"{'stale' if args.check else 'rewritten'}: {name}" for name in stale) or "up to date")
     return 1 if args.check and stale else 0
 

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import math
 import textwrap
 from collections.abc import Iterable
@@ -21,6 +22,23 @@ BOUNDS = {  # name of a bound: in words, and whether a value is within it
 _HINTS: dict[type, dict[str, Any]] = {}
 LARGEST_LATENT = 270 * 480  # places of a latent frame: those of a 4K picture
 LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
+
+
+def json_text(content: Any, **how: Any) -> str:
+    """JSON as a person reads it, without escapes, which can be written as UTF-8 whatever it holds.
+
+    A file name of bytes that are no UTF-8 is the exception: it is escaped, and whoever reads the JSON gets it back.
+
+    Args:
+        content: What ``json.dumps`` takes.
+        how: Its other options.
+    """
+    text = json.dumps(content, ensure_ascii=False, **how)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(content, **how)
+    return text
 
 
 def check_fields(instance: Any) -> None:

@@ -1,5 +1,7 @@
 """The one rule for the fields of frozen dataclasses."""
 
+import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from flexkern.checks import check_fields
+from flexkern.checks import check_fields, json_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,3 +54,10 @@ def test_numbers_of_numpy_become_pythons_own():
 def test_what_it_does_not_say_is_refused(fields, words):
     with pytest.raises(TypeError, match=words):
         Example(**fields)
+
+
+def test_json_is_plain_text_that_can_be_written():
+    assert json_text({"prompt": "grün 猫"}) == '{"prompt": "grün 猫"}'
+    name = os.fsdecode(b"gr\xfcn")  # of a file, in Latin-1
+    text = json_text({"file": name, "prompt": "猫"}, indent=1)
+    assert json.loads(text.encode().decode()) == {"file": name, "prompt": "猫"}

@@ -160,6 +160,39 @@ def test_policies_load_without_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
+def of_the_locale(source: str) -> list[int]:
+    """Lines in which a text file is opened in whatever encoding the locale has."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
+            continue
+        name, modes = (
+            ast.unparse(node.func).rpartition(".")[2],
+            [word.value for word in node.keywords if word.arg == "mode"],
+        )
+        is_method = isinstance(node.func, ast.Attribute)
+        if name in ("read_text", "write_text") and is_method:
+            found.append(node.lineno)
+        if name == "open":
+            modes += node.args[0 if is_method else 1 :][:1]
+            mode = modes[0].value if modes and isinstance(modes[0], ast.Constant) else "r" if not is_method else "b"
+            if isinstance(mode, str) and set(mode) <= set("rwaxt+"):
+                found.append(node.lineno)
+    return found
+
+
+def test_text_files_are_utf8_whatever_the_locale():
+    paths = (*SOURCES, *ROOT.glob("bench/**/*.py"))
+    wrong = [f"{path}:{line}" for path in paths for line in of_the_locale(path.read_text())]
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("source", ["open(path", "open(path, 'w'", "path.open('a'", "path.read_text(*no"])
+def test_a_text_file_of_the_locale_is_caught(source):
+    assert of_the_locale(f"{source})") == [1]
+    assert not of_the_locale(f"{source}, encoding='utf-8')") and not of_the_locale("open(path, 'rb')")
+
+
 def test_files_are_short():
     paths = [*SOURCES, *ROOT.glob("tests/**/*.py"), *ROOT.glob("bench/**/*.py")]
     wrong = [str(path.relative_to(ROOT)) for path in paths if too_long(path.read_text())]

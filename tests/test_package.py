@@ -88,6 +88,7 @@ def package(tmp_path_factory) -> SimpleNamespace:
             shutil.copytree(ROOT / name, source / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
+    (source / "COMMIT").write_text("0123456789+\n")  # as of an archive
     sdist = build("sdist", source, tmp / "sdist")
     with tarfile.open(sdist) as archive:
         archive.extractall(tmp / "unpacked")
@@ -105,7 +106,8 @@ def shipped(source: Path) -> set[str]:
     pages |= {source / "bench/README.md"}
     paths = [p for p in paths if p.suffix == ".py" or p.suffix in DATA or p in pages]
     names = [p.relative_to(source).as_posix() for p in paths]
-    return {f"flexkern/{name}" if name.startswith(("bench/", "kernels/")) else name for name in names}
+    named = {f"flexkern/{name}" if name.startswith(("bench/", "kernels/")) else name for name in names}
+    return named | {"flexkern/COMMIT"}
 
 
 def test_wheel_holds_the_package_and_nothing_else(package):
@@ -123,24 +125,41 @@ def test_wheel_says_what_it_is(package):
     assert (metadata["Name"], metadata["Version"]) == ("flexkern", flexkern.__version__)
     assert metadata["License-Expression"] == "Apache-2.0" and "The flexkern authors" in licence
     assert set(metadata.get_all("Provides-Extra")) == EXTRAS
-    assert "flexkern = flexkern.cli:main" in scripts
+    assert "flexkern = flexkern.__main__:main" in scripts
 
 
-def test_benches_run_from_the_wheel_and_name_its_version(package):
+def test_benches_run_from_the_wheel_and_name_its_version_and_commit(package):
     pytest.importorskip("triton.knobs", reason="needs Triton >= 3.4")
     python, out = install(package.wheel, package.tmp / "bench-environment"), package.tmp / "rows"
     said = run(python, "-m", "flexkern", "bench", "rms-norm", "--tiny", "--json", "--out", out, cwd=package.tmp)
     rows = [json.loads(line) for line in said.splitlines()]
-    assert {row["commit"] for row in rows} == {f"flexkern {flexkern.__version__}"}
+    assert {row["commit"] for row in rows} == {f"flexkern {flexkern.__version__} (0123456789+)"}
     assert (out / "rms_norm.csv").is_file()
     listed = run(python, "-m", "flexkern", "bench", "suite", "--dry-run", cwd=package.tmp)
     assert "[skipped here: the tests are not installed]" in listed
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="needs git")
+def test_what_is_built_in_a_clone_is_of_its_commit(tmp_path):
+    for name in ("setup.py", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    code = "import setuptools; setuptools.setup = lambda **_: None; import setup; print(setup.commit())"
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == "\n"  # neither git nor COMMIT
+    run("git", "init", "--quiet", cwd=tmp_path)
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == "\n"  # nothing is committed yet
+    run("git", "add", ".", cwd=tmp_path)
+    me = ("-c", "user.name=a", "-c", "user.email=a@b")
+    run("git", *me, "commit", "--quiet", "--message", "one", cwd=tmp_path)
+    head = run("git", "rev-parse", "--short=10", "HEAD", cwd=tmp_path).strip()
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == f"{head}\n"
+    (tmp_path / "LICENSE").write_text("another")
+    assert run(sys.executable, "-c", code, cwd=tmp_path) == f"{head}+\n"
+
+
 def test_sdist_holds_what_the_wheel_needs(package):
     with tarfile.open(package.sdist) as archive:
         files = {member.name.partition("/")[2] for member in archive if member.isfile()}
-    assert {"LICENSE", "README.md", "flexkern/kernels/__init__.py", "pyproject.toml", "setup.py"} <= files
+    assert {"COMMIT", "LICENSE", "README.md", "flexkern/kernels/__init__.py", "pyproject.toml", "setup.py"} <= files
     assert not {name for name in files if name.startswith(("tests/", "bench/"))}
     assert "flexkern/bench/machine.py" in files
 

@@ -7,13 +7,16 @@ once.
 """
 
 import ast
+import codecs
+import io
 import os
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import make_dataclass
 from importlib import import_module
-from pathlib import Path
+from pkgutil import get_data
 from typing import Any
 
 from flexkern import __version__
@@ -26,12 +29,14 @@ COMMANDS = (
     "render", "fleet", "decode", "schema", "inspect", "metrics", "sheet", "eval", "presets", "warmup", "serve", "bench",
     "doctor",
 )  # fmt: skip
+NARROWEST = 60  # columns of help
 
 
 @leaving_quietly()
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv as in ``sys.argv[1:]``. Returns the exit status, or raises SystemExit with it."""
     argv = sys.argv[1:] if argv is None else list(argv)
+    prepare_streams()
     try:
         with closing_output():
             if argv in (["--version"], ["-V"]):
@@ -53,7 +58,7 @@ def run_command(argv: Sequence[str]) -> int:
         return Bench(words=tuple(argv[1:])).run()
     if argv and argv[0] == "render" and torchrun_rank() > 0:
         return follow_torchrun()
-    with refusing(ValueError, OSError):
+    with refusing(ValueError, OSError), wide_enough():
         import tyro
 
         if argv and argv[0] in COMMANDS:
@@ -77,6 +82,8 @@ def run_command(argv: Sequence[str]) -> int:
 def command_class(name: str, argv: Sequence[str]) -> Any:
     """The dataclass of a command; those of ``render`` and ``warmup`` have the policies of argv's preset as options."""
     found = getattr(import_module(f"flexkern.cli.{name}"), name.capitalize())
+    if sys.flags.optimize > 1:
+        found.__doc__ = sentence_of(name)
     if name not in ("render", "warmup"):
         return found
     from flexkern.cli.policies import with_policies
@@ -86,12 +93,46 @@ def command_class(name: str, argv: Sequence[str]) -> Any:
 
 def stand_in(name: str) -> type:
     """An empty command under the docstring of the real one, which is read and not imported: a list needs no more."""
-    file = Path(__file__).with_name(f"{name}.py")
-    classes = [node for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)]
-    (doc,) = [ast.get_docstring(node) for node in classes if node.name == name.capitalize()]
     made = make_dataclass(name.capitalize(), [])
-    made.__doc__ = doc
+    made.__doc__ = sentence_of(name)
     return made
+
+
+def sentence_of(name: str) -> str | None:
+    """The docstring of a command, from its source: `python -OO` drops those of what is imported."""
+    source = get_data("flexkern.cli", f"{name}.py")  # from a zip as well
+    assert source is not None, f"flexkern.cli.{name} has no source"
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    (doc,) = [ast.get_docstring(node) for node in classes if node.name == name.capitalize()]
+    return doc
+
+
+def prepare_streams() -> None:
+    """Streams that are closed lead nowhere, and no character is too strange for one: a locale may know ASCII alone."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        # a file name of any bytes is printed as those bytes
+        is_wide = codecs.lookup(sys.stdout.encoding).name.startswith("utf")
+        sys.stdout.reconfigure(errors="surrogateescape" if is_wide else "replace")
+
+
+@contextmanager
+def wide_enough() -> Iterator[None]:
+    """Help has room for its words: in a column or two tyro would look for it without end."""
+    given = os.environ.get("COLUMNS")
+    if shutil.get_terminal_size().columns >= NARROWEST:
+        yield
+        return
+    os.environ["COLUMNS"] = str(NARROWEST)
+    try:
+        yield
+    finally:
+        if given is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = given
 
 
 @contextmanager

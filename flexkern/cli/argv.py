@@ -5,6 +5,7 @@ A parser keeps the last of an option that comes twice. Here it is refused, in ev
 people bring along get a sentence.
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, get_type_hints
@@ -68,6 +69,16 @@ def validate_words(command: type, words: Sequence[str]) -> None:
             also = f", as {seen[option]} and {given}" if seen[option] != given else ""
             raise ValueError(f"{option} is given twice{also}: give it once")
         seen[option] = given
+
+
+def as_text(word: str, name: str = "--prompt") -> str:
+    """A word as it was typed, whatever the locale makes of its bytes. Raises ValueError where they are not UTF-8."""
+    if not any("\ud800" <= letter <= "\udfff" for letter in word):
+        return word
+    try:
+        return os.fsencode(word).decode("utf-8")  # a locale of ASCII keeps the bytes that it does not know
+    except UnicodeError:
+        raise ValueError(f"{name} must be text in UTF-8, got {os.fsencode(word)!r}") from None
 
 
 def spellings(command: type, prefix: str = "--") -> dict[str, str]:

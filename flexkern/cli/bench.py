@@ -14,6 +14,7 @@ FOLDER = Path(__file__).resolve().parents[1] / "bench"  # a link to bench/ in a 
 # beside bench_NAME.py
 PROGRAMS = {
     "suite": "gpu_suite", "correctness": "correctness", "default-path": "default_path", "tables": "tables",
+    "evidence": "evidence", "long-film": "long_film", "soak": "soak", "fleet-simulation": "fleet_simulation",
 }  # fmt: skip
 NEEDED = ("pytest", "triton")
 
@@ -34,7 +35,7 @@ class Bench:
                 return 0
             name = self.words[0].replace("_", "-")
             if name not in benches:
-                known = f"there is {', '.join(benches)}"
+                known = f"there is {', '.join(benches)}" if benches else "this copy of flexkern has none"
                 raise ValueError(f"there is no bench {self.words[0]!r}{did_you_mean(name, list(benches))}: {known}")
             missing = [package for package in NEEDED if find_spec(package) is None]
             if missing:

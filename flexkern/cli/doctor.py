@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -20,7 +21,7 @@ class Doctor:
     """print one JSON object instead: a key for each finding, its "broken" where looking failed"""
 
     def run(self) -> int:
-        findings: dict[str, Any] = {"flexkern": {"version": __version__}}
+        findings: dict[str, Any] = {"flexkern": examine_flexkern()}
         for name, (examine, _) in EXAMINATIONS.items():
             try:
                 findings[name] = examine()
@@ -32,12 +33,27 @@ class Doctor:
 
 def as_text(findings: dict[str, Found]) -> Iterator[str]:
     """The findings, a line or more each, the name on the first."""
-    yield f"{'flexkern':12} {findings['flexkern']['version']}"
+    yield f"{'flexkern':12} {tell_flexkern(findings['flexkern'])}"
     for name, (_, tell) in EXAMINATIONS.items():
         found = findings[name]
         for line in [f"broken: {found['broken']}"] if "broken" in found else tell(found):
             yield f"{name:12} {line}"
             name = ""
+
+
+def examine_flexkern() -> Found:
+    """Which flexkern runs: in the root of a clone it is the clone's, whatever pip has installed."""
+    from flexkern.cli.requirements import installed_version
+
+    folder = str(Path(__file__).parent.parent)
+    return {"version": __version__, "folder": folder, "installed": installed_version("flexkern")}
+
+
+def tell_flexkern(found: Found) -> str:
+    here = f"{found['version']}, {found['folder']}"
+    if found["installed"] in (None, found["version"]):
+        return here
+    return f"{here}; what is said below of packages is what the installed flexkern {found['installed']} needs"
 
 
 def examine_python() -> Found:

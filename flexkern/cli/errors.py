@@ -22,16 +22,18 @@ def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
         yield
     except BrokenPipeError:  # of our own output, not the user's fault
         raise
-    except kinds as error:
-        refuse(str(error), status)
-    except ImportError as error:
-        if isinstance(error, ModuleNotFoundError) and error.name and (advice := missing(error.name)):
-            refuse(advice, status)
-        if error.name is None:  # the sentence of a part that needs another extra
-            refuse(str(error), status)
-        refuse_unfit(error, status)
-        raise
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and (advice := missing(error)):
+            refuse(advice, status)
+        if why := unloadable(error):  # a library of the system that is missing, say: not a word of the user's
+            refuse_unfit(error, status)
+            refuse(why, status)
+        if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("flexkern"):
+            refuse(f"the package {error.name.partition('.')[0]!r} is not installed", status)  # of a copy of the tree
+        if isinstance(error, kinds):
+            refuse(str(error), status)
+        if isinstance(error, ImportError) and error.name is None:  # the sentence of a part that needs another extra
+            refuse(str(error), status)
         refuse_unfit(error, status)
         raise
 
@@ -66,12 +68,22 @@ def is_loading(module: str) -> bool:
     return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
 
 
-def missing(module: str) -> str | None:
-    """What to install for a module that is not there, None where nothing of flexkern asks for it."""
-    from flexkern.cli.requirements import need_of
+def missing(error: ModuleNotFoundError) -> str | None:
+    """What to install for the module that is not there, None where nothing of flexkern asks for it."""
+    from flexkern.cli.requirements import command_of, need_of
 
-    need = need_of(module)
+    need = need_of(str(error.name), command_of(error))
     return None if need is None else f"the package {need.package!r} is not installed: {need.advice}"
+
+
+def unloadable(error: BaseException) -> str:
+    """Which installed package does not load, and why; "" where the error is of none of them."""
+    from flexkern.cli.requirements import broken
+
+    if not (need := broken(error)):
+        return ""
+    why = f"{type(error).__name__}: {error}"
+    return f"the package {need.package!r} is installed, {need.installed}, and does not load ({why})"
 
 
 def refuse_unfit(error: Exception, status: int) -> None:

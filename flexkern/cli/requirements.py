@@ -10,6 +10,10 @@ from importlib import metadata
 
 NAMES = {"PIL": "pillow", "cv2": "opencv-python-headless", "yaml": "pyyaml"}  # module: package, where they differ
 OF_DEVELOPERS = {"bench", "docs", "test"}
+EXTRAS = {  # what brings all that a command needs; where several extras have a package, this one is named
+    "render": "video", "decode": "video", "fleet": "cluster", "serve": "serve", "bench": "bench",
+    "metrics": "metrics", "sheet": "metrics", "eval": "metrics",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,10 +77,28 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def need_of(module: str) -> Need | None:
-    """What asks for the package of a module, None where nothing does."""
-    package = NAMES.get(module.partition(".")[0], module.partition(".")[0])
-    return next((need for need in needs() if need.package.lower().replace("_", "-") == package.replace("_", "-")), None)
+def need_of(module: str, command: str = "") -> Need | None:
+    """What asks for the package of a module, the extra of that command first; None where nothing does."""
+    package = NAMES.get(module.partition(".")[0], module.partition(".")[0]).replace("_", "-")
+    asking = [need for need in needs() if need.package.lower().replace("_", "-") == package]
+    return next((need for need in asking if need.extra == EXTRAS.get(command)), asking[0] if asking else None)
+
+
+def command_of(error: BaseException) -> str:
+    """The command that an error passed through, of those with an extra; "" for none."""
+    modules = (str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(error.__traceback__))
+    names = (module.removeprefix("flexkern.cli.") for module in modules if module.startswith("flexkern.cli."))
+    return next((name for name in names if name in EXTRAS), "")
+
+
+def broken(error: BaseException) -> Need | None:
+    """The package in whose own modules an import ended with that error, None where it was in none that is declared."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        name = str(frame.f_globals.get("__name__"))
+        if frame.f_code.co_name == "<module>" and not name.startswith(("flexkern", "__main__")):
+            found = need_of(name) or found
+    return found
 
 
 def unfit() -> Iterator[Need]:

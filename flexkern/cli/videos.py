@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexkern.cli.argv import as_text
 from flexkern.cli.errors import note
 from flexkern.cli.flags import SEEDS, Flags
 from flexkern.policies import Preset
@@ -74,7 +75,7 @@ def chosen_shown(flags: Flags, preset: Preset, research: Research | None, inline
         return [Shown(source=str(flags.prompts), script=script)]
     if flags.prompt is None and is_family(flags.model):
         raise ValueError(f"--model {flags.model} needs --prompt TEXT, --prompts FILE or --data-path FILE")
-    prompt = PROMPT if flags.prompt is None else flags.prompt
+    prompt = PROMPT if flags.prompt is None else as_text(flags.prompt)
     return [Shown(source="--prompt", script=(PromptSwitch(at=0, prompt=prompt),))]
 
 

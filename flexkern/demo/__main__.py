@@ -8,7 +8,9 @@ figures.csv. Bits differ between CPUs: on another machine the rooms are the same
 """
 
 import csv
+import io
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -17,21 +19,31 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-import torch
-import tyro
-from numpy.typing import NDArray
-from tqdm import tqdm
+try:
+    import numpy as np
+    import torch
+    import tyro
+    from numpy.typing import NDArray
+    from tqdm import tqdm
 
-from flexkern.demo import FPS, rooms
-from flexkern.demo.evaluate import Spread
-from flexkern.demo.film_rooms import WEIGHTS, Case, film_chunks, load_engine
-from flexkern.demo.measure import curves
-from flexkern.demo.measure_rooms import FIGURES, Marks, measure, summary
-from flexkern.demo.picture import animation, dark_seconds, drift_plot, sheet, tiles
-from flexkern.policies import Preset, get_preset
-from flexkern.render.signals import quietly
-from flexkern.render.writer import VideoWriter
+    from flexkern.demo import FPS, rooms
+    from flexkern.demo.evaluate import Spread
+    from flexkern.demo.film_rooms import WEIGHTS, Case, film_chunks, load_engine
+    from flexkern.demo.measure import curves
+    from flexkern.demo.measure_rooms import FIGURES, Marks, measure, summary
+    from flexkern.demo.picture import animation, dark_seconds, drift_plot, sheet, tiles
+    from flexkern.policies import Preset, get_preset
+    from flexkern.render.signals import quietly
+    from flexkern.render.writer import VideoWriter
+except ModuleNotFoundError as error:
+    if str(error.name).startswith("flexkern"):
+        raise
+    advice = 'pip install "flexkern[video]"'
+    print(f"flexkern.demo: error: the package {error.name!r} is not installed: {advice}", file=sys.stderr)
+    raise SystemExit(2) from None
+except KeyboardInterrupt:
+    print("flexkern.demo: interrupted", file=sys.stderr)
+    raise SystemExit(130) from None
 
 TRUTH = "truth"
 METHODS: dict[str, tuple[str, dict[str, object]]] = {  # name -> preset, and what of it differs
@@ -115,7 +127,7 @@ def report(path: Path, marks: Mapping[str, Marks], frames: int) -> str:
     """Write the figures over all frames beyond the horizon, and say them."""
     over = slice(rooms.TRAIN_FRAMES if frames > rooms.TRAIN_FRAMES else rooms.CHUNK, frames)
     said = [f"frames {over.start} to {frames - 1}, mean ± 95 % interval of the mean"]
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("method", "first_frame", "last_frame", "figure", "mean", "interval95", "p10", "p90", "films"))
         for name, one in marks.items():
@@ -132,6 +144,15 @@ def write_video(path: Path, film: torch.Tensor) -> None:
     with VideoWriter(path, VIDEO, VIDEO, FPS) as writer:
         for part in film.split(FPS):  # a second at a time: an hour of pictures does not fit into memory
             writer.write(np.stack([np.asarray(picture) for picture in tiles(part, VIDEO)]))
+
+
+def validate(args: Args) -> None:
+    """Make the folder. Raises ValueError for a method that is none, OSError where the folder cannot be written to."""
+    for name in args.methods:
+        method(name)
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not os.access(args.out, os.W_OK):
+        raise PermissionError(f"no permission to write to {args.out}")
 
 
 def main(args: Args) -> None:
@@ -154,11 +175,20 @@ def main(args: Args) -> None:
         title=f"{args.frames / FPS:.0f} s, {times:.3g} times the training horizon; grey: lights off",
     )  # fmt: skip
     print(report(args.out / "figures.csv", marks, args.frames))
-    print(f"{args.videos} rooms are few: tables over 16, film by film, are in flexkern/docs/evidence.md")
+    few = "1 room is" if args.videos == 1 else f"{args.videos} rooms are"
+    print(f"{few} few: tables over 16, film by film, are in flexkern/docs/evidence.md")
     written = "videos, sheet.png, films.webp, curves.png and figures.csv"
     print(f"{time.perf_counter() - began:.0f} s; {written} in {args.out}")
 
 
 if __name__ == "__main__":
     with quietly("flexkern.demo"):
-        main(tyro.cli(Args, description=__doc__))
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # a locale may know ASCII alone, and no plus-minus
+        chosen = tyro.cli(Args, prog="python -m flexkern.demo", description=__doc__)
+        try:
+            validate(chosen)
+        except (ValueError, OSError) as error:
+            print(f"flexkern.demo: error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
+        main(chosen)

@@ -91,7 +91,7 @@ def windows(frames: int, length: int = world.TRAIN_FRAMES) -> list[tuple[int, in
 def write_csv(path: Path, marks: dict[str, Marks], frames: int) -> None:
     """One row per source, window (the whole video last) and figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(("source", "first_frame", "last_frame", "figure", "mean", "interval95", "p10", "p90", "clips"))
         for source, all_marks in marks.items():

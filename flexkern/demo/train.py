@@ -207,7 +207,7 @@ def train(args: Args) -> None:
     memories = {frames: TeacherForcing(frames, *grid, CONFIG.head_dim, args.device) for frames in CLIPS}
     clips, smooth, began, saved = 0, None, time.time(), time.time()
     passed = lambda: trainer.steps / args.steps if args.steps else (time.time() - began) / (60 * args.minutes)
-    with args.log.open("w", newline="", buffering=1) as file:
+    with args.log.open("w", newline="", buffering=1, encoding="utf-8") as file:
         log = csv.writer(file)
         log.writerow(("step", "clips", "frames", "seconds", "rate", "loss"))
         while (share := passed()) < 1:

@@ -189,12 +189,12 @@ def train(args: Args) -> None:
     loss_of = torch.compile(denoise_loss, dynamic=False) if args.compile else denoise_loss
     grid = trainer.model.grid(rooms.SIZE, rooms.SIZE)
     memories = {frames: TeacherForcing(frames, *grid, config.head_dim, args.device) for frames in CLIPS}
-    with (args.out / "commands.txt").open("a") as file:
+    with (args.out / "commands.txt").open("a", encoding="utf-8") as file:
         file.write(f"step {trainer.steps}: {shlex.join(sys.argv)}  ({asdict(args)})\n")
     log_path = args.out / "training.csv"
     fresh = not log_path.exists()
     began = saved = before = time.time()
-    with log_path.open("a", newline="", buffering=1) as file:
+    with log_path.open("a", newline="", buffering=1, encoding="utf-8") as file:
         log = csv.writer(file)
         if fresh:
             log.writerow(("step", "clips", "frames", "seconds", "rate", "loss"))

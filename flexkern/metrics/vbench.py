@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from flexkern.checks import json_text
+
 DIMENSIONS = {  # as VBench names them: the head of their column
     "subject_consistency": "subject",
     "background_consistency": "background",
@@ -116,7 +118,7 @@ def lay_out(videos: Mapping[str | Path, str], folder: str | Path) -> list[Path]:
             shutil.copyfile(path, there)
         laid.append(there)
         prompts[there.name] = prompt
-    (Path(folder) / PROMPTS).write_text(json.dumps(prompts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (Path(folder) / PROMPTS).write_text(json_text(prompts, indent=2) + "\n", encoding="utf-8")
     return laid
 
 

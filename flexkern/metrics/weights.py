@@ -106,7 +106,7 @@ def load_embedder(folder: Path) -> Model:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     file = folder / "preprocessor_config.json"
-    config = json.loads(file.read_text()) if file.is_file() else {}
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     side = _side(config.get("crop_size", config.get("size", 224)))
     mean, deviation = (
         config.get(name, value) for name, value in zip(("image_mean", "image_std"), IMAGENET, strict=True)

@@ -1,12 +1,12 @@
 """Reports of several videos as CSV, JSON and lines of a table."""
 
 import csv
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flexkern.checks import json_text
 from flexkern.metrics.measure import CURVES, LEARNED, WHOLE, Better, Metric, Report, validate_reports
 
 ARROWS: dict[Better, str] = {"higher": "↑", "lower": "↓", "neither": ""}
@@ -29,7 +29,7 @@ def rows(reports: Sequence[Report]) -> Iterator[tuple[str, str, Better]]:
 def write_summary(path: Path, reports: Mapping[str, Report]) -> None:
     """Write one line per video and number: video, metric, unit, better, value; an unknown value is left empty."""
     validate_reports(reports)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("video", "metric", "unit", "better", "value"))
         for name, report in reports.items():
@@ -41,7 +41,7 @@ def write_curves(path: Path, reports: Mapping[str, Report]) -> None:
     """Write one line per picture of each video: video, picture, seconds, and a column per curve."""
     validate_reports(reports)
     columns = list(dict.fromkeys(name for report in reports.values() for name in report.curves))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("video", "picture", "seconds", *columns))
         for name, report in reports.items():
@@ -69,7 +69,7 @@ def write_json(path: Path, reports: Mapping[str, Report]) -> None:
         }
         for name, report in reports.items()
     }
-    path.write_text(json.dumps({"metrics": used, "videos": videos}, indent=1, ensure_ascii=False) + "\n")
+    path.write_text(json_text({"metrics": used, "videos": videos}, indent=1) + "\n", encoding="utf-8")
 
 
 def table(reports: Mapping[str, Report]) -> list[str]:

@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from flexkern.checks import require
 from flexkern.render.spec import JobSpec, SpecError
-from flexkern.render.texts import Loader, filled, read_json, read_text
+from flexkern.render.texts import filled, read_json, read_text
 
 Lines = dict[tuple[str | int, ...], int]
 """the line of a value by the keys and indices that lead to it"""
@@ -94,6 +92,10 @@ def _documents(path: Path, text: str) -> Iterator[tuple[Any, Lines]]:
             for number, _, (content, lines) in parts:
                 yield content, {key: line + number - 1 for key, line in lines.items()}
             return
+    import yaml
+
+    from flexkern.render.yaml_forms import Loader
+
     loader = Loader(text)
     try:
         while loader.check_node():
@@ -119,6 +121,10 @@ def _json(path: Path, text: str) -> tuple[Any, Lines]:
         raise
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    import yaml
+
+    from flexkern.render.yaml_forms import Loader
+
     # YAML reads JSON, but for tabs between the words
     return content, dict(_lines(yaml.compose(text.replace("\t", " "), Loader)))
 
@@ -129,12 +135,12 @@ def _lines(node: Any, key: tuple[str | int, ...] = (), depth: int = 4) -> Iterat
         return
     if len(key) == 0 or isinstance(key[-1], int):
         yield key, node.start_mark.line + 1
-    if isinstance(node, yaml.SequenceNode):
+    if node.id == "sequence":
         for number, one in enumerate(node.value):
             yield from _lines(one, (*key, number), depth - 1)
-    elif isinstance(node, yaml.MappingNode):
+    elif node.id == "mapping":
         for number, (name, one) in enumerate(node.value):
-            named = name.value if isinstance(name, yaml.ScalarNode) else number
+            named = name.value if name.id == "scalar" else number
             yield (*key, str(named)), name.start_mark.line + 1
             if key and not isinstance(key[-1], int):  # a mapping as a list: {seconds: prompt}
                 yield (*key, number), name.start_mark.line + 1

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flexkern.checks import require
 from flexkern.render.encoding import STDOUT, Encoding, exact_rate, numbered
 from flexkern.render.signals import uninterrupted
-from flexkern.render.target import LOCK, parts_name, sequence, sync_folder
+from flexkern.render.target import LOCK, beside, parts_name, sequence, sync_folder
 from flexkern.render.writer import Stream, as_pictures, colours, load_av, validate_encoder, validate_target
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class SequenceWriter:
         from PIL import Image
 
         path = self._named(self.pictures)
-        growing = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+        growing = beside(path, path.stem, f".unfinished{path.suffix}")
         try:
             Image.fromarray(np.ascontiguousarray(picture)).save(growing, format="PNG", compress_level=LEVEL)
             growing.replace(path)

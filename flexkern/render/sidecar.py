@@ -17,7 +17,7 @@ from typing import Any
 from flexkern import __version__
 from flexkern.render.encoding import is_sequence
 from flexkern.render.order import Order
-from flexkern.render.target import sequence, write_json
+from flexkern.render.target import beside, sequence, write_json
 from flexkern.render.watch import now
 
 FORMAT = 1
@@ -27,8 +27,11 @@ TITLE = 200  # characters
 
 
 def sidecar_path(target: Path) -> Path:
-    """Where the sidecar of a video is: film.mp4.json beside film.mp4, shots/%06d.png.json beside shots/000000.png."""
-    return target.with_name(f"{target.name}.json")
+    """Where the sidecar of a video is: film.mp4.json beside film.mp4, shots/%06d.png.json beside shots/000000.png.
+
+    A name that leaves no room for those five bytes is shortened, as those of unfinished files are.
+    """
+    return beside(target, target.name, ".json")
 
 
 def describe(

@@ -8,7 +8,6 @@ read as far as it goes; the next render to the same name replaces it. What a ren
 
 import errno
 import hashlib
-import json
 import os
 import re
 import time
@@ -19,6 +18,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from flexkern.checks import json_text
 from flexkern.render.encoding import is_sequence, numbered
 
 try:
@@ -120,16 +120,16 @@ def sequence(path: Path) -> list[Path]:
 def unfinished_name(path: str | Path) -> Path:
     """Where a file grows until it is complete: in the same folder, of the same suffix, behind a link beside its aim."""
     path = Path(os.path.realpath(path))
-    return _beside(path, path.stem, f".unfinished{path.suffix}")
+    return beside(path, path.stem, f".unfinished{path.suffix}")
 
 
 def parts_name(path: str | Path) -> Path:
     """The folder that holds what a render of the file needs to go on; behind a link beside its aim."""
     path = Path(os.path.realpath(path))
-    return _beside(path, path.name, ".parts")
+    return beside(path, path.name, ".parts")
 
 
-def _beside(path: Path, stem: str, suffix: str) -> Path:
+def beside(path: Path, stem: str, suffix: str) -> Path:
     """A name in the path's folder, shortened, and then marked with the path's own, where it has too many bytes."""
     name = f"{stem}{suffix}"
     if len(os.fsencode(name)) > LONGEST:
@@ -224,7 +224,7 @@ def whole_file(path: Path) -> Iterator[FileIO]:
     Raises:
         OSError: There is no room.
     """
-    growing = path.with_name(path.name + GROWING)
+    growing = beside(path, path.name, GROWING)
     try:
         with growing.open("wb", buffering=0) as file:
             yield file
@@ -239,7 +239,7 @@ def whole_file(path: Path) -> Iterator[FileIO]:
 
 def write_json(path: Path, content: Any) -> None:
     """The file holds the content as JSON, or what it held before. Raises OSError where there is no room."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    text = json_text(content, indent=1) + "\n"
     with whole_file(path) as file:
         write_all(file, memoryview(text.encode()))
 

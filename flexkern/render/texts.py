@@ -12,8 +12,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 MARKS = {codecs.BOM_UTF8: "utf-8-sig", codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 TIMES = (  # hours, minutes, seconds
     re.compile(r"(?:(?P<h>\d+):)?(?P<m>\d+):(?P<s>[0-5]?\d(?:\.\d*)?)"),
@@ -96,6 +94,10 @@ def read_data(path: str | Path, what: str = "file") -> Any:
                 continue
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+    import yaml
+
+    from flexkern.render.yaml_forms import Loader
+
     try:
         return yaml.load(text, Loader)
     except yaml.YAMLError as error:
@@ -141,33 +143,3 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{key!r} is written twice")
         found[key] = value
     return found
-
-
-class Loader(yaml.SafeLoader):
-    """YAML whose numbers are what they look like, and whose keys come once."""
-
-    yaml_implicit_resolvers: dict[str, Any] = {}  # none of YAML 1.1's, but those below
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name in seen and name != ("tag:yaml.org,2002:merge", "<<"):
-                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
-            seen.add(name or object())
-        return super().construct_mapping(node, deep)
-
-
-FORMS = {  # tag: what a plain word must look like, and how it may begin
-    "null": ("~|null|Null|NULL|", ["~", "n", "N", ""]),
-    "bool": ("(?i:yes|no|true|false|on|off)", list("yYnNtTfFoO")),
-    "int": ("[-+]?[0-9][0-9_]*", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-        list("-+.0123456789"),
-    ),
-    "merge": ("<<", ["<"]),
-}
-for tag, (form, first) in FORMS.items():
-    Loader.add_implicit_resolver(f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{form})$"), first)
-Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # 010 is ten

@@ -21,7 +21,6 @@ The log has a line for each event, written at once: ``time`` (UTC), ``event``, a
 render stood still for that thread before it could hand the chunk over; of ``finished``, in all.
 """
 
-import json
 import os
 import sys
 import time
@@ -33,7 +32,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 
 from tqdm import tqdm
 
-from flexkern.checks import require
+from flexkern.checks import json_text, require
+from flexkern.render.target import beside
 
 try:
     import resource
@@ -90,7 +90,7 @@ class EventLog:
 
 def as_line(content: Mapping[str, Any]) -> str:
     """JSON in one line, with the time before it."""
-    return json.dumps({"time": now()} | dict(content), ensure_ascii=False, default=str)
+    return json_text({"time": now()} | dict(content), default=str)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -305,7 +305,7 @@ def write_preview(path: Path, picture: "NDArray[Any]") -> None:
     """Replace a picture at once. A failure is no reason to stop a render, and is not raised."""
     from PIL import Image
 
-    growing = path.with_name(f"{path.stem}.unfinished{path.suffix}")
+    growing = beside(path, path.stem, f".unfinished{path.suffix}")
     try:
         Image.fromarray(picture).save(growing)
         growing.replace(path)

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from flexkern.checks import json_text
 from flexkern.serve import shapes
 from flexkern.serve.served import as_script
 from flexkern.serve.store import VideoJob
@@ -62,4 +63,4 @@ def read_log(path: Path) -> Iterator[Mapping[str, Any]]:
 
 def sse(kind: str, content: Mapping[str, Any]) -> bytes:
     """A server-sent event."""
-    return f"event: {kind}\ndata: {json.dumps(content, ensure_ascii=False)}\n\n".encode()
+    return f"event: {kind}\ndata: {json_text(content)}\n\n".encode()

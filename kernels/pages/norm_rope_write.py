@@ -100,7 +100,9 @@ def _norm_rope_write(
 
     page = batch * stride_pb + slot * stride_pp + place.to(tl.int64) * CHANNELS
     value = cast(value, value_page_ptr.dtype.element_ty)
-    tl.store(value_page_ptr + page + offs_c, value, mask=(offs_c < CHANNELS) & (slot >= 0))
+    # the slot is widened, then compared: a bool of one number, widened, is no mask in the interpreter of Triton 3.9
+    written = (offs_c < CHANNELS) & (tl.broadcast_to(slot, BLOCK_C) >= 0)
+    tl.store(value_page_ptr + page + offs_c, value, mask=written)
     if HAS_QUERY:
         norm_rope(query, query_dtype, query_weight_ptr, cos, sin, out_ptr + token * CHANNELS, eps,
                   HEADS, PAIRS, BLOCK_H, BLOCK_P)  # fmt: skip

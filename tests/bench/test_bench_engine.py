@@ -85,6 +85,9 @@ def test_without_a_vae_the_engine_is_timed_alone(engines, tmp_path, monkeypatch,
     rows = run(monkeypatch, tmp_path, "--presets", "flex", "--paths", "sdpa")
     row = rows.pop("sdpa")
     assert not rows and row.note == "nothing is decoded" and row.vae_ms == 0 and row.ms >= row.denoise_ms > 0
+    assert (
+        row.shape.endswith(", no VAE") and math.isnan(row.pictures_s) and row.denoise_fps > 0
+    )  # no pictures come of it
     assert "over the roof" in (said := bench_engine.describe(row)) and "nan" not in said
     drift = dict(slope_ms=1.0, slope_ms_low=-1.0, slope_ms_high=3.0, slope_mb=2.0)
     assert "over 100 chunks +1 ms (-1 to +3), +2 MB; " in bench_engine.describe(replace(row, **drift))

@@ -13,10 +13,11 @@ ROOF = roofs.Roofs(matmul_tflop_s=790.0, copy_gb_s=4300.0)
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the queue runs it there")
 def test_the_default_is_rendered_and_what_else_runs_is_caught(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["default_path.py"])
     assert default_path.main() == 0
     out = capsys.readouterr().out
     assert out.count("backend sdpa: auto, since device 'cpu' is not a CUDA GPU") == 2
-    assert out.endswith("the default is the fast path\n")
+    assert out.endswith("no CUDA GPU: the default is sdpa; no kernel was tried\n")
     monkeypatch.setattr(default_path, "AUTO", "reference")
     monkeypatch.setattr(default_path, "NEAR", 0.0)
     assert default_path.main() == 1

@@ -235,7 +235,7 @@ def test_what_does_not_parse_is_status_2(flexkern_, tmp_path, arguments):
     assert status == 2 and not out and err and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("module", "package"), [("av", "av"), ("tyro", "tyro"), ("yaml", "pyyaml")])
+@pytest.mark.parametrize(("module", "package"), [("av", "av"), ("tyro", "tyro"), ("tqdm", "tqdm")])
 def test_a_missing_package_is_named(flexkern_, monkeypatch, module, package):
     monkeypatch.setattr(flexkern, "render", flexkern.render)  # an import sets it anew
     for name in [name for name in sys.modules if name.startswith(("flexkern.render", "flexkern.cli."))]:

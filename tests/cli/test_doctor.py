@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexkern import backends, demo
+from flexkern import __version__, backends, demo
 from flexkern.backends.choice import Choice
 from flexkern.cli import doctor, main, requirements
 
@@ -40,6 +40,20 @@ def test_doctor_tells_what_is_there_and_what_is_not(monkeypatch, tmp_path, capsy
     assert "triton not available: the package triton is not installed" in out
     assert "flash-attn not available: the package flash-attn is not installed" in out
     assert "triton       not there: " in out and "cpu          broken: ZeroDivisionError: " in out
+
+
+def test_doctor_says_which_flexkern_runs(monkeypatch):
+    folder = Path(doctor.__file__).parent.parent
+    monkeypatch.setattr(requirements, "installed_version", lambda package: __version__)
+    assert doctor.tell_flexkern(doctor.examine_flexkern()) == f"{__version__}, {folder}"
+    monkeypatch.setattr(requirements, "installed_version", lambda package: None)  # a copy of the tree
+    assert doctor.tell_flexkern(doctor.examine_flexkern()) == f"{__version__}, {folder}"
+    monkeypatch.setattr(requirements, "installed_version", lambda package: "0.0.9")
+    found = doctor.examine_flexkern()
+    assert found == {"version": __version__, "folder": str(folder), "installed": "0.0.9"}
+    assert doctor.tell_flexkern(found).endswith(
+        "; what is said below of packages is what the installed flexkern 0.0.9 needs"
+    )
 
 
 def test_doctor_tells_what_auto_takes_and_why(monkeypatch, tmp_path):

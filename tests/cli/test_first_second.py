@@ -94,6 +94,25 @@ def test_ctrl_c_in_the_first_second_is_one_line(tmp_path, words, seconds):
     assert (process.returncode, out, error) == (130, "", "flexkern: interrupted\n")
 
 
+INTERRUPTED = """
+import importlib.abc, importlib.machinery, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Finder())
+{then}
+"""
+
+
+def test_ctrl_c_before_the_first_line_of_the_command_is_one_line():
+    code = INTERRUPTED.format(module="flexkern.cli", then="from flexkern.__main__ import main; sys.exit(main())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "flexkern: interrupted\n")
+
+
 def test_whoever_handles_ctrl_c_already_goes_on_doing_so():
     def theirs(number, frame):
         pass

@@ -1,5 +1,6 @@
 """What flexkern needs, compared with what is installed: one place, which doctor and errors ask."""
 
+import sys
 from email.message import Message
 
 import pytest
@@ -116,7 +117,44 @@ def test_a_missing_package_is_named_with_its_extra(installed, capsys, module, to
     assert capsys.readouterr().err == f"flexkern: error: {told}\n"
 
 
-def test_a_missing_module_that_nothing_asks_for_keeps_its_traceback(installed):
+def test_the_extra_of_the_command_is_named_first(installed, capsys):
+    passing = {"__name__": "flexkern.cli.sheet", "error": ModuleNotFoundError("No module named 'av'", name="av")}
+    with pytest.raises(SystemExit), refusing(ValueError):
+        exec("raise error", passing)
+    assert capsys.readouterr().err.endswith("'av' is not installed: pip install \"flexkern[metrics]\"\n")
+
+
+@pytest.mark.parametrize("fault", [OSError("libavformat.so.60: cannot open"), ImportError("DLL"), AttributeError("x")])
+def test_a_package_that_does_not_load_is_named(installed, capsys, fault, tmp_path, monkeypatch):
+    """Its error may be one that a user's own mistakes have: of a file, say."""
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.delitem(sys.modules, "av")
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "av").mkdir()
+    (tmp_path / "av/__init__.py").write_text("from av import core\n")
+    (tmp_path / "av/core.py").write_text(f"raise {fault!r}\n")
+    for version, told in (("18.0", "'av' is installed, 18.0, and does not load"), ("13.1", "needs av>=17.1")):
+        installed["av"] = version
+        with pytest.raises(SystemExit) as left, refusing(ValueError, OSError):
+            import av  # noqa: F401
+        assert left.value.code == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and told in said and f"({type(fault).__name__}: {fault})" in said
+
+
+def test_a_file_that_is_missing_is_no_fault_of_a_package(installed, capsys):
+    with pytest.raises(SystemExit), refusing(OSError):
+        open("/nowhere/at/all")  # noqa: SIM115
+    assert "does not load" not in capsys.readouterr().err
+
+
+def test_a_module_that_nobody_declares_is_named_alone(installed, capsys):
+    with pytest.raises(SystemExit), refusing(ValueError):
+        raise ModuleNotFoundError("No module named 'regex'", name="regex.core")
+    assert capsys.readouterr().err == "flexkern: error: the package 'regex' is not installed\n"
+
+
+def test_a_missing_module_of_ours_keeps_its_traceback(installed):
     with pytest.raises(ModuleNotFoundError), refusing(ValueError):
         raise ModuleNotFoundError("No module named 'flexkern.wheels'", name="flexkern.wheels")
 

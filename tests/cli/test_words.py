@@ -11,7 +11,7 @@ from PIL import Image
 
 from flexkern import __version__
 from flexkern.cli import COMMANDS
-from flexkern.cli.argv import FOREIGN, spellings
+from flexkern.cli.argv import FOREIGN, as_text, spellings
 from flexkern.cli.doctor import Doctor
 from flexkern.cli.inspect import Inspect
 from flexkern.cli.metrics import Metrics
@@ -264,6 +264,57 @@ def test_output_that_cannot_be_written_is_one_line(tmp_path):
         done = subprocess.run(command, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     assert done.returncode == 1
     assert re.fullmatch(r"flexkern: error: the output cannot be written: .*No space left on device\n", done.stderr)
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale that knows nothing else
+
+
+def typed(*words: str | bytes, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, *words]
+    return subprocess.run(command, env=ENVIRONMENT | environment, capture_output=True, timeout=60)
+
+
+def test_help_is_whole_where_the_locale_is_ascii():
+    done = typed("-m", "flexkern", "--help", **ASCII)
+    assert (done.returncode, done.stderr) == (0, b"") and b"? doctor " in done.stdout  # in place of a bullet
+
+
+@pytest.mark.parametrize("columns", ["1", "2", "20"])
+def test_help_ends_and_can_be_read_in_a_few_columns(columns):
+    done = typed("-m", "flexkern", "doctor", "--help", COLUMNS=columns)
+    assert done.returncode == 0 and "print one JSON object" in done.stdout.decode()
+
+
+def test_help_has_its_sentences_without_docstrings():
+    for words in (("--help",), ("doctor", "--help")):
+        done = typed("-OO", "-m", "flexkern", *words)
+        assert done.returncode == 0 and b"Print what this machine can do" in done.stdout
+
+
+@pytest.mark.parametrize("words", ["--help", "doctor --help", "presets flex", "bench", "--version"])
+def test_a_stream_that_is_closed_is_no_error(words):
+    command = ["sh", "-c", f'exec "$0" -m flexkern {words} <&- >&-', sys.executable]
+    done = subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_stream_that_is_closed_gives_its_number_to_nobody():
+    """A video that is opened next would get what is printed written into it."""
+    code = (
+        "import os, flexkern.cli as c; c.prepare_streams(); print('x'); print(os.open('/', 0) > 2, file=c.sys.stderr)"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" <&- >&-', sys.executable, code]
+    done = subprocess.run(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "True\n")
+
+
+def test_a_prompt_is_what_was_typed_whatever_the_locale():
+    as_ascii = "ein grüner Kreis".encode().decode("ascii", "surrogateescape")
+    assert as_text(as_ascii) == as_text("ein grüner Kreis") == "ein grüner Kreis"
+    with pytest.raises(ValueError, match=r"--prompt must be text in UTF-8, got b'gr\\xfcn'"):
+        as_text("grün".encode("latin-1").decode("ascii", "surrogateescape"))
+    done = typed("-m", "flexkern", "render", "--frames", "3", "--prompt", "ein grüner Kreis".encode(), **ASCII)
+    assert done.returncode == 2 and b"got 'ein gr\\xfcner Kreis'" in done.stderr  # as ASCII writes it
 
 
 def test_an_image_of_floats_is_refused(flexkern_):

@@ -4,7 +4,9 @@ import csv
 import dataclasses
 import json
 import math
+import os
 import runpy
+import subprocess
 import sys
 
 import av
@@ -166,3 +168,37 @@ def test_ctrl_c_ends_with_one_quiet_line(module, monkeypatch, capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__")
     assert stopped.value.code == 130 and capsys.readouterr().err.endswith(f"{module}: interrupted\n")
+
+
+def run_demo(*words, cwd, code="", **environment):
+    """``python -m flexkern.demo``, after some code."""
+    code += "\nimport runpy, sys; sys.argv[0] = 'demo'; runpy.run_module('flexkern.demo', run_name='__main__')"
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [("--out file/demo", "Not a directory: 'file/demo'"), ("--methods flx", "no preset 'flx': expected one of")],
+)
+def test_what_cannot_work_is_one_line_before_any_film(tmp_path, words, said):
+    (tmp_path / "file").write_text("")
+    done = run_demo(*words.split(), cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and said in done.stderr
+    assert done.stderr.startswith("flexkern.demo: error: ") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "PIL"])
+def test_a_missing_package_is_named_with_its_extra(tmp_path, package):
+    done = run_demo("--help", cwd=tmp_path, code=f"import sys; sys.modules[{package!r}] = None")
+    assert (done.returncode, done.stdout) == (2, "")
+    told = 'is not installed: pip install "flexkern[video]"\n'
+    assert done.stderr == f"flexkern.demo: error: the package {package!r} {told}"
+
+
+def test_a_locale_of_ascii_prints_the_figures(tmp_path):
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ("--frames", "6", "--videos", "1", "--methods", "sink", "--out", "d")
+    done = run_demo(*words, cwd=tmp_path, **ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "mean ? 95 % interval" in done.stdout and "1 room is few: " in done.stdout

@@ -10,7 +10,7 @@ import yaml
 from flexkern.policies import SinkWindow
 from flexkern.render import JobSpec, job_schema
 from flexkern.render.spec import SpecError
-from flexkern.render.texts import Loader
+from flexkern.render.yaml_forms import Loader
 
 DOCS = Path(__file__).parents[2] / "flexkern" / "docs"
 SCHEMA = job_schema()

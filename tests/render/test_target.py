@@ -1,10 +1,12 @@
 """Names of files are names, whatever they look like; one writer a name; a name holds a whole file or what it held."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import av
 import numpy as np
@@ -13,8 +15,9 @@ import torch
 
 from flexkern.metrics.video import inspect_video, pictures_at, read_pictures
 from flexkern.render import LatentsFile, VideoWriter, validate_latents_target, validate_target
+from flexkern.render.sidecar import sidecar_path
 from flexkern.render.signals import stoppable, uninterrupted
-from flexkern.render.target import LONGEST, Target, unfinished_name
+from flexkern.render.target import LONGEST, Target, unfinished_name, write_json
 
 SIDE = 32
 PICTURES = np.arange(3 * SIDE * SIDE * 3, dtype=np.uint8).reshape(3, SIDE, SIDE, 3)
@@ -68,6 +71,21 @@ def test_a_name_that_no_file_system_takes_is_refused(tmp_path):
     os.mkfifo(tmp_path / "pipe.mp4")
     with pytest.raises(ValueError, match="pipe.mp4 is no ordinary file"):
         validate_target(tmp_path / "pipe.mp4")
+
+
+def test_what_lies_beside_a_file_has_a_name_that_fits():
+    video = Path("/a") / ("x" * (LONGEST - 4) + ".mp4")
+    assert sidecar_path(Path("/a/v.mp4")) == Path("/a/v.mp4.json")
+    found = {sidecar_path(video), sidecar_path(video.with_name("y" + video.name[1:]))}
+    assert {len(path.name) for path in found} == {LONGEST} and {path.suffix for path in found} == {".json"}
+    assert len(found) == 2  # two videos whose names differ have two
+
+
+def test_a_file_of_the_longest_name_is_written_whole(tmp_path):
+    path = tmp_path / ("x" * (LONGEST - 5) + ".json")
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 def test_unfinished_names_are_of_the_same_folder_and_suffix():

@@ -221,11 +221,7 @@ MUTANTS = [
     # every batch writes the pages of the first
     ("kernels/pages/norm_rope_write.py", "batch * stride_pb + slot", "slot"),
     # the value of page 0 is not written
-    (
-        "kernels/pages/norm_rope_write.py",
-        "mask=(offs_c < CHANNELS) & (slot >= 0)",
-        "mask=(offs_c < CHANNELS) & (slot > 0)",
-    ),
+    ("kernels/pages/norm_rope_write.py", "tl.broadcast_to(slot, BLOCK_C) >= 0", "tl.broadcast_to(slot, BLOCK_C) > 0"),
     # values through the key's weightless path: not copied exactly
     (
         "kernels/pages/norm_rope_write.py",

@@ -1,0 +1,31 @@
+"""Triton's interpreter as strict as that of Triton 3.9, whichever is installed."""
+
+import pytest
+import torch
+
+from flexkern.kernels import PORTABLE, lacking
+
+
+def is_interpreted() -> bool:
+    try:
+        return not torch.cuda.is_available() and lacking(PORTABLE) is None
+    except ImportError:
+        return False
+
+
+@pytest.fixture(autouse=True)
+def strict_masks(monkeypatch):
+    """A mask is of bools: older interpreters take integers, into which they turn a bool of one number made wide."""
+    if not is_interpreted():
+        return
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    def strict(original, at):
+        def checked(builder, *given):
+            assert given[at].data.dtype == bool, f"a mask of {given[at].data.dtype}, expected bool"
+            return original(builder, *given)
+
+        return checked
+
+    for name, at in (("create_masked_load", 1), ("create_masked_store", 2)):
+        monkeypatch.setattr(InterpreterBuilder, name, strict(getattr(InterpreterBuilder, name), at))
