@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.cli.carry import finish_one, make_watch, open_log, render_all
+from flexkern.cli.carry import finish_one, make_watch, open_log, refusal, render_all
 from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
@@ -54,11 +54,16 @@ class Render(Flags):
         """As ``go_on``; held: what ends with it."""
         with refusing(*status.BAD):
             validate_alone(self)
-            from flexkern.render import clear_parts, find_stopped, resume
+            from flexkern.render import clear_parts, find_stopped, is_whole, resume
 
-            stopped = find_stopped(target)
-            if stopped.done:
-                clear_parts(target)
+            try:
+                stopped = find_stopped(target)
+                if done := stopped.done:
+                    clear_parts(target)
+            except FileNotFoundError:
+                if not (done := is_whole(target)):
+                    raise
+            if done:
                 print(f"{target}: is whole, there was nothing left to do")
                 return status.DONE
             begun = Render(**options_from(stopped.record["options"]))
@@ -71,7 +76,12 @@ class Render(Flags):
             lot.check()
             lot.batch.ranks = held.enter_context(open_ranks(count_ranks(begun.gpus), lot.batch.device))
             tell = note if self.progress else lambda _: None
-            job = resume(target, lot.batch.open(tell=tell), lot.batch.family, anyway=self.resume_anyway, tell=note)
+            try:
+                engine = lot.batch.open(tell=tell)
+                job = resume(target, engine, lot.batch.family, anyway=self.resume_anyway, tell=note)
+            except Exception as error:
+                ending = refusal(error, begun=True)
+                refuse(ending.message, ending.status)
             ends = ExitStack()
             watch = make_watch(self, open_log(self, lot.batch.family.name, ends), job.order)
         with ends:

@@ -55,11 +55,12 @@ def validate_file(path: str | Path, what: str, suffix: str, *, free: bool = True
         raise ValueError(f"{path} is a folder; expected the name of an {suffix} file")
     if path.suffix.lower() != suffix:
         raise ValueError(f"{what} must be named {suffix}, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    aim = Path(os.path.realpath(path)) if path.is_symlink() else path  # what is behind a link is written
+    if not aim.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {aim.parent} to write {path.name} to")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no ordinary file")
-    for needed in (path.parent, path) if path.exists() else (path.parent,):
+    for needed in (aim.parent, aim) if path.exists() else (aim.parent,):
         if not os.access(needed, os.W_OK):
             raise PermissionError(f"no permission to write {needed}")
     for held in (unfinished_name(path), parts_name(path) / LOCK):
@@ -120,16 +121,16 @@ def sequence(path: Path) -> list[Path]:
 def unfinished_name(path: str | Path) -> Path:
     """Where a file grows until it is complete: in the same folder, of the same suffix, behind a link beside its aim."""
     path = Path(os.path.realpath(path))
-    return _beside(path, path.stem, f".unfinished{path.suffix}")
+    return beside(path, path.stem, f".unfinished{path.suffix}")
 
 
 def parts_name(path: str | Path) -> Path:
     """The folder that holds what a render of the file needs to go on; behind a link beside its aim."""
     path = Path(os.path.realpath(path))
-    return _beside(path, path.name, ".parts")
+    return beside(path, path.name, ".parts")
 
 
-def _beside(path: Path, stem: str, suffix: str) -> Path:
+def beside(path: Path, stem: str, suffix: str) -> Path:
     """A name in the path's folder, shortened, and then marked with the path's own, where it has too many bytes."""
     name = f"{stem}{suffix}"
     if len(os.fsencode(name)) > LONGEST:
@@ -224,7 +225,7 @@ def whole_file(path: Path) -> Iterator[FileIO]:
     Raises:
         OSError: There is no room.
     """
-    growing = path.with_name(path.name + GROWING)
+    growing = beside(path, path.name, GROWING)
     try:
         with growing.open("wb", buffering=0) as file:
             yield file
