@@ -25,6 +25,7 @@ TIMES = (  # hours, minutes, seconds
     re.compile(r"(?P<s>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"),
 )
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+TOO_DEEP = "its brackets are nested too deeply"
 EXAMPLES = "seconds or a time such as 90, 1:30, 60s or 1m30s"
 
 
@@ -98,6 +99,8 @@ def read_data(path: str | Path, what: str = "file") -> Any:
                 raise ValueError(f"{path}: {error}") from None
     try:
         return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError(f"{path}: {TOO_DEEP}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -105,8 +108,11 @@ def read_data(path: str | Path, what: str = "file") -> Any:
 
 
 def read_json(text: str) -> Any:
-    """What JSON holds. Raises JSONDecodeError, or another ValueError for a key that is written twice."""
-    return json.loads(text, object_pairs_hook=_once)
+    """What JSON holds. Raises JSONDecodeError, or another ValueError for a key that is written twice, or brackets."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def filled(text: str) -> list[tuple[int, str]]:
@@ -151,10 +157,12 @@ class Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
-            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name in seen and name != ("tag:yaml.org,2002:merge", "<<"):
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            name = self.construct_object(key)  # 1 and 1.0 are one key
+            if name in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is written twice", key.start_mark)
-            seen.add(name or object())
+            seen.add(name)
         return super().construct_mapping(node, deep)
 
 
