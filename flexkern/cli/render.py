@@ -20,7 +20,7 @@ from flexkern.cli.videos import chosen_videos
 from flexkern.policies import get_preset
 from flexkern.render import status
 from flexkern.render.assembly import chosen_checkpoint, chosen_family, chosen_weights, timed
-from flexkern.render.choices import base_preset, chosen_model, chosen_threads, is_family
+from flexkern.render.choices import base_preset, chosen_model, chosen_threads, flag, is_family
 from flexkern.render.encoding import STDOUT
 from flexkern.render.research import Research, read_research
 from flexkern.render.target import validate_targets
@@ -106,7 +106,9 @@ class Render(Flags):
         targets = [video.target for plan in plans for video in plan.videos]
         read = {name: path for plan in plans for name, path in plan.setting.command.inputs().items()}
         sidecars = [sidecar_path(target) for target in targets]
-        validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}))
+        names = ("log", "manifest", "preview")
+        others = {flag(name): path for name in names if (path := getattr(self, name)) is not None}
+        validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}), others)
         if STDOUT in targets and len(targets) > 1:
             raise ValueError(f"stdout takes one video, got {len(targets)}")
         if len(targets) == 1 and self.job is None and self.data_path is None and targets[0] != STDOUT:

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -235,3 +236,22 @@ def test_the_documentation_has_every_status():
     page = (Path(demo.__file__).parents[1] / "docs/studio.md").read_text()
     for number, (meaning, action) in status.MEANINGS.items():
         assert f"| {number} | {meaning} | {action} |" in page
+
+
+def test_a_link_to_itself_is_replaced(flexkern_):
+    Path("loop.mp4").symlink_to("loop.mp4")
+    assert flexkern_("render", "--frames", 3, "--out", "loop.mp4", "--no-progress")[0] == 0
+    assert not Path("loop.mp4").is_symlink() and pictures_in("loop.mp4") == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_and_a_stderr_that_are_full_end_no_render(flexkern_, monkeypatch):
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115, which fails when it is closed
+    try:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert flexkern_("render", *ORDERED[:-1], "--log", "/dev/full")[0] == 0
+        assert pictures_in("video.mp4") == 30
+        assert flexkern_("render", "--frames", "0")[0] == 2  # a refusal keeps its status
+    finally:
+        with suppress(OSError):
+            full.close()
