@@ -58,14 +58,14 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
             continue
         try:
             engine = open_engine(lot)
-        except status.BAD as error:
+        except Exception as error:
+            ending = refusal(error)
             if len(lots) == 1:
-                with refusing(*status.BAD):
-                    raise
+                refuse(ending.message, ending.status)
             for order in waiting:
-                note(f"{order.target}: {error}")
-                enter(manifest, order, "failed", str(error), status.REFUSED)
-                failed.append(status.REFUSED)
+                note(f"{order.target}: {ending.message}")
+                enter(manifest, order, "failed", ending.message, ending.status)
+                failed.append(ending.status)
             continue
         if command.output_folder is not None:
             with refusing(*status.BAD):
@@ -110,7 +110,6 @@ def render_one(order: "Order", lot: Lot, engine: "Engine", log: "Listener | None
     """
     from flexkern.render import prepare, prepare_pipe, resume
     from flexkern.render.batch import begun
-    from flexkern.render.ending import Ending
 
     command, batch, family = lot.command, lot.batch, lot.batch.family
     watch = make_watch(command, log, order)
@@ -135,15 +134,34 @@ def render_one(order: "Order", lot: Lot, engine: "Engine", log: "Listener | None
                 about=batch.about(order),
                 tell=tell,
             )
-    except status.BAD as error:
-        watch.failed(order.target, str(error))
-        return Ending(status=status.REFUSED, message=str(error))
+    except Exception as error:
+        ending = refusal(error, begun=begun(order.target))
+        watch.failed(order.target, ending.message)
+        return ending
     if batch.parts is None and not lot.told:  # of a checkpoint it was told before the weights were read
         note(str(engine.backend_choice))
         lot.told = True
     if command.progress:
         note(header(order, engine, family))
     return finish_one(job, family, watch)
+
+
+def refusal(error: Exception, *, begun: bool = False) -> "Ending":
+    """How a render ended that could not begin; raises the error again where it is a fault of ours.
+
+    Args:
+        error: What was raised before a picture was made.
+        begun: Whether an earlier render is kept that could be gone on with.
+    """
+    from flexkern.render.checkpoint import is_out_of_memory, memory_words
+    from flexkern.render.ending import Ending
+
+    if is_out_of_memory(error):
+        why = " ".join(memory_words(error).split())
+        return Ending(status=status.CAN_RESUME if begun else status.NOTHING_KEPT, message=why, cause=error)
+    if isinstance(error, BrokenPipeError) or not isinstance(error, status.BAD):
+        raise error
+    return Ending(status=status.REFUSED, message=str(error), cause=error)
 
 
 def finish_one(job: "Job | PipeJob", family: "Family", watch: "Watch") -> "Ending":
@@ -163,12 +181,12 @@ def finish_one(job: "Job | PipeJob", family: "Family", watch: "Watch") -> "Endin
 
 
 def header(order: "Order", engine: "Engine", family: "Family") -> str:
-    """One line that says what is rendered."""
+    """One line that says what is rendered; the size as --size has it, height first."""
     height, width = family.picture_size
     length = f"{order.pictures} pictures ({order.pictures / family.fps:g} s)"
     changed = "".join(f", {name} {value}" for name, value in order.overrides.items())
     prompts = f", {len(order.script)} prompts" if len(order.script) > 1 else ""
-    what = f"{family.name}, preset {order.preset}{changed}, {width}x{height}, {length}{prompts}, seed {order.seed}"
+    what = f"{family.name}, preset {order.preset}{changed}, {height}x{width}, {length}{prompts}, seed {order.seed}"
     return f"{order.target}: {what}; backend {engine.backend_name} on {device_name(engine)}"
 
 

@@ -11,7 +11,7 @@ import tyro
 
 from flexkern.checks import require
 from flexkern.cli.errors import note, refuse, refusing
-from flexkern.cli.flags import option
+from flexkern.cli.flags import RATE, option
 from flexkern.render import status
 from flexkern.render.choices import DEMO
 from flexkern.render.encoding import STDOUT, Form
@@ -32,7 +32,7 @@ class Decode:
     video.mp4"""
     vae: Annotated[Path | None, option("PATH")] = None
     """Wan2.1_VAE.pth, a diffusers vae folder, a tiny decoder (taew2_1), or the folder of a model that has one"""
-    fps: Annotated[float | None, option("FLOAT")] = None
+    fps: Annotated[float | None, option("RATE"), RATE] = None
     """pictures per second of the video; default: the model's, 16"""
     crf: Annotated[int, tyro.conf.arg(metavar="INT")] = 18
     """quality of H.264, 0 (lossless) to 51"""
@@ -107,6 +107,7 @@ class Decode:
         """Write the video, and say how that ended. Returns the exit status."""
         from tqdm import tqdm
 
+        from flexkern.finite import NotFiniteError
         from flexkern.render import stoppable
         from flexkern.render.decoding import decode_latents, describe
         from flexkern.render.sidecar import write_sidecar
@@ -127,6 +128,8 @@ class Decode:
                     write_sidecar(self.out, about)
             except BrokenPipeError:
                 raise
+            except NotFiniteError as error:
+                refuse(str(error), status.FAILED)
             except OSError as error:
                 refuse(f"{error}; the latents are as they were", status.NOTHING_KEPT)
             except KeyboardInterrupt:

@@ -96,7 +96,7 @@ def refuse_unfit(error: Exception, status: int) -> None:
 
 def refuse(message: str, status: int) -> NoReturn:
     """One line on stderr, and the exit status."""
-    print(f"flexkern: error: {' '.join(message.split())}", file=sys.stderr)
+    note(f"error: {' '.join(message.split())}")
     raise SystemExit(status)
 
 
@@ -113,5 +113,10 @@ def in_flags(told: str) -> str:
 
 
 def note(text: str) -> None:
-    """Something worth knowing, on stderr."""
-    print(f"flexkern: {text}", file=sys.stderr)
+    """Something worth knowing, on stderr; where that is full, or a terminal that is gone, nobody is told."""
+    try:
+        print(f"flexkern: {text}", file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass

@@ -1,6 +1,7 @@
 """The options of ``flexkern render``, and which of them exclude each other."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -9,8 +10,9 @@ import tyro
 
 from flexkern.checks import is_float32, require
 from flexkern.render.choices import DEMO, NOT_FOR_DEMO, flag, read_size, validate_for_demo
-from flexkern.render.encoding import Form
+from flexkern.render.encoding import Form, parse_rate
 from flexkern.render.research import Research
+from flexkern.render.texts import parse_time
 
 if TYPE_CHECKING:
     from flexkern.render.encoding import Encoding
@@ -39,6 +41,28 @@ OUTPUTS = ("out", "latents")
 def option(metavar: str, *aliases: str) -> Any:
     """An option that may be left out; its help says what then holds."""
     return tyro.conf.arg(metavar=metavar, aliases=aliases or None, help_behavior_hint="")
+
+
+def reading(parse: Callable[[str], float], metavar: str) -> Any:
+    """How the text of a number's option is read, where more than a number will do; parse raises ValueError."""
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: parse(words[0]),
+        is_instance=lambda value: value is None or isinstance(value, int | float),
+        str_from_instance=lambda value: [str(value)],
+    )
+
+
+def parse_seconds(text: str) -> float:
+    """Seconds from a number or a time. Raises ValueError where it is neither."""
+    try:
+        return float(text)
+    except ValueError:
+        return parse_time(text, "--seconds")
+
+
+RATE = reading(parse_rate, "RATE")
 
 
 @dataclass(kw_only=True)
@@ -101,8 +125,9 @@ class Flags:
     """number of videos of each prompt, with seeds of their own, called NAME-0.mp4 and so on; default: 1"""
     save_with_index: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     """name the videos of --data-path by number, which is done in any case"""
-    seconds: Annotated[float | None, option("FLOAT")] = None
-    """length of the video in seconds; default: 10, or what a file of prompts over time needs"""
+    seconds: Annotated[float | None, option("TIME"), reading(parse_seconds, "TIME")] = None
+    """length of the video in seconds, or as 1:30, 60s and 1m30s; default: 10, or what a file of prompts over time
+    needs"""
     frames: Annotated[int | None, option("INT")] = None
     """length of the video in pictures"""
     num_output_frames: Annotated[int | None, option("INT")] = None
@@ -122,8 +147,9 @@ class Flags:
     """go on where something is damaged, or not as it was when the render began"""
     output_folder: Annotated[Path | None, option("FOLDER")] = None
     """folder to write to, created if needed; the videos of --data-path are called 0000.mp4 and so on"""
-    fps: Annotated[float | None, option("FLOAT")] = None
-    """pictures per second of the file; another rate than the model's shows the same pictures faster or slower"""
+    fps: Annotated[float | None, option("RATE"), RATE] = None
+    """pictures per second of the file, such as 24, 23.976 or 24000/1001; another rate than the model's shows the same
+    pictures faster or slower"""
     crf: Annotated[int | None, option("INT")] = None
     """quality of H.264, 0 (lossless) to 51; default: 18, which looks like the original"""
     format: Annotated[Form | None, option("NAME")] = None

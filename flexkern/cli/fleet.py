@@ -71,7 +71,8 @@ class Fleet:
             folder = self.out.resolve()
             with holding(folder, shard):
                 jobs = Jobs(self.jobs, folder, check=self.check)
-                note(f"{self.jobs}: {len(jobs)} jobs, {len(set(jobs.keys))} models")
+                models = len(set(jobs.keys))
+                note(f"{self.jobs}: {len(jobs)} job{'s' * (len(jobs) != 1)}, {models} model{'s' * (models != 1)}")
                 return self.carry_out(jobs, farm, folder, shard, figures)
 
     def farm(self, shard: "Shard | None") -> "Farm":

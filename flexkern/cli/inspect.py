@@ -287,6 +287,27 @@ def embeddings_lines(path: Path) -> Lines:
     yield "use", beside_weights("--embeddings", path)
 
 
+def latents_lines(path: Path) -> Lines:
+    from flexkern.render.choices import DEMO
+    from flexkern.render.decoding import inspect_latents
+
+    held = inspect_latents(path)
+    height, width = held.size
+    of = f" by {held.model}" if held.model else ""
+    yield "is", f"latents of a video{of}, {held.frames} frames of {held.channels} channels, {height} high, {width} wide"
+    if held.pictures is not None:
+        yield "pictures", f"{held.pictures} ordered, {held.fps} a second"
+    if title := held.tags.get("title"):
+        yield "prompt", one_line(title)
+    yield from data_lines(tensors_of(path))
+    yield "complete", "yes"
+    command = f"flexkern decode {copyable(path)}"
+    yield (
+        "use",
+        command if held.model == DEMO else f"lacks a VAE: {command} --vae PATH (Wan2.1_VAE.pth or a vae folder)",
+    )
+
+
 def unknown_lines(path: Path) -> Lines:
     there = "its tensors have other names" if path.is_file() else "no weights in it"
     yield "is", f"nothing that flexkern knows: {there}"
@@ -343,4 +364,5 @@ KINDS: dict[str, Callable[[Path], Lines]] = {
     "tiny VAE": tiny_lines,
     "text encoder": text_lines,
     "embeddings": embeddings_lines,
+    "latents": latents_lines,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.cli.carry import finish_one, make_watch, open_log, render_all
+from flexkern.cli.carry import finish_one, make_watch, open_log, refusal, render_all
 from flexkern.cli.errors import note, refuse, refusing
 from flexkern.cli.flags import Flags, size_words
 from flexkern.cli.jobs import Setting, read_settings
@@ -20,7 +20,7 @@ from flexkern.cli.videos import chosen_videos
 from flexkern.policies import get_preset
 from flexkern.render import status
 from flexkern.render.assembly import chosen_checkpoint, chosen_family, chosen_weights, timed
-from flexkern.render.choices import base_preset, chosen_model, chosen_threads, is_family
+from flexkern.render.choices import base_preset, chosen_model, chosen_threads, flag, is_family
 from flexkern.render.encoding import STDOUT
 from flexkern.render.research import Research, read_research
 from flexkern.render.target import validate_targets
@@ -54,11 +54,16 @@ class Render(Flags):
         """As ``go_on``; held: what ends with it."""
         with refusing(*status.BAD):
             validate_alone(self)
-            from flexkern.render import clear_parts, find_stopped, resume
+            from flexkern.render import clear_parts, find_stopped, is_whole, resume
 
-            stopped = find_stopped(target)
-            if stopped.done:
-                clear_parts(target)
+            try:
+                stopped = find_stopped(target)
+                if done := stopped.done:
+                    clear_parts(target)
+            except FileNotFoundError:
+                if not (done := is_whole(target)):
+                    raise
+            if done:
                 print(f"{target}: is whole, there was nothing left to do")
                 return status.DONE
             begun = Render(**options_from(stopped.record["options"]))
@@ -71,7 +76,12 @@ class Render(Flags):
             lot.check()
             lot.batch.ranks = held.enter_context(open_ranks(count_ranks(begun.gpus), lot.batch.device))
             tell = note if self.progress else lambda _: None
-            job = resume(target, lot.batch.open(tell=tell), lot.batch.family, anyway=self.resume_anyway, tell=note)
+            try:
+                engine = lot.batch.open(tell=tell)
+                job = resume(target, engine, lot.batch.family, anyway=self.resume_anyway, tell=note)
+            except Exception as error:
+                ending = refusal(error, begun=True)
+                refuse(ending.message, ending.status)
             ends = ExitStack()
             watch = make_watch(self, open_log(self, lot.batch.family.name, ends), job.order)
         with ends:
@@ -96,7 +106,9 @@ class Render(Flags):
         targets = [video.target for plan in plans for video in plan.videos]
         read = {name: path for plan in plans for name, path in plan.setting.command.inputs().items()}
         sidecars = [sidecar_path(target) for target in targets]
-        validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}))
+        names = ("log", "manifest", "preview")
+        others = {flag(name): path for name in names if (path := getattr(self, name)) is not None}
+        validate_targets([*targets, *sidecars], read | ({"the job file": self.job} if self.job else {}), others)
         if STDOUT in targets and len(targets) > 1:
             raise ValueError(f"stdout takes one video, got {len(targets)}")
         if len(targets) == 1 and self.job is None and self.data_path is None and targets[0] != STDOUT:

@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from flexkern.checks import require
 from flexkern.finite import all_finite
 from flexkern.model.files import DTYPES, some_of
 from flexkern.model.intact import raise_absent, validate_form
@@ -101,6 +102,7 @@ class SavedEmbeddings:
         self.path = Path(path)
         if not self.path.exists():
             raise_absent(self.path, "embeddings")
+        require(not self.path.is_dir(), f"{self.path} is a folder; expected a file of save_embeddings")
         validate_form(self.path)
         try:
             self._file = safe_open(self.path, framework="pt").__enter__()
@@ -109,9 +111,27 @@ class SavedEmbeddings:
         notes = self._file.metadata() or {}
         if not notes.keys() >= {"prompts", "tokens"}:
             raise ValueError(f"{self.path} does not say which prompts it holds; expected a file of save_embeddings")
-        self.prompts: tuple[str, ...] = tuple(json.loads(notes["prompts"]))
-        self.tokens = int(notes["tokens"])
+        self.prompts, self.tokens = self._said(notes)
         self._index = {prompt: str(index) for index, prompt in enumerate(self.prompts)}
+
+    def _said(self, notes: Mapping[str, str]) -> tuple[tuple[str, ...], int]:
+        """Prompts and tokens, told from the header alone. Raises ValueError where its tensors are not what it says."""
+        try:
+            prompts, tokens = json.loads(notes["prompts"]), int(notes["tokens"])
+            fine = isinstance(prompts, list) and bool(prompts) and all(isinstance(one, str) for one in prompts)
+        except (ValueError, RecursionError):
+            fine = False
+        require(fine, f"{self.path}: its list of prompts is damaged; encode them again")
+        for index, prompt in enumerate(prompts):
+            there = str(index) in self._file.keys()  # noqa: SIM118
+            rows = self._file.get_slice(str(index)) if there else None
+            shape, dtype = ([], "") if rows is None else (rows.get_shape(), rows.get_dtype())
+            floating = dtype in DTYPES and DTYPES[dtype].is_floating_point
+            fits = len(shape) == 2 and shape[0] <= tokens and shape[1] >= 1 and floating
+            got = f"{dtype} {shape}" if there else "nothing"
+            told = f"must be floating point [at most {tokens} rows, channels], got {got}"
+            require(fits, f"{self.path}: the embedding of {short(prompt)} {told}; encode it again")
+        return tuple(prompts), tokens
 
     def width(self, prompts: Sequence[str] = ()) -> int:
         """The channels C of its embeddings, told from the header. Raises ValueError for a prompt that is not in it."""

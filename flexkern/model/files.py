@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flexkern.model.intact import Nothing, raise_absent, validate_form
+from flexkern.model.intact import Nothing, raise_absent, validate_folder, validate_form
 
 CONFIGURATIONS = (
     "argparse.",
@@ -24,6 +24,7 @@ CONFIGURATIONS = (
     "lightning",
     "pytorch_lightning",
 )
+SHARD_NUMBER = re.compile(r"(.+-)(\d+)-of-(\d+)(\..+)")  # as in model-00001-of-00003.safetensors
 Module = TypeVar("Module", bound=nn.Module)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 DTYPES |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I8": torch.int8, "I16": torch.int16}
@@ -44,7 +45,9 @@ def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
     if not path.exists():
         raise_absent(path, "weights")
     if path.is_file():
+        _validate_alone(path)
         return [path]
+    validate_folder(path)
     within = path / folder if (path / folder).is_dir() else path
     for pattern in patterns:
         index = within / f"{pattern.replace('*', '')}.index.json"  # as transformers and diffusers name it
@@ -52,9 +55,29 @@ def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
         if absent := [name for name in names if not (within / name).is_file()]:
             raise FileNotFoundError(f"{index} names files that are not there, {some_of(absent)}")
         if files := [within / name for name in names] or sorted(within.glob(pattern)):
+            _validate_shards(files)
             return files
     found = sorted(file.name for file in within.iterdir())
     raise FileNotFoundError(f"no weights in {within}: looked for {', '.join(patterns)}; there is {some_of(found)}")
+
+
+def _validate_alone(file: Path) -> None:
+    """Raises ValueError for one of several shards, which are read together."""
+    if (named := SHARD_NUMBER.fullmatch(file.name)) and int(named[3]) > 1:
+        raise ValueError(f"{file} is one of the {int(named[3])} shards of a model: give their folder, {file.parent}")
+
+
+def _validate_shards(files: Sequence[Path]) -> None:
+    """Raises FileNotFoundError where the names of shards, of which there is no index, tell that one is not there."""
+    there = {file.name for file in files}
+    for file in files:
+        if named := SHARD_NUMBER.fullmatch(file.name):
+            count, digits = int(named[3]), len(named[2])
+            all_of = (f"{named[1]}{number:0{digits}}-of-{named[3]}{named[4]}" for number in range(1, count + 1))
+            if len(there) < count and (absent := [name for name in islice(all_of, 100_000) if name not in there]):
+                raise FileNotFoundError(
+                    f"{file} is one of {count} shards, not all of which are there: {some_of(absent)}"
+                )
 
 
 def read_files(files: list[Path], *, headers: bool = False) -> tuple[dict[Any, Any], dict[str, str]]:

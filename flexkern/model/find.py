@@ -15,10 +15,10 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from flexkern.model.files import read_files, some_of
-from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
+from flexkern.model.intact import looks_like_weights, raise_absent, validate_folder, validate_form
 from flexkern.model.names import EMA_GROUPS, FLAT_PREFIX, RAW_GROUPS, clean_lora_name
 
-Kind = Literal["LoRA", "transformer", "text encoder", "VAE", "tiny VAE", "embeddings"]
+Kind = Literal["LoRA", "transformer", "text encoder", "VAE", "tiny VAE", "embeddings", "latents"]
 _HALVES = r"lora_(A|B|down|up)(\.([\w-]+\.)?weight)?|lora\.(down|up)\.weight"
 _VARIANTS = "hada_w1_a|lokr_w1(_a)?|oft_\\w+"  # of LoRA, which are refused by name
 SIGNS: dict[Kind, str] = {  # what only the tensors of that kind are called, wrappers removed
@@ -28,6 +28,7 @@ SIGNS: dict[Kind, str] = {  # what only the tensors of that kind are called, wra
     "VAE": r"decoder\.(conv1|conv_in)\.weight",
     "tiny VAE": r"decoder\.\d+\.(weight|conv\.0\.weight)",
     "embeddings": r"\d+",  # by number of the prompt
+    "latents": r"latents",  # of a render
 }
 SHARD = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?(\.\w+)?\.safetensors"  # a file that stands for its folder
 HEADS = {*EMA_GROUPS, *RAW_GROUPS, "critic"}  # may stand in front of a name, as the group it is in
@@ -106,10 +107,11 @@ def find_parts(path: str | Path, *, prefer: Sequence[str] = ()) -> Found:
         raise_absent(path, "checkpoint")
     if path.is_file():
         if (kind := identify(path).kind) not in (None, "transformer"):
-            raise ValueError(f"{path} is a {kind}; expected a transformer")
+            raise ValueError(f"{path} {is_a(kind)}; expected a transformer")
         above = list(path.absolute().parents)[:3]  # a repository keeps its checkpoints up to two folders deep
         transformer, around = path, [path.parent, *(wan for folder in above for wan in _folders(folder, [WAN]))]
     else:
+        validate_folder(path)
         around = _folders(path, FOLDERS)
         transformer = _choose(path, [*_holdings(around)], prefer)
         around += [path.parent] * (path.name == "transformer")
@@ -151,6 +153,11 @@ def find_part(path: str | Path, kinds: Sequence[Kind]) -> tuple[Kind, Path]:
     raise ValueError(f"{path} is not a {expected}: there is {some_of(others)}")
 
 
+def is_a(kind: Kind) -> str:
+    """What a file of that kind is, as the end of a sentence."""
+    return f"holds {kind}" if kind in ("embeddings", "latents") else f"is a {kind}"
+
+
 def holdings(path: str | Path) -> list[Holding]:
     """Everything known in a folder and the weight files that cannot be read, or the one file.
 
@@ -160,7 +167,10 @@ def holdings(path: str | Path) -> list[Holding]:
     path = Path(path)
     if not path.exists():
         raise_absent(path, "weights")
-    return [identify(path)] if path.is_file() else [*_holdings(_folders(path, FOLDERS))]
+    if path.is_file():
+        return [identify(path)]
+    validate_folder(path)
+    return [*_holdings(_folders(path, FOLDERS))]
 
 
 def shards(path: Path) -> list[Path]:
@@ -185,8 +195,8 @@ def _holdings(folders: Iterable[Path]) -> Iterator[Holding]:
                 yield Holding(kind, folder if kind == "transformer" else folder / name)
         whole: set[Kind] = set()
         for file in sorted(folder.iterdir()):
-            if file.is_dir() or not looks_like_weights(file):
-                continue
+            if not looks_like_weights(file) or (file.exists() and not file.is_file()):
+                continue  # whoever opens a pipe waits for somebody to write
             held = identify(file)
             if held.kind and re.fullmatch(SHARD, file.name):
                 whole.add(held.kind)

@@ -57,6 +57,12 @@ def looks_like_weights(file: Path) -> bool:
     return file.suffix.lower() in SUFFIXES
 
 
+def validate_folder(path: Path) -> None:
+    """Raises ValueError for what is there and no folder, where a file would have been taken: a device, or a pipe."""
+    if not path.is_dir():
+        raise ValueError(f"{path} is neither a file nor a folder")
+
+
 def raise_absent(path: str | Path, what: str) -> NoReturn:
     """Raises FileNotFoundError for a path at which nothing is, with what it may have been meant to be.
 
@@ -91,19 +97,26 @@ def _command(repository: str, file: str = "") -> str:
     return f"hf download {repository}{only} --local-dir {repository.partition('/')[2]}"
 
 
-def _raise_other(file: Path, start: bytes, size: int) -> NoReturn:
-    """Raises for what is no container of torch or safetensors."""
-    if not start:
-        raise ValueError(f"{file} is empty; {AGAIN}")
+def validate_no_pointer(file: Path, start: bytes, what: str) -> None:
+    """Raises ValueError for a Git LFS pointer. start: of the file. what: should be in it, for the message."""
     if start.startswith(LFS):
         told = re.search(rb"^size (\d+)", start, re.MULTILINE)
         of = f" for a file of {int(told[1]):,} bytes" if told else ""
         how = "get the file with `git lfs pull` in its repository, or with hf download"
-        raise ValueError(f"{file} is a Git LFS pointer{of}, not the weights; {how}")
+        raise ValueError(f"{file} is a Git LFS pointer{of}, not {what}; {how}")
+
+
+def _raise_other(file: Path, start: bytes, size: int) -> NoReturn:
+    """Raises for what is no container of torch or safetensors."""
+    if not start:
+        raise ValueError(f"{file} is empty; {AGAIN}")
+    validate_no_pointer(file, start, "the weights")
     if start.startswith(b"GGUF"):
         raise NotImplementedError(f"{file} is quantised as GGUF; supported: safetensors and torch's files")
     if start.startswith((b"\x89HDF", b"\x08\x01\x12")):
         raise NotImplementedError(f"{file} is a file of another framework; supported: safetensors and torch's files")
+    if file.name.endswith(".index.json"):
+        raise ValueError(f"{file} lists the shards of a model: give their folder, {file.parent}")
     text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         how = "a link to a page was downloaded: take the one with /resolve/ in place of /blob/, log in, or hf download"

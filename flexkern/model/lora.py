@@ -143,7 +143,7 @@ def _pieces(state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tens
         if match is None or hollow or (not tensor.is_floating_point() and match["other"] != "alpha"):
             strange.append(key)
             continue
-        if match["other"] == "alpha" and not (tensor.numel() == 1 and math.isfinite(tensor.item())):
+        if match["other"] == "alpha" and not (tensor.numel() == 1 and is_float32(tensor.item())):
             got = f"{tensor.item():g}" if tensor.numel() == 1 else f"{list(tensor.shape)}"
             raise ValueError(f"{path}: {key} must be one finite number, got {got}; {DAMAGED}")
         role = match["other"] or HALVES.get(match["half"], match["half"]) or match["old"]
@@ -153,6 +153,10 @@ def _pieces(state: Mapping[str, Tensor], path: Path) -> dict[str, dict[str, Tens
         if role in modules.setdefault(module, {}):
             raise ValueError(f"{path} holds {role} of {module}.weight twice, the second time as {key}")
         modules[module][role] = tensor
+    for module, held in modules.items():
+        if "down" in held and "up" in held and held["down"].shape[0] != held["up"].shape[1]:
+            down, up = list(held["down"].shape), list(held["up"].shape)
+            raise ValueError(f"{path}: the halves of {module}.weight do not fit each other: {up} @ {down}; {DAMAGED}")
     strange += [f"half of {module}.weight" for module, held in modules.items() if ("down" in held) != ("up" in held)]
     if strange or not modules:
         raise ValueError(f"{path} is not a plain LoRA; beside its {len(modules)} targets it holds {some_of(strange)}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flexkern.model.embeddings import KnownPrompts, SavedEmbeddings, padded, save_embeddings, short, validate_prompts
 from flexkern.model.files import find_files, read_tensor, some_of
-from flexkern.model.intact import raise_absent
+from flexkern.model.intact import raise_absent, validate_no_pointer
 from flexkern.model.load import declared, fill, fitting, need, read_part
 from flexkern.model.quantized import SPIECE
 from flexkern.model.spiece import tokenizer_of
@@ -125,10 +125,24 @@ def _read(path: Path, tokenizer: str | Path | None, *, headers: bool) -> tuple[A
         words = tokenizer_of(_bytes_of(files, inside), transformers)
     else:
         where = _find_tokenizer(files[0].parent if tokenizer is None else Path(tokenizer), given=tokenizer is not None)
-        words = transformers.AutoTokenizer.from_pretrained(where, local_files_only=True)
+        words = _read_tokenizer(where, transformers)
     if len(words) > config.vocab_size:
         raise ValueError(f"the tokenizer in {where} has {len(words)} tokens, {path} embeds {config.vocab_size}")
     return lambda: transformers.UMT5EncoderModel(config), state, words
+
+
+def _read_tokenizer(folder: Path, transformers: Any) -> Any:
+    """The tokenizer of a folder. Raises ValueError that names the folder where it cannot be read."""
+    for file in (folder / name for name in TOKENIZER_FILES):
+        if file.is_file():
+            with file.open("rb") as stream:
+                validate_no_pointer(file, stream.read(512), "the tokenizer")
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except ImportError:
+        raise
+    except Exception as error:  # what is in the folder may make transformers raise anything
+        raise ValueError(f"the tokenizer in {folder} cannot be read: {error}; get it again") from error
 
 
 def _bytes_of(files: list[Path], inside: Tensor) -> bytes:

@@ -31,7 +31,7 @@ from flexkern.model.names import (
 from flexkern.model.quantized import dequantized, split_scales
 from flexkern.model.wan import CausalWan, WanConfig
 
-FOLDER_FILES = ("diffusion_pytorch_model*.safetensors", "model.pt")
+FOLDER_FILES = ("diffusion_pytorch_model*.safetensors", "model*.safetensors", "model.pt")
 HEADS = ({*EMA_GROUPS, *RAW_GROUPS} - {"model", "module"}) | {"critic"}  # may be the first word of flat names
 CONFIG_NAMES = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
 CONFIG_FIELDS = {field.name for field in fields(WanConfig)}

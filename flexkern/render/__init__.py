@@ -30,7 +30,7 @@ if TYPE_CHECKING:
         validate_shown,
         validate_switches,
     )
-    from flexkern.render.sidecar import is_done, read_sidecar, sidecar_path
+    from flexkern.render.sidecar import is_done, is_whole, read_sidecar, sidecar_path
     from flexkern.render.signals import stoppable
     from flexkern.render.spec import JobSpec, SpecError
     from flexkern.render.stopped import Stopped, clear_parts, find_stopped, resume
@@ -63,6 +63,7 @@ __all__ = [
     "clear_parts",
     "find_stopped",
     "is_done",
+    "is_whole",
     "is_out_of_memory",
     "job_schema",
     "parse_script",
@@ -116,7 +117,7 @@ _HOMES = {  # module: what it holds
         "validate_shown",
         "validate_switches",
     ),
-    "sidecar": ("is_done", "read_sidecar", "sidecar_path"),
+    "sidecar": ("is_done", "is_whole", "read_sidecar", "sidecar_path"),
     "signals": ("stoppable",),
     "spec": ("JobSpec", "SpecError"),
     "stopped": ("Stopped", "clear_parts", "find_stopped", "resume"),

@@ -120,6 +120,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
 
 
+def memory_words(error: BaseException) -> str:
+    """What is said of an error that ``is_out_of_memory``."""
+    return f"out of memory: {error or 'there is no more'}"
+
+
 class Checkpoints:
     """The checkpoints of a render, written while it goes on.
 

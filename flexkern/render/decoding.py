@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flexkern import __version__
 from flexkern.checks import require
+from flexkern.finite import HANDED_IN, NotFiniteError, validate_finite
+from flexkern.model.intact import validate_form as validate_container
 from flexkern.render.encoding import STDOUT, Encoding, is_sequence
 from flexkern.render.latents import DTYPES
 from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
@@ -15,6 +17,8 @@ from flexkern.render.watch import now
 from flexkern.render.writer import VideoWriter
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from flexkern.model.protocols import Decoder
 
 STEP = 3  # latent frames that are decoded at once
@@ -54,6 +58,7 @@ def inspect_latents(path: str | Path) -> HeldLatents:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there are no latents {path}")
+    require(validate_container(path) == "safetensors", f"{path} is no safetensors file, as latents are")
     try:
         with safe_open(path, framework="numpy") as file:
             require("latents" in file.keys(), f"{path} holds no tensor named latents")  # noqa: SIM118
@@ -103,6 +108,7 @@ def decode_latents(
 
     Raises:
         ValueError: The latents do not fit the decoder, or the form does not fit the pictures.
+        NotFiniteError: Latents, or the pictures of them, are not finite; nothing is left of the video.
         OSError: A file cannot be read or written; then, as after Ctrl-C, nothing is left of the video.
     """
     from safetensors import safe_open
@@ -114,7 +120,7 @@ def decode_latents(
         with safe_open(held.path, framework="pt") as file:
             rows = file.get_slice("latents")
             for start in range(0, held.frames, STEP):
-                pixels = decoder(rows[:, start : start + STEP].to(device))[0]
+                pixels = _decoded(decoder, rows[:, start : start + STEP], f"frames from {start} of {held.path}", device)
                 if writer is None:
                     writer = _begin(held, out, encoding, stream, height=pixels.shape[1], width=pixels.shape[2])
                 left = len(pixels) if held.pictures is None else held.pictures - made
@@ -130,6 +136,18 @@ def decode_latents(
             writer.discard()  # it can be decoded again
         raise
     return made
+
+
+def _decoded(decoder: "Decoder", latents: "Tensor", what: str, device: str) -> "Tensor":
+    """The pictures of latents. Raises NotFiniteError where they, or the latents, are not finite."""
+    validate_finite(f"the latents of {what}", latents, advice=HANDED_IN)
+    pixels = decoder(latents.to(device))[0]
+    finite = getattr(decoder, "finite", None)  # before rounding
+    if finite is not None and not finite:
+        began, dtype = "they began in the decoder, the latents are finite", getattr(decoder, "dtype", latents.dtype)
+        advice = "try a decoder in float32, or look at the latents: they may be too large"
+        raise NotFiniteError(f"the pictures of {what}", dtype, layer="decoder", began=began, advice=advice)
+    return pixels
 
 
 def describe(held: HeldLatents, out: Path, *, pictures: int, encoding: Encoding, decoder: Path | None, device: str,

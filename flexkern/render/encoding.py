@@ -15,6 +15,7 @@ STDOUT = Path("-")
 PIPED: tuple[Form, ...] = ("mp4", "y4m", "rgb24")  # what can be written without going back
 
 FASTEST = 1000  # pictures per second
+RATES = "fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001"
 NTSC = Fraction(1000, 1001)  # 23.976, 29.97 and 59.94 are this times a whole number
 
 
@@ -28,7 +29,8 @@ class Encoding:
     """
 
     fps: float | None = field(default=None, metadata={"minimum": 1, "maximum": 1000})
-    """pictures per second of the file; None: the model's. Another rate shows the same pictures faster or slower"""
+    """pictures per second of the file, such as 24, 23.976 or 24000/1001; None: the model's. Another rate shows the same
+    pictures faster or slower"""
     crf: int = field(default=18, metadata={"minimum": 0, "maximum": 51})
     """quality of H.264, 0 (lossless) to 51; 18 looks like the original"""
     format: Form | None = None
@@ -83,9 +85,18 @@ def read_encoding(content: Any) -> Any:
     for name in content:
         require(name in names, f"encoding has no field {name!r}{did_you_mean(name, names)}")
     try:
-        return Encoding(**content)
+        fps = content.get("fps")
+        return Encoding(**content | ({"fps": parse_rate(fps)} if isinstance(fps, str) else {}))
     except (TypeError, ValueError) as error:
         raise ValueError(str(error).replace("Encoding.", "encoding.")) from None
+
+
+def parse_rate(text: str) -> float:
+    """Pictures per second from text, such as 16, 23.976 and 24000/1001. Raises ValueError where it is none."""
+    try:
+        return float(Fraction(text.strip()))
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError(f"{RATES}, got {text!r}") from None
 
 
 def exact_rate(fps: float | Fraction) -> int | Fraction:
@@ -98,7 +109,7 @@ def exact_rate(fps: float | Fraction) -> int | Fraction:
         ValueError: It is out of range, or not a number.
     """
     if not isinstance(fps, Real) or isinstance(fps, bool) or fps != fps:
-        raise ValueError(f"fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001, got {fps!r}")
+        raise ValueError(f"{RATES}, got {fps!r}")
     if fps < 1 or fps > FASTEST:
         raise ValueError(f"fps must be at {'least 1' if fps < 1 else f'most {FASTEST}'}, got {fps}")
     if isinstance(fps, Rational):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from flexkern.finite import NotFiniteError
 from flexkern.render import status
-from flexkern.render.checkpoint import is_out_of_memory
+from flexkern.render.checkpoint import is_out_of_memory, memory_words
 from flexkern.render.job import Job, Stop
 from flexkern.render.loop import render
 from flexkern.render.pipe import PipeJob
@@ -60,7 +60,7 @@ def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None, loop: Callable[...
     except Exception as error:
         if not isinstance(error, OSError) and not is_out_of_memory(error):
             raise
-        why = str(error) if isinstance(error, OSError) else f"out of memory: {error or 'there is no more'}"
+        why = str(error) if isinstance(error, OSError) else memory_words(error)
         ended = status.CAN_RESUME if job.can_resume else status.NOTHING_KEPT
         return Ending(status=ended, message=f"{why}; {job.kept}{way_on(job)}", cause=error)
     if finished:

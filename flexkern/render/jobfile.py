@@ -16,6 +16,7 @@ from flexkern.checks import require
 from flexkern.render.spec import JobSpec, SpecError
 from flexkern.render.texts import filled, read_json, read_text
 
+WEIGHTS = (".safetensors", ".pt", ".pth", ".bin", ".ckpt", ".gguf")  # suffixes of files that hold no jobs
 Lines = dict[tuple[str | int, ...], int]
 """the line of a value by the keys and indices that lead to it"""
 
@@ -43,6 +44,9 @@ def read_jobs(path: str | Path) -> tuple[JobEntry, ...]:
     """
     path = Path(path)
     folder = path.parent if path.is_file() else Path()  # a pipe has no folder
+    if path.suffix.lower() in WEIGHTS:
+        told = "an option such as --lora takes one file each time it is given"
+        raise ValueError(f"{path} is not a job file: weights follow an option, and {told}")
     text = read_text(path, "job file")
     found: list[JobEntry] = []
     wrong: list[tuple[int, str]] = []

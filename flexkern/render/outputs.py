@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flexkern.checks import require
 from flexkern.render.encoding import STDOUT, Encoding, exact_rate, numbered
 from flexkern.render.signals import uninterrupted
-from flexkern.render.target import LOCK, beside, parts_name, sequence, sync_folder
+from flexkern.render.target import GROWING, LOCK, beside, parts_name, sequence, sync_folder, validate_name
 from flexkern.render.writer import Stream, as_pictures, colours, load_av, validate_encoder, validate_target
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def validate_output(target: Path, encoding: Encoding) -> None:
     if form != "png":
         validate_target(target)
         return
+    before, digits, after = numbered(target.name) or ("", 0, "")
+    longest = f"{before}{0:0{max(digits, 12)}}{after}"
+    validate_name(longest)
     folder = target.parent
     there = folder if folder.exists() else folder.parent
     require(there.is_dir() or not there.exists(), f"{there} is not a folder")
@@ -103,7 +106,7 @@ class SequenceWriter:
         from PIL import Image
 
         path = self._named(self.pictures)
-        growing = beside(path, path.stem, f".unfinished{path.suffix}")
+        growing = beside(path, path.stem, f"{GROWING}{path.suffix}")
         try:
             Image.fromarray(np.ascontiguousarray(picture)).save(growing, format="PNG", compress_level=LEVEL)
             growing.replace(path)

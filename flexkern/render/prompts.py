@@ -90,6 +90,8 @@ def _table(path: Path, text: str, head: str) -> PromptList:
     columns = [cell.strip() for cell in rows[0][1]]
     plain = [column.lower() for column in columns]
     found = next((plain.index(name) for name in FIELDS if name in plain), None)
+    if found is not None and plain.count(plain[found]) > 1:
+        raise ValueError(f"{path} has several columns called {plain[found]}: rename all but the one of the prompts")
     if found is None:
         how = f"its first line must name the column of the prompts, {' | '.join(FIELDS)}; or call the file .txt"
         raise ValueError(f"{path} is a table by its name: {how}; got {_short(columns)}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flexkern.render.order import Order
-from flexkern.render.target import JOB, parts_name, write_json
+from flexkern.render.target import GROWING, JOB, parts_name, write_json
 
 FORMAT = 1
 Record = dict[str, Any]
@@ -72,10 +72,19 @@ def read_record(target: str | Path) -> Record:
         if content["checksum"] != _checksum(record) or record["format"] != FORMAT:
             raise ValueError("its checksum is not that of what it says")
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is nothing to go on with: no render to {target} was stopped") from None
+        raise FileNotFoundError(
+            f"there is nothing to go on with: no render to {target} was stopped{_meant(target)}"
+        ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged, or was changed: {error}") from None
     return record
+
+
+def _meant(target: str | Path) -> str:
+    """The end of a sentence where the name is that of an unfinished file."""
+    path = Path(target)
+    named = path.with_name(path.stem.removesuffix(GROWING) + path.suffix)
+    return f"; did you mean {named}?" if named != path and (parts_name(named) / JOB).is_file() else ""
 
 
 def _checksum(record: Record) -> str:

@@ -46,7 +46,7 @@ def _properties(cls: Any) -> dict[str, Any]:
     hints, docs = get_type_hints(cls), field_docs(cls)
     found = {}
     for one in fields(cls):
-        special = WRITTEN.get(one.name) if cls is JobSpec else None
+        special = WRITTEN.get((cls, one.name))
         schema = special() if special else _type(hints[one.name]) | dict(one.metadata)
         if one.name in docs:
             schema["description"] = docs[one.name]
@@ -103,16 +103,23 @@ def _seconds() -> dict[str, Any]:
     return {"anyOf": [{"type": "number", "exclusiveMinimum": 0}, {"type": ["string", "null"]}]}
 
 
+def _fps() -> dict[str, Any]:
+    (rate,) = (one for one in fields(Encoding) if one.name == "fps")
+    return {"anyOf": [{"type": "number", **rate.metadata}, {"type": ["string", "null"]}]}
+
+
 def _one_or_several(item: dict[str, Any]) -> dict[str, Any]:
     return {"anyOf": [item, {"type": "array", "items": item}]}
 
 
-WRITTEN: dict[str, Callable[[], dict[str, Any]]] = {  # fields that may be written in another form than they are kept in
-    "overrides": _overrides,
-    "prompts": _prompts,
-    "seconds": _seconds,
-    "lora": lambda: _one_or_several(TEXT),
-    "lora_scale": lambda: _one_or_several({"type": "number"}),
+# fields that may be written in another form than they are kept in
+WRITTEN: dict[tuple[type, str], Callable[[], dict[str, Any]]] = {
+    (JobSpec, "overrides"): _overrides,
+    (JobSpec, "prompts"): _prompts,
+    (JobSpec, "seconds"): _seconds,
+    (JobSpec, "lora"): lambda: _one_or_several(TEXT),
+    (JobSpec, "lora_scale"): lambda: _one_or_several({"type": "number"}),
+    (Encoding, "fps"): _fps,
 }
 
 

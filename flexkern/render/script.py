@@ -44,7 +44,14 @@ class PromptSwitch:
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.at >= 0, f"at must be a number of seconds >= 0, got {self.at!r}")
-        require(bool(self.prompt.strip()), f"prompt must be a text, got {self.prompt!r}")
+        validate_prompt(self.prompt)
+
+
+def validate_prompt(prompt: str) -> None:
+    """Raises ValueError for a prompt without words, or with half of a character, which no file and no encoder takes."""
+    require(bool(prompt.strip()), f"prompt must be a text, got {prompt!r}")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"prompt must be text in UTF-8, got {prompt!r:.200}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

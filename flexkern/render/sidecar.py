@@ -110,17 +110,30 @@ def is_done(order: Order, about: Mapping[str, Any]) -> bool:
     Bytes: reads the video once.
     """
     said = read_sidecar(order.target)
-    files = files_of(order.target)
-    if said is None or not files or not all(path.is_file() for path in files):
+    if said is None:
         return False
     try:
-        wanted, had, video = order.to_dict(), said["order"], said["video"]
+        wanted, had = order.to_dict(), said["order"]
         same = {**had, "target": None, "image": None} == {**_as_json(wanted), "target": None, "image": None}
         same = same and said.get("model") == _as_json(about.get("model"))
         same = same and _contents(said.get("files")) == _contents(about.get("files"))
-        size = sum(path.stat().st_size for path in files)
-        return bool(same and size == video["bytes"] and file_hash(*files) == video["sha256"])
     except (KeyError, TypeError, AttributeError):
+        return False
+    return bool(same) and is_whole(order.target)
+
+
+def is_whole(target: Path) -> bool:
+    """Whether a video is there and has the bytes that its sidecar tells.
+
+    Bytes: reads the video once.
+    """
+    said, files = read_sidecar(target), files_of(target)
+    if said is None or not files or not all(path.is_file() for path in files):
+        return False
+    try:
+        size, video = sum(path.stat().st_size for path in files), said["video"]
+        return bool(size == video["bytes"] and file_hash(*files) == video["sha256"])
+    except (KeyError, TypeError):
         return False
 
 

@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 from flexkern.checks import check_bounds, check_fields, did_you_mean, hints_of, require
 from flexkern.policies import get_preset
 from flexkern.render.encoding import STDOUT, Encoding, read_encoding
-from flexkern.render.script import PromptSwitch, parse_script, validate_script
+from flexkern.render.script import PromptSwitch, parse_script, validate_prompt, validate_script
 from flexkern.render.texts import parse_time
 
 COUNT = {"minimum": 1}
@@ -110,15 +110,17 @@ class JobSpec:
         for one, other in EXCLUSIVE:
             if getattr(self, one) and getattr(self, other):
                 raise SpecError(other, f"give {one} or {other}, not both")
-        if self.prompt is not None and not self.prompt.strip():
-            raise SpecError("prompt", f"prompt must be a text, got {self.prompt!r}")
+        with said_of("prompt"):
+            if self.prompt is not None:
+                validate_prompt(self.prompt)
         if self.lora_scale and len(self.lora_scale) != len(self.lora):
             told = f"got {len(self.lora)} of lora and {len(self.lora_scale)} of lora_scale"
             raise SpecError("lora_scale", f"lora_scale has one number for each lora, or is left out: {told}")
         with said_of("prompts"):
             if script := self.script:
                 validate_script(script)
-            require(all(text.strip() for text in self.texts), "a prompt must be a text, got an empty one")
+            for text in self.texts:
+                validate_prompt(text)
         lists = {name: tuple(value) if isinstance(value, list) else value for name, value in self.overrides.items()}
         object.__setattr__(self, "overrides", lists)
         with said_of("preset"):

@@ -12,13 +12,13 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from flexkern.checks import json_text
+from flexkern.checks import json_text, require
 from flexkern.render.encoding import is_sequence, numbered
 
 try:
@@ -49,23 +49,29 @@ def validate_file(path: str | Path, what: str, suffix: str, *, free: bool = True
         BlockingIOError: Another render is writing it.
     """
     path = Path(path)
-    if len(os.fsencode(path.name)) > LONGEST:
-        raise ValueError(f"a file name has at most {LONGEST} bytes, got {len(os.fsencode(path.name))}: {path.name}")
+    validate_name(path.name)
     if path.is_dir():
         raise ValueError(f"{path} is a folder; expected the name of an {suffix} file")
     if path.suffix.lower() != suffix:
         raise ValueError(f"{what} must be named {suffix}, got {path.name!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
+    aim = Path(os.path.realpath(path)) if path.is_symlink() else path  # what is behind a link is written
+    if not aim.parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {aim.parent} to write {path.name} to")
     if path.exists() and not path.is_file():
         raise ValueError(f"{path} is no ordinary file")
-    for needed in (path.parent, path) if path.exists() else (path.parent,):
+    for needed in (aim.parent, aim) if path.exists() else (aim.parent,):
         if not os.access(needed, os.W_OK):
             raise PermissionError(f"no permission to write {needed}")
     for held in (unfinished_name(path), parts_name(path) / LOCK):
         if free and held.is_file():
             with held.open("rb", buffering=0) as file:
                 lock_file(file, path, shared=True)
+
+
+def validate_name(name: str) -> None:
+    """Raises ValueError for the name of a file that is longer than file systems take."""
+    size = len(os.fsencode(name))
+    require(size <= LONGEST, f"a file name has at most {LONGEST} bytes, got {size}: {name}")
 
 
 def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
@@ -86,17 +92,33 @@ def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
         raise FileExistsError(f"{path} was begun already, and {parts.name} holds what was made: {ways}")
 
 
-def validate_targets(targets: Sequence[Path], inputs: Mapping[str, Path]) -> None:
-    """Raises ValueError where two videos have one file, or a file that is read would be overwritten."""
-    read = {path.resolve(): name for name, path in inputs.items()}
-    seen = set()
+def validate_targets(
+    targets: Sequence[Path], inputs: Mapping[str, Path], others: Mapping[str, Path] | None = None
+) -> None:
+    """Raises ValueError where two files that are written are one, or one that is read would be overwritten.
+
+    Args:
+        targets: Videos and their sidecars.
+        inputs: What is read, by name.
+        others: What is written besides, by name: a log, a manifest, a preview.
+    """
+    real: Callable[[Path], str] = os.path.realpath
+    read = {real(path): name for name, path in inputs.items()}
+    seen: dict[str, str] = {}
     for target in targets:
-        path = target.resolve()
+        path = real(target)
         if path in seen:
             raise ValueError(f"two videos would be written to {target}")
         if path in read:
             raise ValueError(f"{target} would be overwritten: it is also {read[path]}")
-        seen.add(path)
+        seen[path] = "the video's, or its sidecar's"
+    for name, other in (others or {}).items():
+        path = real(other)
+        if path in read:
+            raise ValueError(f"{other} would be overwritten by {name}: it is also {read[path]}")
+        if path in seen:
+            raise ValueError(f"{name} {other} is {seen[path]} file as well: give it another name")
+        seen[path] = f"{name}'s"
 
 
 def taken(path: Path) -> bool:

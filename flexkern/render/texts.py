@@ -23,6 +23,7 @@ TIMES = (  # hours, minutes, seconds
     re.compile(r"(?P<s>[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"),
 )
 UNITS = {"h": 3600.0, "m": 60.0, "s": 1.0, "ms": 0.001}
+TOO_DEEP = "its brackets are nested too deeply"
 EXAMPLES = "seconds or a time such as 90, 1:30, 60s or 1m30s"
 
 
@@ -100,6 +101,8 @@ def read_data(path: str | Path, what: str = "file") -> Any:
 
     try:
         return yaml.load(text, Loader)
+    except RecursionError:
+        raise ValueError(f"{path}: {TOO_DEEP}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -107,8 +110,11 @@ def read_data(path: str | Path, what: str = "file") -> Any:
 
 
 def read_json(text: str) -> Any:
-    """What JSON holds. Raises JSONDecodeError, or another ValueError for a key that is written twice."""
-    return json.loads(text, object_pairs_hook=_once)
+    """What JSON holds. Raises JSONDecodeError, or another ValueError for a key that is written twice, or brackets."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
 
 
 def filled(text: str) -> list[tuple[int, str]]:

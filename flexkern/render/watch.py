@@ -24,7 +24,8 @@ render stood still for that thread before it could hand the chunk over; of ``fin
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -33,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 from tqdm import tqdm
 
 from flexkern.checks import json_text, require
-from flexkern.render.target import beside
+from flexkern.render.target import GROWING, beside, validate_name
 
 try:
     import resource
@@ -65,9 +66,15 @@ class Listeners:
         self._listeners = listeners
 
     def write(self, event: str, **about: Any) -> None:
-        """An event, and what it says."""
+        """An event, and what it says. Raises OSError where one of them has no room, once all have heard it."""
+        failed = None
         for listener in self._listeners:
-            listener.write(event, **about)
+            try:
+                listener.write(event, **about)
+            except OSError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
 
 
 class EventLog:
@@ -111,6 +118,7 @@ def validate_preview(path: Path) -> None:
     """Raises ValueError or FileNotFoundError where no preview can be written."""
     named = path.suffix.lower() in PREVIEWS
     require(named, f"a preview must be named {' or '.join(PREVIEWS)}, got {path.name!r}")
+    validate_name(path.name)
     require(not path.is_dir(), f"{path} is a folder")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {path.parent} to write {path.name} to")
@@ -132,6 +140,41 @@ class Made:
     """in which the render stood still for the writing of chunks before, since it handed the last one over"""
     peak_bytes: int = 0
     """the most memory until then"""
+
+
+class Spoken:
+    """A stream for what a person reads: a disk that is full, or a terminal that is gone, ends no render.
+
+    A pipe whose reader has left still does: that reader wanted no more.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """As the stream's, where that can be."""
+        with heard_by_nobody():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """As the stream's, where that can be."""
+        with heard_by_nobody():
+            self._stream.flush()
+
+
+@contextmanager
+def heard_by_nobody() -> Iterator[None]:
+    """What cannot be told is not told; but for a reader who has left, which is raised."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        pass
 
 
 class Watch:
@@ -174,7 +217,8 @@ class Watch:
         self.made = self.chunks = self._pictures = 0
         self._began_with = 0
         self.waited = self._denoise = self._decode = self._encode = 0.0
-        self._stream, self._clock = stream or sys.stderr, clock
+        self._stream, self._clock = Spoken(stream or sys.stderr), clock
+        self._unlogged = False  # whether an event was lost
         self._began = self._ended = self._told = self._previewed = 0.0
         self._bar: tqdm[NoReturn] | None = None
 
@@ -297,20 +341,28 @@ class Watch:
         print(f"flexkern: {text}", file=self._stream, flush=True)
 
     def _event(self, event: str, **about: Any) -> None:
-        if self.log is not None:
+        """Write it to the log. A log that cannot be written is said, once, and ends no render."""
+        if self.log is None:
+            return
+        try:
             self.log.write(event, **about)
+        except OSError as error:
+            if not self._unlogged:
+                self._say(f"the log cannot be written: {error}; the render goes on without")
+            self._unlogged = True
 
 
 def write_preview(path: Path, picture: "NDArray[Any]") -> None:
     """Replace a picture at once. A failure is no reason to stop a render, and is not raised."""
     from PIL import Image
 
-    growing = beside(path, path.stem, f".unfinished{path.suffix}")
+    growing = beside(path, path.stem, f"{GROWING}{path.suffix}")
     try:
         Image.fromarray(picture).save(growing)
         growing.replace(path)
     except OSError:
-        growing.unlink(missing_ok=True)
+        with suppress(OSError):
+            growing.unlink()
 
 
 def peak_bytes() -> int:

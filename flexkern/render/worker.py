@@ -33,7 +33,7 @@ from flexkern.render.assembly import (
     with_stand_ins,
 )
 from flexkern.render.batch import Batch, begun
-from flexkern.render.checkpoint import EVERY, is_out_of_memory
+from flexkern.render.checkpoint import EVERY, is_out_of_memory, memory_words
 from flexkern.render.choices import base_preset, chosen_model, chosen_threads, is_family, validate_for_demo
 from flexkern.render.encoding import STDOUT
 from flexkern.render.ending import carry_out
@@ -224,7 +224,7 @@ class Worker:
             if not is_out_of_memory(error):
                 raise
             self.unload()
-            return _outcome(status.CAN_RESUME, f"out of memory: {error or 'there is no more'}")
+            return _outcome(status.CAN_RESUME, memory_words(error))
         resumed = job.writer.pictures or None
         ending = carry_out(job, watch, stop=stop)
         if isinstance(ending.cause, RankError):

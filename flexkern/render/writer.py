@@ -79,8 +79,9 @@ def validate_encoder(
     if width < 2 or height < 2 or width % 2 or height % 2:
         raise ValueError(f"width and height must be even, yuv420p halves them, got {width}x{height}")
     if form == "mov" and (width % BLOCKS[0] or height % BLOCKS[1]):
-        blocks = f"width a multiple of {BLOCKS[0]}, and height of {BLOCKS[1]}"
-        raise ValueError(f"for ProRes {blocks} are needed, got {width}x{height}: write pictures, as FOLDER/%06d.png")
+        blocks = f"a width that is a multiple of {BLOCKS[0]}, and a height of {BLOCKS[1]}"
+        got = f"got pictures {width} wide and {height} high"
+        raise ValueError(f"ProRes needs {blocks}, {got}: write pictures, as FOLDER/%06d.png")
     if not 0 <= crf <= 51:
         raise ValueError(f"crf must be in 0..51, got {crf}")
     rate, av, memory = exact_rate(fps), load_av(), io.BytesIO()

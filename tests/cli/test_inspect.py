@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import struct
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +287,32 @@ def test_loras_that_no_transformer_of_wan_could_take_are_not_promised(inspect_, 
     save_file(named, tmp_path / "diff.safetensors")
     status, places, _ = inspect_(tmp_path / "diff.safetensors")
     assert status == 0 and places.popitem()[1]["differences"] == "2 of whole tensors, without a rank"
+
+
+def test_halves_of_a_lora_that_do_not_fit_each_other_are_not_promised(inspect_, tmp_path):
+    named = {"blocks.0.ffn.0.lora_A.weight": torch.ones(4, 256), "blocks.0.ffn.0.lora_B.weight": torch.ones(512, 7)}
+    save_file(named, tmp_path / "l.safetensors")
+    status, places, _ = inspect_(tmp_path / "l.safetensors")
+    told = "the halves of blocks.0.ffn.0.weight do not fit each other: [512, 7] @ [4, 256]"
+    assert status == 1 and told in places.popitem()[1]["complete"]
+
+
+def test_latents_of_a_render_are_known(inspect_, tmp_path, monkeypatch, capsys):
+    """Its line on use runs, or says what is lacking."""
+    monkeypatch.chdir(tmp_path)
+    about = {"model": "demo", "pictures": "5", "fps": "16", "title": "a disc"}
+    save_file({"latents": torch.zeros(1, 5, 3, 16, 24)}, "l.safetensors", about)
+    status, places, _ = inspect_(Path("l.safetensors"))
+    told = places["l.safetensors"]
+    assert status == 0 and told["is"].startswith("latents of a video by demo, 5 frames of 3 channels, 16 high")
+    assert (told["pictures"], told["complete"]) == ("5 ordered, 16 a second", "yes")
+    assert told["use"] == "flexkern decode l.safetensors" and main([*told["use"].split()[1:], "--no-progress"]) == 0
+    capsys.readouterr()
+    save_file({"latents": torch.zeros(1, 3, 16, 4, 6)}, "wan.safetensors")
+    assert inspect_(Path("wan.safetensors"))[1]["wan.safetensors"]["use"].startswith("lacks a VAE: flexkern decode wan")
+    with pytest.raises(SystemExit, match="2"):
+        main(["render", "--model", "self-forcing", "--weights", "wan.safetensors", "--prompt", "a", "--out", "a.mp4"])
+    assert capsys.readouterr().err.endswith("wan.safetensors holds latents; expected a transformer\n")
 
 
 def test_json_says_what_the_lines_say(tiny, tmp_path, capsys):

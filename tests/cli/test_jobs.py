@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -162,6 +163,40 @@ def test_another_rate_is_said_plainly(flexkern_):
     assert status == 0 and err.splitlines()[0] == f"flexkern: {said}"
     with av.open("video.mp4") as video:
         assert video.streams.video[0].average_rate == 24 and sum(1 for _ in video.decode(video=0)) == 6
+
+
+@pytest.mark.parametrize(
+    ("option", "pictures", "rate"),
+    [
+        ("--frames 3 --fps 24000/1001", 3, Fraction(24000, 1001)),
+        ("--frames 3 --fps 23.976", 3, Fraction(24000, 1001)),
+        ("--seconds 0:00.5", 8, 16),
+        ("--seconds 250ms", 4, 16),
+        ("--seconds 5e-1", 8, 16),
+    ],
+)
+def test_a_rate_and_a_length_are_written_as_people_do(flexkern_, option, pictures, rate):
+    assert flexkern_("render", *option.split(), "--no-progress")[0] == 0
+    with av.open("video.mp4") as video:
+        assert video.streams.video[0].average_rate == rate and sum(1 for _ in video.decode(video=0)) == pictures
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--fps 24/0", "fps must be a number of pictures per second, such as 16, 23.976 or 24000/1001, got '24/0'"),
+        ("--fps nan", "got 'nan'"),
+        ("--fps 1/2", "--fps must be 1 to 1000 pictures per second, got 0.5"),
+        ("--seconds soon", "--seconds must be seconds or a time such as 90, 1:30, 60s or 1m30s, got 'soon'"),
+        ("--seconds -1:30", "got '-1:30'"),
+        ("--seconds nan", "--seconds must be more than 0, got nan"),
+    ],
+)
+def test_what_is_no_rate_or_length_is_refused(flexkern_, monkeypatch, option, words):
+    monkeypatch.setenv("COLUMNS", "300")
+    name, value = option.split()
+    status, out, err = flexkern_("render", f"{name}={value}")
+    assert status == 2 and words in out + err, out + err
 
 
 def test_prompts_change_by_the_models_time_whatever_the_rate(flexkern_, monkeypatch):

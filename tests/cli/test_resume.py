@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from videos import pictures_in
 
-from flexkern import demo
-from flexkern.render import status
+from flexkern import Engine, demo
+from flexkern.render import read_sidecar, sidecar_path, status
+from flexkern.render.batch import Batch
 from flexkern.render.checkpoint import Checkpoints
 from flexkern.session import Session
 
@@ -76,6 +78,71 @@ def test_nothing_to_resume_is_said(flexkern_, tmp_path):
     code, out, err = flexkern_("render", "--resume", "video.mp4")
     told = "flexkern: error: there is nothing to go on with: no render to video.mp4 was stopped\n"
     assert (code, out, err) == (status.REFUSED, "", told) and not names(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "shots/%03d.png"])
+def test_what_is_whole_is_said_and_done(flexkern_, name):
+    """So that a scheduler that runs the same line again hears that all is well; for as long as that is so."""
+    assert flexkern_("render", "--frames", 3, "--out", name, "--no-progress")[0] == 0
+    said = (0, f"{name}: is whole, there was nothing left to do\n", "")
+    assert flexkern_("render", "--resume", name) == said == flexkern_("render", "--resume", name)
+    first = Path(name % 0 if "%" in name else name)
+    first.write_bytes(first.read_bytes()[:-1] + b"\0")
+    code, _, err = flexkern_("render", "--resume", name)
+    assert code == 2 and "there is nothing to go on with" in err
+
+
+def test_the_name_of_the_unfinished_file_is_near(flexkern_, stopped_at):
+    assert stopped_at(3, *ORDERED)[0] == 130
+    code, _, err = flexkern_("render", "--resume", "video.unfinished.mp4")
+    assert code == 2 and err.endswith("no render to video.unfinished.mp4 was stopped; did you mean video.mp4?\n")
+
+
+CROWDED = (
+    MemoryError("no more"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127]\nDefaultCPUAllocator: can't allocate memory"),
+)
+
+
+@pytest.mark.parametrize("error", CROWDED)
+@pytest.mark.parametrize("where", [(Batch, "open"), (Engine, "session")])
+def test_too_little_memory_to_begin_is_one_line(flexkern_, stopped_at, monkeypatch, tmp_path, error, where):
+    """As with a window that no memory holds; a render that was stopped goes on once there is room."""
+
+    def full(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, full)
+        code, out, err = flexkern_("render", *ORDERED)
+        told = f"flexkern: error: out of memory: {' '.join(str(error).split())}\n"
+        assert (code, out, err.splitlines(keepends=True)[-1]) == (status.NOTHING_KEPT, "", told)
+        assert not names(tmp_path)
+    assert stopped_at(3, *ORDERED)[0] == 130
+    with monkeypatch.context() as patch:
+        patch.setattr(*where, full)
+        code, out, err = flexkern_("render", "--resume", "video.mp4")
+        assert (code, out, err) == (status.CAN_RESUME, "", told)
+    assert flexkern_("render", "--resume", "video.mp4", "--no-progress")[0] == 0
+
+
+def test_a_name_of_every_length_has_its_sidecar(flexkern_, tmp_path):
+    for name in (f"{'x' * 251}.mp4", f"{'é' * 125}x.mp4", f"{'x' * 247}.mp4"):
+        assert flexkern_("render", "--frames", 3, "--out", name, "--no-progress")[0] == 0
+        beside = [path for path in tmp_path.iterdir() if path.suffix == ".json"]
+        assert beside == [sidecar_path(tmp_path / name)] and read_sidecar(tmp_path / name)["video"]["name"] == name
+        assert flexkern_("render", "--resume", name)[0] == 0
+        for path in (tmp_path / name, *beside):
+            path.unlink()
+        assert not names(tmp_path)
+
+
+def test_a_link_into_a_folder_that_is_not_there_is_refused(flexkern_, tmp_path, monkeypatch):
+    monkeypatch.setattr(Batch, "open", lambda *_, **__: pytest.fail("weights were loaded"))
+    Path("far.mp4").symlink_to(tmp_path / "nowhere" / "x.mp4")
+    code, _, err = flexkern_("render", "--frames", 3, "--out", "far.mp4")
+    assert code == 2 and err == f"flexkern: error: there is no folder {tmp_path}/nowhere to write far.mp4 to\n"
 
 
 @pytest.mark.parametrize(
@@ -169,3 +236,22 @@ def test_the_documentation_has_every_status():
     page = (Path(demo.__file__).parents[1] / "docs/studio.md").read_text()
     for number, (meaning, action) in status.MEANINGS.items():
         assert f"| {number} | {meaning} | {action} |" in page
+
+
+def test_a_link_to_itself_is_replaced(flexkern_):
+    Path("loop.mp4").symlink_to("loop.mp4")
+    assert flexkern_("render", "--frames", 3, "--out", "loop.mp4", "--no-progress")[0] == 0
+    assert not Path("loop.mp4").is_symlink() and pictures_in("loop.mp4") == 3
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_log_and_a_stderr_that_are_full_end_no_render(flexkern_, monkeypatch):
+    full = open("/dev/full", "w", buffering=1)  # noqa: SIM115, which fails when it is closed
+    try:
+        monkeypatch.setattr(sys, "stderr", full)
+        assert flexkern_("render", *ORDERED[:-1], "--log", "/dev/full")[0] == 0
+        assert pictures_in("video.mp4") == 30
+        assert flexkern_("render", "--frames", "0")[0] == 2  # a refusal keeps its status
+    finally:
+        with suppress(OSError):
+            full.close()

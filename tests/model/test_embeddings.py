@@ -129,3 +129,25 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path):
     save_file({"0": torch.full((3, WIDTH), float("inf"))}, tmp_path / "e.safetensors", metadata=notes)
     with pytest.raises(ValueError, match="e.safetensors: the embedding of 'one' is not finite; encode it again"):
         SavedEmbeddings(tmp_path / "e.safetensors")(["one"])
+
+
+DAMAGED = {
+    "three dimensions": ({"0": torch.ones(1, 5, 8)}, {}, r"of 'a cat' must be .*, got F32 \[1, 5, 8\]"),
+    "more rows than tokens": ({"0": torch.ones(10, 8)}, {}, r"got F32 \[10, 8\]; encode it again"),
+    "integers": ({"0": torch.ones(5, 8, dtype=torch.int32)}, {}, "must be floating point .*, got I32"),
+    "one that is not there": ({"0": torch.ones(5, 8)}, {"prompts": '["a cat", "a dog"]'}, "of 'a dog' .*, got nothing"),
+    "no list": ({"0": torch.ones(5, 8)}, {"prompts": "["}, "its list of prompts is damaged; encode them again"),
+    "no texts": ({"0": torch.ones(5, 8)}, {"prompts": "[3]"}, "its list of prompts is damaged"),
+    "no number": ({"0": torch.ones(5, 8)}, {"tokens": "many"}, "its list of prompts is damaged"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGED)
+def test_a_file_whose_header_does_not_fit_is_refused_when_it_is_opened(tmp_path, case):
+    """So that inspect does not promise it, and no render begins with it."""
+    tensors, notes, words = DAMAGED[case]
+    save_file(tensors, tmp_path / "e.safetensors", {"prompts": '["a cat"]', "tokens": "9", **notes})
+    with pytest.raises(ValueError, match=f"e.safetensors: .*{words}"):
+        SavedEmbeddings(tmp_path / "e.safetensors")
+    with pytest.raises(ValueError, match="is a folder; expected a file of save_embeddings"):
+        SavedEmbeddings(tmp_path)

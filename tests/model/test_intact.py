@@ -1,13 +1,15 @@
 """Files that have taken the place of weights are told by what they are, with how to get the weights."""
 
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from flexkern.model.find import find_part, find_parts, identify
+from flexkern.model.find import find_part, find_parts, holdings, identify
 from flexkern.model.intact import validate_form
 from flexkern.model.weights import load_transformer
 
@@ -33,6 +35,25 @@ def test_what_is_no_weight_file_is_told_by_what_it_is(tmp_path, content, name):
     for way in (validate_form, load_transformer):
         with pytest.raises((ValueError, NotImplementedError), match=f"{name} {STRANGE[content]}"):
             way(tmp_path / name)
+
+
+def test_what_is_no_file_and_no_folder_is_refused():
+    for way in (find_parts, holdings, load_transformer):
+        with pytest.raises(ValueError, match="/dev/null is neither a file nor a folder"):
+            way("/dev/null")
+
+
+def test_a_pipe_in_the_folder_is_left_alone(tmp_path):
+    """Who opens one waits until somebody writes; here somebody has, so that a look at it would be told."""
+    shutil.copy(FILE, tmp_path / "w.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "link.pt").symlink_to("pipe.safetensors")
+    opened = os.open(tmp_path / "pipe.safetensors", os.O_RDWR | os.O_NONBLOCK)
+    os.write(opened, b"x" * 8192)
+    try:
+        assert find_parts(tmp_path).unread == find_parts(tmp_path / "w.safetensors").unread == ()
+    finally:
+        os.close(opened)
 
 
 def test_a_download_that_has_not_finished(tmp_path):

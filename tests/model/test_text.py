@@ -237,6 +237,25 @@ def test_a_missing_tokenizer_is_named(state, wan, tmp_path):
     load_text_encoder(tmp_path, tokenizer=wan / "google/umt5-xxl")
 
 
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "the tokenizer in .*tokenizer cannot be read: .*; get it again"),
+        ("", "the tokenizer in .*tokenizer cannot be read: "),
+        (
+            "version https://git-lfs.github.com/spec/v1\nsize 7\n",
+            "tokenizer.json is a Git LFS pointer for a file of 7 bytes",
+        ),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_read_is_named(theirs, tokenizer, tmp_path, content, words):
+    theirs.save_pretrained(tmp_path / "text_encoder")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=words):
+        validate_text_encoder(tmp_path)
+
+
 def test_shards_that_the_index_names_must_be_there(theirs, tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     theirs.save_pretrained(tmp_path / "text_encoder", max_shard_size="8KB")

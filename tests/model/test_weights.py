@@ -24,6 +24,7 @@ from state_dicts import (
 )
 
 from flexkern.model import names, weights
+from flexkern.model.find import find_parts
 from flexkern.model.wan import CONFIGS, CausalWan
 from flexkern.model.weights import load_transformer, read_state_dict
 
@@ -238,7 +239,7 @@ def test_lora_errors(tiny, tmp_path):
     a, b = torch.ones(4, 256), torch.ones(256, 4)
     unknown = {"blocks.7.self_attn.q": (a, b), "blocks.0.self_attn.qq": (a, b), "blocks.0.self_attn.q": (a, b)}
     load(peft(unknown), match=r"unknown targets 2: blocks.7.self_attn.q.weight, blocks.0.self_attn.qq.weight;")
-    wrong = {"blocks.0.ffn.0": (a, b), "blocks.1.ffn.0": (a[:3], torch.ones(512, 4))}
+    wrong = {"blocks.0.ffn.0": (a, b), "blocks.1.ffn.0": (a[:, :200], torch.ones(512, 4))}
     load(peft(wrong), match=r"wrongly shaped 2: blocks.0.ffn.0.weight \[512, 256\] from \[256, 4\] @ \[4, 256\], blo")
     load({"blocks.0.ffn.0.lora_A.weight": a}, match="1: half of blocks.0.ffn.0.weight")
     doubled = peft({"blocks.0.self_attn.q": (a, b)}) | peft({"blocks.0.self_attn.q": (a, b)}, prefix="model.")
@@ -345,6 +346,29 @@ def test_missing_files(tiny, tmp_path):
         (folder / "config.json").write_text(text)
         with pytest.raises(ValueError, match="config.json does not hold a JSON object"):
             load_transformer(folder)
+
+
+@pytest.mark.parametrize("prefix", ["model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_are_read_together_or_not_at_all(tiny, tmp_path, prefix, index):
+    """Named as transformers or diffusers do; one that is missing is named, one alone is sent to its folder."""
+    names, first = [f"{prefix}-0000{number}-of-00002.safetensors" for number in (1, 2)], len(tiny) // 2
+    for name, part in zip(names, (list(tiny)[:first], list(tiny)[first:]), strict=True):
+        save_file({key: tiny[key] for key in part}, tmp_path / name)
+    listed = tmp_path / f"{prefix}.safetensors.index.json"
+    if index:
+        listed.write_text(json.dumps({"weight_map": {key: names[key in list(tiny)[first:]] for key in tiny}}))
+        with pytest.raises(ValueError, match="lists the shards of a model: give their folder, "):
+            load_transformer(listed)
+    assert load_transformer(tmp_path).state_dict().keys() == tiny.keys()
+    assert find_parts(tmp_path).transformer == tmp_path
+    with pytest.raises(
+        ValueError, match=f"{names[0]} is one of the 2 shards of a model: give their folder, {tmp_path}"
+    ):
+        load_transformer(tmp_path / names[0])
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(FileNotFoundError, match=f"not .*there.*1: {names[1]}"):
+        load_transformer(tmp_path)
 
 
 def test_something_else_is_not_taken_for_a_transformer(tmp_path):

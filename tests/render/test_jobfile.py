@@ -2,6 +2,7 @@
 
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,7 @@ WRONG = {
     "an empty prompt": ("seed: 1\nprompt: ' '", 2, "prompt must be a text"),
     "encoding": ("prompt: a\nencoding: {crf: 52}", 2, "encoding.crf must be at most 51, got 52"),
     "encoding's field": ("prompt: a\nencoding: {crff: 5}", 2, "encoding has no field 'crff'; did you mean 'crf'"),
+    "encoding's rate": ("prompt: a\nencoding: {fps: 24 fps}", 2, "fps must be a number .* 24000/1001, got '24 "),
     "scales": ("lora: [a, b]\nlora_scale: 1", 2, "lora_scale has one number for each lora, .* got 2 of lora and 1"),
     "twice": ("seed: 1\nseed: 2", 2, "'seed' is written twice"),
     "no mapping": ("- {prompt: a}\n- 3", 2, "a job must be a mapping of fields, got 3"),
@@ -135,3 +137,16 @@ def test_an_error_names_its_field():
     with pytest.raises(SpecError) as caught:
         JobSpec(frames=0)
     assert caught.value.field == "frames"
+
+
+def test_a_rate_may_be_a_fraction(jobs):
+    (entry,) = jobs("{prompt: a, encoding: {fps: 24000/1001}}")
+    assert entry.spec.encoding.rate(16) == Fraction(24000, 1001)
+    assert JobSpec.from_dict(entry.spec.to_dict(), Path()) == entry.spec
+
+
+def test_weights_are_no_job_file(tmp_path):
+    """As in --lora a.safetensors b.safetensors, whose second file would be taken for one."""
+    (tmp_path / "b.safetensors").write_bytes(b"\xff\xff")
+    with pytest.raises(ValueError, match="b.safetensors is not a job file: .* takes one file each time it is given"):
+        read_jobs(tmp_path / "b.safetensors")

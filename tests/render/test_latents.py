@@ -9,8 +9,9 @@ import av
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
+from flexkern.finite import NotFiniteError
 from flexkern.render import LatentsFile, VideoWriter
 from flexkern.render.decoding import decode_latents, inspect_latents
 
@@ -207,7 +208,9 @@ def test_a_video_that_cannot_be_decoded_leaves_nothing(tmp_path):
         ({"x": torch.zeros(1)}, "holds no tensor named latents"),
         ({"latents": torch.zeros(3, 16, 4, 6)}, r"\[1, F, C, h, w\], .* holds F32 \[3, 16, 4, 6\]"),
         ({"latents": torch.zeros(1, 3, 16, 4, 6, dtype=torch.int32)}, "holds I32"),
-        (b"no safetensors", "is no readable safetensors file"),
+        (b"no safetensors", "l.safetensors is a text of 14 bytes that begins 'no safetensors'"),
+        (b"version https://git-lfs.github.com/spec/v1\nsize 5\n", "is a Git LFS pointer for a file of 5 bytes"),
+        (save({"latents": torch.zeros(1, 3, 16, 4, 6)})[:-8], "is cut off: 8 of 4,688 bytes are missing"),
     ],
 )
 def test_what_holds_no_latents_is_refused(tmp_path, content, words):
@@ -217,3 +220,35 @@ def test_what_holds_no_latents_is_refused(tmp_path, content, words):
         inspect_latents(path)
     with pytest.raises(FileNotFoundError, match="there are no latents"):
         inspect_latents(tmp_path / "none.safetensors")
+
+
+class Overflowing(Brighten):
+    """A decoder whose pictures are not finite after some frames, which rounding to bytes hides."""
+
+    def __call__(self, latents):
+        self.finite = (latents.abs() < 1e30).all()
+        return super().__call__(latents)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (
+            float("nan"),
+            "the latents of frames from 3 of .*l.safetensors are not finite in float32; it was handed in so",
+        ),
+        (float("inf"), "the latents of frames from 3 of .*l.safetensors are not finite"),
+        (
+            1e35,
+            "the pictures of frames from 3 of .* are not finite in float32: they began in the decoder, the latents are",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["v.mp4", "%d.png"])
+def test_what_is_not_finite_becomes_no_video(tmp_path, value, words, name):
+    latents = torch.randn(1, 6, 16, 4, 6)
+    latents[0, 4, 0, 0, 0] = value
+    save_file({"latents": latents}, tmp_path / "l.safetensors")
+    with pytest.raises(NotFiniteError, match=words):
+        decode_latents(inspect_latents(tmp_path / "l.safetensors"), Overflowing(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors"]

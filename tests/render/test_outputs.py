@@ -239,7 +239,9 @@ def test_odd_sizes_are_refused_where_they_do_not_fit():
     for name, form in (("a.mp4", None), ("-", "y4m")):
         with pytest.raises(ValueError, match="width and height must be even"):
             validate_form(33, 32, 16, Encoding(format=form), Path(name))
-    with pytest.raises(ValueError, match="width a multiple of 32, and height of 16 are needed, got 144x64"):
+    with pytest.raises(
+        ValueError, match="a width that is a multiple of 32, and a height of 16, got pictures 144 wide and 64 high"
+    ):
         validate_form(144, 64, 16, Encoding(), Path("a.mov"))
     validate_form(33, 31, 16, Encoding(format="rgb24"), STDOUT)
     validate_form(33, 31, 16, Encoding(), Path("%d.png"))

@@ -40,6 +40,9 @@ def test_scripts_have_two_forms(tmp_path, text):
         ("[a, b]", "entry 1: expected"),
         ("{0: a, 5: b, 5: c}", "s.yaml is not YAML: '5' is written twice, line 1"),
         ('{"0": "a", "5": "b", "5": "c"}', "s.yaml: '5' is written twice"),
+        ("{0: a, 5: b, 5.0: c}", "s.yaml is not YAML: '5.0' is written twice, line 1"),
+        ("[" * 9000, "s.yaml: its brackets are nested too deeply"),
+        ("{a: " * 9000, "s.yaml: its brackets are nested too deeply"),
         ("{0: a, 1.0.0: b}", "entry 2: at must be seconds .* got '1.0.0'"),
         ("{0: a, '1:75': b}", "entry 2: at must be seconds .* got '1:75'"),
         ("{0: a, true: b}", "entry 2: at must be seconds .* got True"),
@@ -185,6 +188,9 @@ def test_lists_of_prompts_are_text_or_json(tmp_path, name, text, videos, unused)
         ("p.csv", "id,prompt\n1,\n", "p.csv, line 2 holds no prompt"),
         ("p.csv", "prompt\n", "p.csv holds no prompt below its first line, 'prompt'"),
         ("p.csv", 'prompt\n"a cat\n', "p.csv, line 2: unexpected end of data"),
+        ("p.csv", "prompt,Prompt\na,b\n", "p.csv has several columns called prompt: rename all but the one"),
+        ("p.json", "[" * 9000, "p.json: its brackets are nested too deeply"),
+        ("p.jsonl", "[" * 9000, "p.jsonl, line 1: its brackets are nested too deeply"),
     ],
 )
 def test_what_is_no_list_of_prompts_is_refused(tmp_path, name, text, words):

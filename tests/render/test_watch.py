@@ -1,7 +1,9 @@
 """What is seen of a render: lines where nothing can move, a bar on a terminal, previews now and then, a log."""
 
+import errno
 import io
 import json
+import shutil
 import threading
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from PIL import Image
 
 from flexkern import demo
 from flexkern.render import EventLog, PromptSwitch, Watch
-from flexkern.render.watch import Made, append_line, peak_bytes
+from flexkern.render.watch import Listeners, Made, append_line, peak_bytes
 
 
 class Terminal(io.StringIO):
@@ -130,6 +132,48 @@ def test_the_log_has_a_line_for_each_event_with_its_fields(clock, tmp_path):
         "pictures_per_second", "denoise_pictures_per_second",
     }  # fmt: skip
     assert lines[6] == {"event": "failed", "target": "a.mp4", "made": 3, "message": "full"}
+
+
+class Full(io.StringIO):
+    """A stream of a disk that is full, or of a terminal that is gone."""
+
+    def write(self, _):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class FullTerminal(Full):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("stream", [Full(), FullTerminal()])
+def test_a_stream_that_cannot_be_written_ends_no_render(clock, stream):
+    watch, _ = watched(clock, 4, pictures=12, stream=stream)
+    watch.finished(Path("a.mp4"))
+    assert watch.made == 12
+
+
+def test_a_reader_who_has_left_is_told_of(clock):
+    class Left(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        watched(clock, 4, pictures=12, stream=Left())
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_render(clock, tmp_path):
+    """What else listens hears all of it."""
+    (tmp_path / "gone").mkdir()
+    first, second = EventLog(tmp_path / "gone" / "l.jsonl"), EventLog(tmp_path / "l.jsonl")
+    shutil.rmtree(tmp_path / "gone")
+    watch, stream = watched(clock, 4, pictures=12, log=Listeners(first, second))
+    watch.finished(Path("a.mp4"))
+    assert stream.getvalue().count("flexkern: the log cannot be written: ") == 1
+    assert len(second.path.read_text().splitlines()) == 6
 
 
 def test_memory_is_that_of_the_process_where_there_is_no_gpu():

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flexkern.checks import is_float32, require
 from flexkern.model.decoder import LatentForm
 from flexkern.model.families import CHANNELS
 from flexkern.model.files import find_files, some_of
@@ -49,7 +50,18 @@ class Held:
     sizes: Mapping[str, Any]
     """as arguments of AutoencoderKLWan"""
     mean: Sequence[float]
+    """of each channel of latents, before they are normalised"""
     std: Sequence[float]
+
+    def __post_init__(self) -> None:
+        channels = self.sizes["z_dim"]
+        for name, values in (("latents_mean", self.mean), ("latents_std", self.std)):
+            fine = isinstance(values, Sequence) and len(values) == channels and all(map(is_float32, values))
+            told = f"{self.where}: {name} must be {channels} finite numbers, one for each channel"
+            require(
+                fine and (name == "latents_mean" or min(values) > 0),
+                f"{told}{', more than 0' * (name != 'latents_mean')}",
+            )
 
     @property
     def form(self) -> LatentForm:

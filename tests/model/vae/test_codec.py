@@ -98,6 +98,25 @@ def test_other_sizes_come_from_the_shapes_and_statistics_from_the_config(tmp_pat
         load_vae(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("latents_mean", [0.0] * 3, "latents_mean must be 16 finite numbers, one for each channel"),
+        ("latents_mean", [float("nan")] * 16, "latents_mean must be 16 finite numbers"),
+        ("latents_std", ["1"] * 16, "latents_std must be 16 finite numbers, one for each channel, more than 0"),
+        ("latents_std", [1.0] * 15 + [0.0], "latents_std must be .*more than 0"),
+        ("latents_std", 1.0, "latents_std must be"),
+    ],
+)
+def test_statistics_that_no_latents_could_have_are_refused(theirs, tmp_path, name, values, words):
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {name: values}))
+    for way in (validate_vae, load_vae):
+        with pytest.raises(ValueError, match=f"{tmp_path}: {words}"):
+            way(tmp_path)
+
+
 def test_the_config_of_a_transformer_beside_it_is_not_the_vaes(file, theirs, tmp_path):
     (tmp_path / "Wan2.1_VAE.pth").write_bytes(file.read_bytes())
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "WanModel", "patch_size": [1, 2, 2]}))
