@@ -76,7 +76,7 @@ DROPPED = {
     "--data_path two.txt --output_folder v --log two.txt": "two.txt would be overwritten by --log: it is also --data",
     "--frames 3 --out %06d" + 242 * "x" + ".png": "a file name has at most 255 bytes, got 258: 0",
     "--frames 3 --preview " + 252 * "x" + ".png": "a file name has at most 255 bytes, got 256: x",
-    "--prompt \udcff --model self-forcing --weights none.pt": r"prompt must be text in UTF-8, got '.udcff'",
+    "--prompt \udcff --model self-forcing --weights none.pt": r"prompt must be text in UTF-8, got b'.xff'",
     "--frames 3 --out a.mp4 --latents b.safetensors": "give --latents or --out, not both",
     "--latents b.safetensors --output_folder v": "give --latents or --output-folder, not both",
     "--data_path p.txt --output_folder v --out a.mp4": "give --out or --data-path, not both",

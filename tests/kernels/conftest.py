@@ -1,5 +1,6 @@
 """Triton's interpreter as strict as that of Triton 3.9, whichever is installed."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,9 +22,10 @@ def strict_masks(monkeypatch):
     from triton.runtime.interpreter import InterpreterBuilder
 
     def strict(original, at):
-        def checked(builder, *given):
-            assert given[at].data.dtype == bool, f"a mask of {given[at].data.dtype}, expected bool"
-            return original(builder, *given)
+        def checked(builder, *given, **named):
+            dtype = np.asarray(given[at].data).dtype  # of a handle's array, or of a descriptor's own
+            assert dtype == bool, f"a mask of {dtype}, expected bool"
+            return original(builder, *given, **named)
 
         return checked
 
