@@ -24,7 +24,7 @@ def strict_masks(monkeypatch):
     def strict(original, at):
         def checked(builder, *given, **named):
             dtype = np.asarray(given[at].data).dtype  # of a handle's array, or of a descriptor's own
-            assert dtype == bool, f"a mask of {dtype}, expected bool"
+            assert np.issubdtype(dtype, np.bool_), f"a mask of {dtype}, expected bool"
             return original(builder, *given, **named)
 
         return checked
