@@ -26,14 +26,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common import LN_2, LOG2_E
 from ..prepared import Blocks, Prepared, keep
+from ..warpgroup import operand_layout, product_layout
 from .hopper_device import (
     ROWS,
     QueryRows,
     first_tile,
     last_product,
     load_query,
-    operand_layout,
-    product_layout,
     step,
     store_query,
 )

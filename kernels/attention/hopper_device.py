@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from ..gluon_names import four_warps
+from ..warpgroup import four_warps, operand_layout, product_layout
 from .hopper_ring import free_tile, pass_turn, take_turn, tile_of, wait_full
 from .work import Item, Sizes, Tables
 
@@ -24,18 +24,6 @@ class QueryRows(NamedTuple):
     item: Item
     sizes: Sizes
     tables: Tables
-
-
-@gluon.constexpr_function
-def product_layout(columns):
-    """How a warpgroup's registers hold 64 rows of a product."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def operand_layout(columns):
-    """How its registers hold the left factor of a product with that many columns."""
-    return gl.DotOperandLayout(0, product_layout(columns), 2)
 
 
 @gluon.constexpr_function

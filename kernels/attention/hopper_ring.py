@@ -39,7 +39,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from ..gluon_names import load_block
+from ..warpgroup import load_block
 
 TURN, KEYS_FREE, VALUES_FREE = gl.constexpr(6), gl.constexpr(8), gl.constexpr(12)  # named barriers; 0: none
 TURN_THREADS, FREE_THREADS = gl.constexpr(256), gl.constexpr(256 + 32)  # threads that meet there

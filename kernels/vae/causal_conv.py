@@ -37,9 +37,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common import require_contiguous
-from ..gluon_names import load_block
 from ..gpus import multiprocessors
 from ..prepared import Blocks, Prepared, keep
+from ..warpgroup import load_block, operand_layout, product_layout
 
 HEIGHT, WIDTH = gl.constexpr(8), gl.constexpr(16)  # places of a tile
 ROWS = gl.constexpr(64)  # of them, a warpgroup's
@@ -104,18 +104,6 @@ def find_tile(index, grid, N: gl.constexpr, FRAMES: gl.constexpr, COLUMNS: gl.co
     row, index = index % rows, index // rows
     span, batch = index % spans, index // spans
     return Tile(batch, span * FRAMES, row * HEIGHT, column * WIDTH, part * COLUMNS)
-
-
-@gluon.constexpr_function
-def product_layout(columns):
-    """How a warpgroup's registers hold 64 rows of a product."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.constexpr_function
-def operand_layout(columns):
-    """How its registers hold the left factor of a product with that many columns."""
-    return gl.DotOperandLayout(0, product_layout(columns), 2)
 
 
 @gluon.constexpr_function

@@ -30,7 +30,7 @@ def make_inputs(batch, count, height, width, inputs, outputs, dtype=torch.bfloat
 
 
 def play(inputs, seed=0, edit=None, programs=2):
-    kernels = played("vae.causal_conv", ("gluon_names",), ("prepared", "common", "gpus"), seed, edit)
+    kernels = played("vae.causal_conv", ("warpgroup",), ("prepared", "common", "gpus"), seed, edit)
     return kernels.causal_conv_hopper(*inputs, programs=programs)
 
 

@@ -15,7 +15,7 @@ from flexkern.testing import assert_as_accurate
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="fragments are merged by Triton's interpreter")
 # played like the kernel itself
-OWN = ("common", "gluon_names", "attention.work", "attention.hopper_ring", "attention.hopper_device")
+OWN = ("common", "warpgroup", "attention.work", "attention.hopper_ring", "attention.hopper_device")
 SHARED = ("prepared", "attention.launch", "attention.hopper_variants")
 EVERY = [  # every combination of switches that a variant may have
     Variant(signal=signal, one_arrive=one, ping_pong=turns, early_free=early, stages=stages)
