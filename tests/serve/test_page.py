@@ -147,6 +147,21 @@ def test_videos_of_one_second_stand_in_their_order(page, server):
     assert waits[-2].endswith("next") and waits[0].endswith("5 before it")
 
 
+def test_news_that_come_before_the_list_do_not_change_its_order(page, server):
+    server.post("it waits")
+    listed = [server.post(f"number {i}").json()["id"] for i in range(3)]
+    held = []
+    page.route("**/v1/videos?limit=*", lambda route: held.append(route))
+    with page.expect_response("**/v1/events"), page.expect_request("**/v1/videos?limit=*"):
+        page.goto(server.address)
+    server.client.post(f"/v1/videos/{listed[0]}/cancel")
+    page.locator(f'[data-id="{listed[0]}"]').wait_for()
+    held[0].continue_()
+    page.locator(f'[data-id="{listed[2]}"]').wait_for()
+    shown = page.locator(".video").evaluate_all("(rows) => rows.map((row) => row.dataset.id)")
+    assert [one for one in shown if one in listed] == listed[::-1]
+
+
 def test_two_videos_are_compared_in_step(page, server):
     both = [server.post("a", seed=seed, frames=32).json()["id"] for seed in (1, 2)]
     for one in both:

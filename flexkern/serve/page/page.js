@@ -325,11 +325,21 @@ function showCounts() {
   $("compare-button").textContent = picked.size > 2 ? `Compare two (${picked.size} are picked)` : "Compare two";
 }
 
+/** Puts what a list has, and in its order: of videos of one second only the server knows which came first. */
+function putListed(list) {
+  list.forEach((video) => put(video, true));
+  const rows = list.map((video) => document.querySelector(`[data-id="${video.id}"]`));
+  rows.forEach((row, i) => { // one may stand there already, from news that came before the list
+    const newer = rows[i - 1];
+    if (newer && newer.compareDocumentPosition(row) & Node.DOCUMENT_POSITION_PRECEDING) newer.after(row);
+  });
+}
+
 async function loadOlder() {
   const oldest = [...$("list").children].at(-1)?.dataset.id;
   const page = await get(`/v1/videos?limit=${PAGE}${oldest ? `&after=${oldest}` : ""}`);
   more = page.has_more;
-  page.data.forEach((video) => put(video, true));
+  putListed(page.data);
   showCounts();
 }
 
@@ -541,7 +551,7 @@ async function live() {
       const there = new Set(page.data.map((video) => video.id));
       if (!page.has_more) [...videos.keys()].filter((id) => !there.has(id)).forEach(drop);
       more = page.has_more;
-      page.data.forEach((video) => put(video, true));
+      putListed(page.data);
       showCounts();
       showLink("up", "connected");
       pause = 500;
