@@ -91,16 +91,12 @@ def convolve(buffer: Tensor, conv: nn.Conv3d, *, own: bool) -> Tensor:
 
 def why_not_own(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why no convolution is computed by a kernel of our own there; None where those are that it takes."""
-    from flexkern.kernels import HOPPER, lacking
-
-    try:
-        if why := lacking(HOPPER):
-            return f"it needs {why}"
-    except ImportError:
-        return "Triton is not installed"
     from flexkern.kernels.gpus import why_not_convolve
 
-    return why_not_convolve(device, dtype)
+    try:
+        return why_not_convolve(device, dtype)
+    except ImportError:
+        return "Triton is not installed"
 
 
 def takes_own(conv: nn.Conv3d) -> bool:

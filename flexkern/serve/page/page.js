@@ -212,9 +212,9 @@ function useAgain(video) {
 
 // ---- the list
 
-/** listed: it comes from a list, the newest first, and not from something that has just happened. */
 const isOver = (video) => ["completed", "failed"].includes(video.status);
 
+/** listed: it comes from a list, the newest first, and not from something that has just happened. */
 function put(video, listed = false) {
   const before = videos.get(video.id);
   if (before && isOver(before) && !isOver(video)) return; // an answer that was overtaken: what is over stays over
