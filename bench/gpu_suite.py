@@ -85,7 +85,7 @@ def make_queue(out: Path) -> list[Item]:
         Item(name="correctness frame_attention", doc="against float64 on real shapes, 10,000 repeats bitwise equal",
              command=correctness("frame_attention"), estimate=45, limit=150),
         Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
-             command=attention("--what", "variants"), estimate=110, limit=150, absent=without_hopper),
+             command=attention("--what", "variants"), estimate=120, limit=150, absent=without_hopper),
         Item(name="default path", doc="a render without any option takes the Hopper kernel",
              command=python("default_path.py"), estimate=30, limit=75, absent=without_package("numpy")),
         *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)

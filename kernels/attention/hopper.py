@@ -8,9 +8,9 @@ One warp fetches keys and values by TMA; two warpgroups of 64 query rows each mu
 - The query for the next key frame is loaded under the frame's last tile, and turned when that tile's scores are done.
 
 All three roles walk through the same items, skip the same hidden frames and so count the same tiles n = 0, 1, 2, ...
-hopper_ring.py describes how a tile passes from one to the other; tests/kernels/test_frame_attention_hopper.py runs
-all this on a CPU, in random order. Variants of the loop that wait for a measurement stand in hopper_variants.py, each
-with a prediction.
+hopper_tiles.py cuts frames into tiles, hopper_ring.py describes how one passes from role to role, and
+tests/kernels/test_frame_attention_hopper.py runs all this on a CPU, in random order. Variants of the loop that wait for
+a measurement stand in hopper_variants.py, each with a prediction.
 
 Bytes, flops, numerics: as in portable.py; work.py divides the work, and launch.py merges the fragments of cut tiles.
 Oracle: ``reference.frame_attention``. Source: FlashAttention-3 (Shah et al. 2024), sections 3.1 and 3.2.
@@ -26,17 +26,19 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..common import LN_2, LOG2_E
 from ..prepared import Blocks, Prepared, keep
-from ..warpgroup import operand_layout, product_layout
+from ..warpgroup import product_layout
 from .hopper_device import (
     ROWS,
     QueryRows,
     first_tile,
     last_product,
     load_query,
+    no_operand,
     step,
     store_query,
 )
 from .hopper_ring import (
+    BLOCK_N,
     KEYS_FREE,
     VALUES_FREE,
     Buffers,
@@ -50,6 +52,7 @@ from .hopper_ring import (
     fetch,
     wait_free,
 )
+from .hopper_tiles import cut_frame
 from .hopper_variants import SELECTED, Variant, get_variant
 from .launch import Launch, Shapes, prepare_launch, shapes_of, validate_inputs
 from .work import Outputs, Sizes, Tables, count_items, take_item
@@ -58,12 +61,12 @@ BLOCK_M = gl.constexpr(2 * ROWS.value)
 
 
 class Descriptors(NamedTuple):
-    """TMA descriptors of the pages, for BLOCK_N tokens and for the LAST_N of a frame's last tile."""
+    """TMA descriptors of the pages, for blocks of 128 tokens and of TILES.box."""
 
     k: object
     v: object
-    last_k: object
-    last_v: object
+    box_k: object
+    box_v: object
 
 
 @gluon.jit
@@ -88,13 +91,16 @@ def next_visible(bias_ptr, frame, read, key_frame, end, HAS_BIAS: gl.constexpr):
 @gluon.jit
 def produce(
     descriptors, ring, tables, sizes,
-    S: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, BLOCK_N: gl.constexpr, LAST_N: gl.constexpr,
-    VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    S: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, TILES: gl.constexpr, VARIANT: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """The fetching warp: all tiles of all items of this program, the keys of tile n before the values of tile n - 1."""
-    TILES: gl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
-    FINAL_N: gl.constexpr = LAST_N if LAST_N > 0 else BLOCK_N
-    FINAL: gl.constexpr = (TILES - 1) * BLOCK_N
+    keys, box_k, values, box_v = descriptors.k, descriptors.box_k, descriptors.v, descriptors.box_v
+    WHOLE: gl.constexpr = TILES.whole
+    LAST: gl.constexpr = TILES.last
+    BOX: gl.constexpr = TILES.box
+    STEP: gl.constexpr = WHOLE.keys
+    FINAL: gl.constexpr = (TILES.count - 1) * STEP
     n, last_page, last_column = 0, 0, 0
     for index in range(count_items(gl.program_id(0), gl.num_programs(0), sizes.tiles, sizes.read)):
         item = take_item(index, sizes, S, SPAN, BLOCK_M)
@@ -102,23 +108,22 @@ def produce(
         key_frame = next_visible(tables.bias_ptr, item.frame, sizes.read, item.begin, item.end, HAS_BIAS)
         while key_frame < item.end:
             page = item.batch * sizes.pages + gl.load(tables.slot_ptr + key_frame)
-            for j in range(TILES):
-                start, before = j * BLOCK_N, (j - 1) * BLOCK_N
-                if LAST_N > 0 and j == TILES - 1:
-                    fetch(descriptors.last_k, ring.k, n, page, start, column, FINAL_N, VARIANT)
+            for j in range(TILES.count):
+                if LAST != WHOLE and j == TILES.count - 1:
+                    fetch(keys, box_k, ring.k, n, page, j * STEP, column, LAST, BOX, VARIANT)
                 else:
-                    fetch(descriptors.k, ring.k, n, page, start, column, BLOCK_N, VARIANT)
+                    fetch(keys, box_k, ring.k, n, page, j * STEP, column, WHOLE, BOX, VARIANT)
                 if j > 0:
-                    fetch(descriptors.v, ring.v, n - 1, page, before, column, BLOCK_N, VARIANT)
+                    fetch(values, box_v, ring.v, n - 1, page, (j - 1) * STEP, column, WHOLE, BOX, VARIANT)
                 elif n > 0:
-                    fetch(descriptors.last_v, ring.v, n - 1, last_page, FINAL, last_column, FINAL_N, VARIANT)
+                    fetch(values, box_v, ring.v, n - 1, last_page, FINAL, last_column, LAST, BOX, VARIANT)
                 n += 1
             last_page, last_column = page, column
             key_frame = next_visible(tables.bias_ptr, item.frame, sizes.read, key_frame + 1, item.end, HAS_BIAS)
     if n > 0:
         if VARIANT.one_arrive:  # a last pair that has no keys
             wait_free(ring.k, n, VARIANT)
-        fetch(descriptors.last_v, ring.v, n - 1, last_page, FINAL, last_column, FINAL_N, VARIANT)
+        fetch(values, box_v, ring.v, n - 1, last_page, FINAL, last_column, LAST, BOX, VARIANT)
         drain(ring, n, VARIANT)
 
 
@@ -126,40 +131,38 @@ def produce(
 def attend(
     q, ring, turns, query, key_frame, n, log2_scale,
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, CROSSES: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    TILES: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
     """64 rows against the item's visible key frames, ``key_frame`` first: accumulator, pivot, sum, next tile."""
     bias_ptr, frame, end, read = query.tables.bias_ptr, query.item.frame, query.item.end, query.sizes.read
-    TILES: gl.constexpr = (S + BLOCK_N - 1) // BLOCK_N
-    FIRST_N: gl.constexpr = BLOCK_N if S >= BLOCK_N else LAST_N
-    FIRST_KEYS: gl.constexpr = BLOCK_N if S >= BLOCK_N else S
-    FINAL_N: gl.constexpr = LAST_N if LAST_N > 0 else BLOCK_N
-    FINAL_KEYS: gl.constexpr = S - (TILES - 1) * BLOCK_N
-    EARLY: gl.constexpr = FINAL_N * D < 128 * 128  # beside a full last tile the next query finds no registers
+    FIRST: gl.constexpr = TILES.first
+    WHOLE: gl.constexpr = TILES.whole
+    LAST: gl.constexpr = TILES.last
+    EARLY: gl.constexpr = LAST.rows * D < 128 * 128  # beside a full last tile the next query finds no registers
     store_query(q, load_query(query, key_frame, T, D), query, key_frame, S, T, D, CROSSES, VARIANT)
     following = next_visible(bias_ptr, frame, read, key_frame + 1, end, HAS_BIAS)
     bias = load_bias(bias_ptr, frame, read, key_frame, HAS_BIAS)
-    p, m_i, l_i = first_tile(
-        q, ring, n, (following < end) | (TILES > 1), bias, log2_scale,
-        N=FIRST_N, KEYS=FIRST_KEYS, D=D, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
+    p, rest, m_i, l_i = first_tile(
+        q, ring, n, (following < end) | (TILES.count > 1), bias, log2_scale,
+        TILE=FIRST, D=D, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
     )  # fmt: skip
     acc = gl.zeros([ROWS, D], gl.float32, product_layout(D))
     while key_frame < end:  # p holds the first tile of the frame, not yet multiplied by its values
-        if TILES > 2:
-            for _ in range(TILES - 2):
-                p, acc, m_i, l_i = step(
-                    q, p, acc, m_i, l_i, ring, turns, n, True, bias, log2_scale,
-                    N=BLOCK_N, NEXT_N=BLOCK_N, KEYS=BLOCK_N, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
+        if TILES.count > 2:
+            for _ in range(TILES.count - 2):
+                p, rest, acc, m_i, l_i = step(
+                    q, p, rest, acc, m_i, l_i, ring, turns, n, True, bias, log2_scale,
+                    TILE=WHOLE, NEXT=WHOLE, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
                 )  # fmt: skip
                 n += 1
         turned_for = gl.minimum(following, end - 1)
         if EARLY:
             loaded = load_query(query, turned_for, T, D)
-        p_final = p
-        if TILES > 1:
-            p_final, acc, m_i, l_i = step(
-                q, p, acc, m_i, l_i, ring, turns, n, following < end, bias, log2_scale,
-                N=BLOCK_N, NEXT_N=FINAL_N, KEYS=FINAL_KEYS, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
+        p_last, rest_last = p, rest
+        if TILES.count > 1:
+            p_last, rest_last, acc, m_i, l_i = step(
+                q, p, rest, acc, m_i, l_i, ring, turns, n, following < end, bias, log2_scale,
+                TILE=WHOLE, NEXT=LAST, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
             )  # fmt: skip
             n += 1
         if not EARLY:
@@ -169,13 +172,15 @@ def attend(
         beyond = next_visible(bias_ptr, frame, read, following + 1, end, HAS_BIAS)
         if following < end:
             bias = load_bias(bias_ptr, frame, read, following, HAS_BIAS)
-            p, acc, m_i, l_i = step(
-                q, p_final, acc, m_i, l_i, ring, turns, n, (beyond < end) | (TILES > 1), bias, log2_scale,
-                N=FINAL_N, NEXT_N=FIRST_N, KEYS=FIRST_KEYS, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
+            more = (beyond < end) | (TILES.count > 1)
+            p, rest, acc, m_i, l_i = step(
+                q, p_last, rest_last, acc, m_i, l_i, ring, turns, n, more, bias, log2_scale,
+                TILE=LAST, NEXT=FIRST, VARIANT=VARIANT, HAS_BIAS=HAS_BIAS,
             )  # fmt: skip
         else:
-            acc = last_product(p_final, acc, ring, turns, n, FINAL_N, VARIANT)
-            p = gl.zeros([ROWS, FIRST_N], p_final.dtype, operand_layout(D))
+            acc = last_product(p_last, rest_last, acc, ring, turns, n, LAST, VARIANT)
+            p = no_operand(p_last.dtype, D, FIRST.rows)
+            rest = no_operand(p_last.dtype, D, FIRST.rest)
         n += 1
         key_frame, following = following, beyond
     return acc, m_i, l_i, n
@@ -211,7 +216,7 @@ def store_fragment(outputs, acc, m_i, l_i, first, D: gl.constexpr):
 def consume(
     q, ring, turns, query_ptr, tables, outputs, sizes, log2_scale,
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, CROSSES: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
+    TILES: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     """A multiplying warpgroup: the first (half 0) or last (1) 64 rows of every item of this program."""
     channels = sizes.heads * D
@@ -229,7 +234,7 @@ def consume(
         key_frame = next_visible(tables.bias_ptr, item.frame, sizes.read, item.begin, item.end, HAS_BIAS)
         if not HAS_BIAS or key_frame < item.end:
             acc, m_i, l_i, n = attend(
-                q, ring, turns, query, key_frame, n, log2_scale, S, T, D, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS
+                q, ring, turns, query, key_frame, n, log2_scale, S, T, D, CROSSES, TILES, VARIANT, HAS_BIAS
             )
         if item.end - item.begin == sizes.read:
             store_rows(outputs, query, acc, m_i, l_i, S, D, HAS_LSE)
@@ -241,10 +246,10 @@ def consume(
 @gluon.jit
 def _frame_attention_hopper(
     query_ptr, out_ptr, lse_ptr, acc_ptr, sums_ptr, turn_ptr, scale_ptr, bias_ptr, slot_ptr,
-    keys, values, last_keys, last_values,
+    keys, values, box_keys, box_values,
     log2_scale, tiles, spans, frames, read, pages, heads, groups,
     S: gl.constexpr, T: gl.constexpr, D: gl.constexpr, SPAN: gl.constexpr, CROSSES: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAST_N: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
+    TILES: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_LSE: gl.constexpr,
 ):  # fmt: skip
     # one program per SM, in three roles, goes through its items: a tile of query rows and a range of key frames each
     dtype: gl.constexpr = query_ptr.dtype.element_ty
@@ -252,30 +257,32 @@ def _frame_attention_hopper(
     first_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
     last_q = gl.allocate_shared_memory(dtype, [ROWS, D], swizzled)
     values_free: gl.constexpr = 0 if VARIANT.one_arrive else VALUES_FREE.value  # 0: freed with the keys
-    k_tiles, k_full, k_free = allocate_buffers(dtype, KEYS_FREE, BLOCK_N, D, VARIANT)
-    v_tiles, v_full, v_free = allocate_buffers(dtype, values_free, BLOCK_N, D, VARIANT)
+    k_tiles, k_rests, k_full, k_free = allocate_buffers(dtype, KEYS_FREE, TILES, D, VARIANT)
+    v_tiles, v_rests, v_full, v_free = allocate_buffers(dtype, values_free, TILES, D, VARIANT)
     turns = 0
     if VARIANT.ping_pong and VARIANT.signal == "mbarrier":
         turns = allocate_turns()
     fence_async_shared()  # TMA meets the barriers through the asynchronous proxy
 
     # Triton 3.6 forgets that a number is constant, and so a branch decided, where a function returns it
-    ring = Ring(Buffers(k_tiles, k_full, k_free, KEYS_FREE), Buffers(v_tiles, v_full, v_free, values_free))
+    ring = Ring(
+        Buffers(k_tiles, k_rests, k_full, k_free, KEYS_FREE), Buffers(v_tiles, v_rests, v_full, v_free, values_free)
+    )
     sizes = Sizes(tiles, spans, frames, read, pages, heads, groups)
     tables = Tables(turn_ptr, scale_ptr, bias_ptr, slot_ptr)
     outputs = Outputs(out_ptr, lse_ptr, acc_ptr, sums_ptr)
-    descriptors = Descriptors(keys, values, last_keys, last_values)
+    descriptors = Descriptors(keys, values, box_keys, box_values)
     gl.warp_specialize(
         [
             (consume, (
                 first_q, ring, Turns(0, turns), query_ptr, tables, outputs, sizes, log2_scale,
-                S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS, HAS_LSE,
+                S, T, D, SPAN, CROSSES, TILES, VARIANT, HAS_BIAS, HAS_LSE,
             )),
             (consume, (
                 last_q, ring, Turns(1, turns), query_ptr, tables, outputs, sizes, log2_scale,
-                S, T, D, SPAN, CROSSES, BLOCK_N, LAST_N, VARIANT, HAS_BIAS, HAS_LSE,
+                S, T, D, SPAN, CROSSES, TILES, VARIANT, HAS_BIAS, HAS_LSE,
             )),
-            (produce, (descriptors, ring, tables, sizes, S, D, SPAN, BLOCK_N, LAST_N, VARIANT, HAS_BIAS)),
+            (produce, (descriptors, ring, tables, sizes, S, D, SPAN, TILES, VARIANT, HAS_BIAS)),
         ],
         [4, 1],
         [VARIANT.registers, VARIANT.fetch_registers],
@@ -325,18 +332,18 @@ def frame_attention_hopper(
 
 @keep
 def prepare(shapes: Shapes, variant: Variant) -> tuple[Launch, Prepared, tuple[Blocks, Blocks]]:
-    """The launch, the kernel, and how whole and last tiles of pages are read."""
-    block_m, block_n = BLOCK_M.value, 128
-    launch = prepare_launch(shapes, block_m=block_m, block_n=block_n, least_m=block_m)
-    attend = Prepared(
-        _frame_attention_hopper, (launch.programs,), launch.numbers, {**launch.constants, "VARIANT": variant},
-        num_warps=4, enable_fp_fusion=True,
-    )  # fmt: skip
+    """The launch, the kernel, and how blocks of 128 tokens and of ``Tiles.box`` are read."""
+    launch = prepare_launch(shapes, block_m=BLOCK_M.value, least_m=BLOCK_M.value)
     batch, _, tokens, heads, dim = shapes.query
+    tiles = cut_frame(tokens, wide=variant.wide, fold_last=variant.fold_last)
+    attend = Prepared(
+        _frame_attention_hopper, (launch.programs,), launch.numbers,
+        {**launch.constants, "TILES": tiles, "VARIANT": variant}, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3)
 
     def blocks(rows: int) -> Blocks:
         described = batch * shapes.pages, tokens, heads * dim
         return Blocks(TensorDescriptor, shapes.dtypes[0], described, [1, rows, dim], layout)
 
-    return launch, attend, (blocks(block_n), blocks(launch.last_n or block_n))
+    return launch, attend, (blocks(BLOCK_N.value), blocks(tiles.box))

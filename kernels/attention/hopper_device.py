@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
 from ..warpgroup import four_warps, operand_layout, product_layout
-from .hopper_ring import free_tile, pass_turn, take_turn, tile_of, wait_full
+from .hopper_ring import free_tile, pass_turn, rest_of, take_turn, tile_of, wait_full
 from .work import Item, Sizes, Tables
 
 ROWS = gl.constexpr(64)  # query rows of a warpgroup
@@ -84,25 +84,95 @@ def store_query(
 
 
 @gluon.jit
-def softmax(score, m_i, l_i, log2_scale, bias, N: gl.constexpr, KEYS: gl.constexpr, HAS_BIAS: gl.constexpr):
-    """Probabilities of N keys, of which the first KEYS exist; new pivot and sum; the factor for the old accumulator.
+def hide_missing(score, N: gl.constexpr, KEYS: gl.constexpr):
+    """Scores of N keys, of which the first KEYS exist."""
+    if KEYS < N:
+        keys = gl.arange(0, N, gl.SliceLayout(0, product_layout(N)))
+        score = gl.where((keys < KEYS)[None, :], score, float("-inf"))
+    return score
+
+
+@gluon.jit
+def softmax(score, rest, m_i, l_i, log2_scale, bias, TILE: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """Probabilities of a tile's keys and of its rest; new pivot and sum; the factor for the old accumulator.
 
     The pivot is in base 2 and holds the bias. Nothing leaves the threads that hold the scores.
     """
-    layout: gl.constexpr = product_layout(N)
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    if KEYS < N:
-        score = gl.where((gl.arange(0, N, gl.SliceLayout(0, layout)) < KEYS)[None, :], score, float("-inf"))
+    N: gl.constexpr = TILE.rows
+    REST: gl.constexpr = TILE.rest
+    rows: gl.constexpr = gl.SliceLayout(1, product_layout(N))
+    score = hide_missing(score, N, TILE.keys)
     m_old, l_old = gl.convert_layout(m_i, rows), gl.convert_layout(l_i, rows)
     if HAS_BIAS:  # the same for all keys of a frame: the pivot moves instead of the scores
         m_old -= bias
-    m_new = gl.maximum(m_old, gl.max(score, 1) * log2_scale)
-    p = gl.exp2(score * log2_scale - m_new[:, None])
+    highest = gl.max(score, 1)
+    if REST > 0:
+        rest = hide_missing(rest, REST, TILE.keys - N)
+        highest = gl.maximum(highest, gl.convert_layout(gl.max(rest, 1), rows))
+    m_new = gl.maximum(m_old, highest * log2_scale)
     alpha = gl.exp2(m_old - m_new)
-    l_new = l_old * alpha + gl.sum(p, 1)
+    l_new, p_rest = l_old * alpha, 0
+    if REST > 0:  # before the others: that takes fewer registers
+        pivot = gl.convert_layout(m_new, gl.SliceLayout(1, product_layout(REST)))
+        p_rest = gl.exp2(rest * log2_scale - pivot[:, None])
+        l_new += gl.convert_layout(gl.sum(p_rest, 1), rows)
+    p = gl.exp2(score * log2_scale - m_new[:, None])
+    l_new += gl.sum(p, 1)
     if HAS_BIAS:
         m_new += bias
-    return p, m_new, l_new, alpha
+    return p, p_rest, m_new, l_new, alpha
+
+
+@gluon.jit
+def issue_scores(q, ring, n, TILE: gl.constexpr, VARIANT: gl.constexpr):
+    """Issue the products of the query with the keys of tile n and of its rest."""
+    N: gl.constexpr = TILE.rows
+    REST: gl.constexpr = TILE.rest
+    zeros = gl.zeros([ROWS, N], gl.float32, product_layout(N))
+    k = tile_of(ring.k, n, N, VARIANT).permute((1, 0))
+    score, rest = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True), 0
+    if REST > 0:
+        zeros = gl.zeros([ROWS, REST], gl.float32, product_layout(REST))
+        k = rest_of(ring.k, n, REST, VARIANT).permute((1, 0))
+        rest = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    return score, rest
+
+
+@gluon.jit
+def issue_product(p, rest, acc, ring, n, TILE: gl.constexpr, VARIANT: gl.constexpr):
+    """Issue the products of the probabilities with the values of tile n and of its rest."""
+    product = warpgroup_mma(p, tile_of(ring.v, n, TILE.rows, VARIANT), acc, is_async=True)
+    if TILE.rest > 0:
+        product = warpgroup_mma(rest, rest_of(ring.v, n, TILE.rest, VARIANT), product, is_async=True)
+    return product
+
+
+@gluon.jit
+def wait_for(under_way: gl.constexpr, first, rest, TILE: gl.constexpr):
+    """Wait until no more than so many products are under way: what was issued for a tile, and for its rest."""
+    if TILE.rest > 0:
+        first, rest = warpgroup_mma_wait(under_way, deps=(first, rest))
+    else:
+        first = warpgroup_mma_wait(under_way, deps=(first,))
+    return first, rest
+
+
+@gluon.jit
+def operand_of(p, dtype: gl.constexpr, D: gl.constexpr, N: gl.constexpr):
+    """Probabilities of N keys as left factor; 0 if there are none."""
+    if N > 0:
+        return gl.convert_layout(p.to(dtype), operand_layout(D))
+    else:
+        return 0
+
+
+@gluon.jit
+def no_operand(dtype: gl.constexpr, D: gl.constexpr, N: gl.constexpr):
+    """The same of nobody's probabilities, where a loop ends and one must be named."""
+    if N > 0:
+        return gl.zeros([ROWS, N], dtype, operand_layout(D))
+    else:
+        return 0
 
 
 @gluon.jit
@@ -128,66 +198,68 @@ def align_under_products(VARIANT: gl.constexpr):
 @gluon.jit
 def first_tile(
     q, ring, n, more, bias, log2_scale,
-    N: gl.constexpr, KEYS: gl.constexpr, D: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    TILE: gl.constexpr, D: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """Scores and softmax of an item's first tile, n, which no product overlaps: operand p, pivot, sum."""
+    """Scores and softmax of an item's first tile, n, which no product overlaps: operands, pivot, sum."""
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
+    dtype: gl.constexpr = ring.k.tiles.dtype
     wait_full(ring.k, n, True, VARIANT)
-    zeros = gl.zeros([ROWS, N], gl.float32, product_layout(N))
-    score = warpgroup_mma(q, tile_of(ring.k, n, N, VARIANT).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    score = warpgroup_mma_wait(0, deps=(score,))
+    score, rest = issue_scores(q, ring, n, TILE, VARIANT)
+    score, rest = wait_for(0, score, rest, TILE)
     free_tile(ring.k, n, VARIANT)
     m_i = gl.full([ROWS], float("-inf"), gl.float32, state)
     l_i = gl.full([ROWS], 0.0, gl.float32, state)
-    p, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, N, KEYS, HAS_BIAS)
+    p, rest, m_i, l_i, alpha = softmax(score, rest, m_i, l_i, log2_scale, bias, TILE, HAS_BIAS)
     wait_full(ring.k, n + 1, more, VARIANT)
-    p = gl.convert_layout(p.to(ring.k.tiles.dtype), operand_layout(D))
-    return p, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
+    p, rest = operand_of(p, dtype, D, TILE.rows), operand_of(rest, dtype, D, TILE.rest)
+    return p, rest, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
 @gluon.jit
 def step(
-    q, p, acc, m_i, l_i, ring, turns, n, more, bias, log2_scale,
-    N: gl.constexpr, NEXT_N: gl.constexpr, KEYS: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
+    q, p, rest, acc, m_i, l_i, ring, turns, n, more, bias, log2_scale,
+    TILE: gl.constexpr, NEXT: gl.constexpr, VARIANT: gl.constexpr, HAS_BIAS: gl.constexpr,
 ):  # fmt: skip
-    """The product of tile n (N keys) under the scores and softmax of tile n + 1 (NEXT_N keys, the first KEYS exist).
+    """The product of tile n, a TILE, under the scores and softmax of tile n + 1, the NEXT.
 
     The keys of tile n + 1 have been waited for; those of tile n + 2 are then, if the item has ``more``.
-    Returns operand p of tile n + 1, accumulator, pivot, sum.
+    Returns the operands of tile n + 1, accumulator, pivot, sum.
     """
     D: gl.constexpr = acc.shape[1]
     state: gl.constexpr = gl.SliceLayout(1, product_layout(D))
-    zeros = gl.zeros([ROWS, NEXT_N], gl.float32, product_layout(NEXT_N))
-    k = tile_of(ring.k, n + 1, NEXT_N, VARIANT).permute((1, 0))
+    dtype: gl.constexpr = ring.k.tiles.dtype
     align_before_products(VARIANT)
     take_turn(turns, n, VARIANT)
-    score = warpgroup_mma(q, k, zeros, use_acc=False, is_async=True)
+    score, next_rest = issue_scores(q, ring, n + 1, NEXT, VARIANT)
     wait_full(ring.v, n, True, VARIANT)
-    product = warpgroup_mma(p, tile_of(ring.v, n, N, VARIANT), acc, is_async=True)
+    product = issue_product(p, rest, acc, ring, n, TILE, VARIANT)
     pass_turn(turns, VARIANT)
     align_under_products(VARIANT)
-    score = warpgroup_mma_wait(1, deps=(score,))
+    score, next_rest = wait_for(2 if TILE.rest > 0 else 1, score, next_rest, NEXT)
     if not VARIANT.one_arrive:
         free_tile(ring.k, n + 1, VARIANT)
-    p_next, m_i, l_i, alpha = softmax(score, m_i, l_i, log2_scale, bias, NEXT_N, KEYS, HAS_BIAS)
+    p_next, next_rest, m_i, l_i, alpha = softmax(score, next_rest, m_i, l_i, log2_scale, bias, NEXT, HAS_BIAS)
     # without this wait here and p_next in the next one, ptxas puts the exponentials after the product
     wait_full(ring.k, n + 2, more, VARIANT)
-    acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
+    if NEXT.rest > 0:
+        acc, p_next, next_rest = warpgroup_mma_wait(0, deps=(product, p_next, next_rest))
+    else:
+        acc, p_next = warpgroup_mma_wait(0, deps=(product, p_next))
     if VARIANT.one_arrive:
         free_tile(ring.k, n + 1, VARIANT)
     else:
         free_tile(ring.v, n, VARIANT)
     acc *= gl.convert_layout(alpha, state)[:, None]
-    p_next = gl.convert_layout(p_next.to(ring.k.tiles.dtype), operand_layout(D))
-    return p_next, acc, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
+    p_next, next_rest = operand_of(p_next, dtype, D, NEXT.rows), operand_of(next_rest, dtype, D, NEXT.rest)
+    return p_next, next_rest, acc, gl.convert_layout(m_i, state), gl.convert_layout(l_i, state)
 
 
 @gluon.jit
-def last_product(p, acc, ring, turns, n, N: gl.constexpr, VARIANT: gl.constexpr):
+def last_product(p, rest, acc, ring, turns, n, TILE: gl.constexpr, VARIANT: gl.constexpr):
     """The product of an item's last tile, n, which nothing overlaps: accumulator."""
     take_turn(turns, n, VARIANT)
     wait_full(ring.v, n, True, VARIANT)
-    acc = warpgroup_mma(p, tile_of(ring.v, n, N, VARIANT), acc, is_async=True)
+    acc = issue_product(p, rest, acc, ring, n, TILE, VARIANT)
     pass_turn(turns, VARIANT)
     if VARIANT.signal == "named" or VARIANT.one_arrive or VARIANT.ping_pong:
         four_warps()

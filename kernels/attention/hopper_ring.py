@@ -40,15 +40,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from ..warpgroup import load_block
+from .hopper_tiles import ROWS as KEYS
 
+BLOCK_N = gl.constexpr(KEYS)  # rows of a buffer, but for those of rests
 TURN, KEYS_FREE, VALUES_FREE = gl.constexpr(6), gl.constexpr(8), gl.constexpr(12)  # named barriers; 0: none
 TURN_THREADS, FREE_THREADS = gl.constexpr(256), gl.constexpr(256 + 32)  # threads that meet there
 
 
 class Buffers(NamedTuple):
-    """Buffers [STAGES, BLOCK_N, D] for tiles of keys or of values, and the two barriers of each buffer."""
+    """Buffers [STAGES, 128, D] for tiles of keys or of values, and the two barriers of each buffer."""
 
     tiles: object
+    rests: object  # buffers [STAGES, TILES.rest, D] of their rests (hopper_tiles.py); ``tiles`` where none has one
     full: object
     free: object  # ``full`` again, and not used, where a named barrier stands in for it or there is none
     name: object  # the first of the named barriers; 0 for values that are freed with the keys of their pair
@@ -70,23 +73,27 @@ class Turns(NamedTuple):
 
 @gluon.jit
 def allocate_buffers(
-    dtype: gl.constexpr, NAME: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, VARIANT: gl.constexpr
+    dtype: gl.constexpr, NAME: gl.constexpr, TILES: gl.constexpr, D: gl.constexpr, VARIANT: gl.constexpr
 ):
     """Buffers for tiles of keys or of values and their barriers: one arrival fills, two free. Fields of ``Buffers``."""
     STAGES: gl.constexpr = VARIANT.stages
     swizzled: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     tiles = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], swizzled)
+    rests = tiles
+    REST: gl.constexpr = TILES.rest
+    if REST > 0:
+        rests = gl.allocate_shared_memory(dtype, [STAGES, REST, D], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     if VARIANT.signal == "mbarrier" and NAME > 0:
         free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         for b in gl.static_range(STAGES):
             mbarrier.init(full.index(b), count=1)
             mbarrier.init(free.index(b), count=2)
-        return tiles, full, free
+        return tiles, rests, full, free
     else:
         for b in gl.static_range(STAGES):
             mbarrier.init(full.index(b), count=1)
-        return tiles, full, full
+        return tiles, rests, full, full
 
 
 @gluon.jit
@@ -130,6 +137,12 @@ def tile_of(buffers, n, N: gl.constexpr, VARIANT: gl.constexpr):
 
 
 @gluon.jit
+def rest_of(buffers, n, N: gl.constexpr, VARIANT: gl.constexpr):
+    """The first N tokens of the rest of tile n."""
+    return buffers.rests.index(n % VARIANT.stages).slice(0, N)
+
+
+@gluon.jit
 def wait_full(buffers, n, more, VARIANT: gl.constexpr):
     """Wait until TMA has written tile n; return at once if there is none (``more`` is false)."""
     mbarrier.wait(buffers.full.index(n % VARIANT.stages), n // VARIANT.stages & 1, pred=more)
@@ -156,13 +169,24 @@ def free_tile(buffers, n, VARIANT: gl.constexpr):
 
 
 @gluon.jit
-def fetch(descriptor, buffers, n, page, start, column, N: gl.constexpr, VARIANT: gl.constexpr):
-    """Have TMA write N tokens of a page as tile n, once both warpgroups have read what the buffer held."""
+def fetch(whole, box, buffers, n, page, start, column, TILE: gl.constexpr, BOX: gl.constexpr, VARIANT: gl.constexpr):
+    """Have TMA write tokens of a page as tile n, once both warpgroups have read what the buffers held.
+
+    whole, box: descriptors of blocks of 128 and of BOX tokens. Tokens behind the page's end arrive as zeros.
+    """
     full = buffers.full.index(n % VARIANT.stages)
+    FIRST: gl.constexpr = BOX if TILE.rows <= BOX else BLOCK_N
+    FETCHED: gl.constexpr = FIRST + BOX if TILE.rest > 0 else FIRST
     if buffers.name > 0:  # values of a pair: its keys were waited for
         wait_free(buffers, n, VARIANT)
-    mbarrier.expect(full, N * buffers.tiles.shape[2] * 2)
-    load_block(descriptor, [page, start, column], full, tile_of(buffers, n, N, VARIANT))
+    mbarrier.expect(full, FETCHED * buffers.tiles.shape[2] * 2)
+    first = tile_of(buffers, n, FIRST, VARIANT)
+    if TILE.rows <= BOX:
+        load_block(box, [page, start, column], full, first)
+    else:
+        load_block(whole, [page, start, column], full, first)
+    if TILE.rest > 0:
+        load_block(box, [page, start + TILE.rows, column], full, rest_of(buffers, n, BOX, VARIANT))
 
 
 @gluon.jit

@@ -17,19 +17,22 @@ the first two against "plain", the others against "turns":
     turns-three        a third stage hides the same fetch, for values too, with no trick on ptxas       +0 to +4
     turns-pairs        one arrival and one wait fewer, but keys are freed a softmax later               -2 to +2
     turns-pairs-three  the third stage pays for the later freeing; the shortest loop (461)              +1 to +5
+    turns-wide         192 keys a step: a third fewer turns, arrivals and sums of rows; 3.5 of its
+                       instructions a key where 128 keys take 3.6                                       +1 to +3
+    turns-fold         the last tile's products lie beside those of the one before, so that a frame
+                       has one set of latencies less; but 290 bytes spill at its end                    -1 to +1
+
+Tiles with a rest leave room for two stages. The order of a row's sums follows from the tiles, so do its last bits.
 
 A fault in the protocol would hang: run them under a time limit.
 
-Compiled (Triton 3.7.1) and not kept, or not built:
+Compiled (Triton 3.7.1) and not kept:
 
 - Loops unrolled by two: 460 instructions a step for 464 ("plain"), 451 for 461 ("turns-pairs-three"): there are no
   copies of registers to save, only index arithmetic. For that 320 to 540 bytes spill at the edges of frames.
 - 128 x 160 keys as 128 + 32: 586 instructions, 3.66 a key; 128 keys take 461, 3.60 a key.
-- 128 x 192 keys as 128 + 64: 662, 3.45 a key. 240 registers hold it: all 98 exponentials covered, no local memory in
-  the loop, 72 bytes spilled at edges; two stages fill shared memory. A third fewer turns and arrivals a key, and
-  S = 1560 is 8 * 192 + 24: +1 to +3 on top of turns. It needs a ring of two parts; next to build if turns fall short.
-- The last tile (24 keys of 32) folded into the one before: its products lie in two steps today, so it costs one set of
-  latencies a frame, 0.5 to 1.2 %. It needs the same step of two parts, and registers allow it.
+- Pairs of 128 + 64 keys: with no arrival between scores and softmax ptxas finds too few registers and serialises all
+  products, so "turns-wide" frees keys and values apart.
 """
 
 from dataclasses import dataclass
@@ -54,6 +57,7 @@ class Variant:
         fetch_registers: of a thread that fetches, which needs 18. 256 threads that multiply and 128 with those that
             fetch share 64 K registers.
         stages: tiles of keys, and of values, that may wait in shared memory. Three fit at 128 channels.
+        wide, fold_last: how a frame's keys are cut into tiles (hopper_tiles.py); no more than two stages fit then.
     """
 
     signal: Literal["mbarrier", "named"] = "mbarrier"
@@ -63,6 +67,8 @@ class Variant:
     registers: int = 232
     fetch_registers: int = 40
     stages: int = 2
+    wide: bool = False
+    fold_last: bool = False
 
     def __post_init__(self):
         if self.signal not in ("mbarrier", "named"):
@@ -71,6 +77,10 @@ class Variant:
             raise ValueError(f'early_free needs signal "named", got {self.signal!r}')
         if not 2 <= self.stages <= 4:  # named barriers 8 to 11 and 12 to 15, one a stage
             raise ValueError(f"stages must be 2, 3 or 4, got {self.stages}")
+        if self.wide and self.fold_last:
+            raise ValueError("a wide tile has a rest already, got wide and fold_last")
+        if self.stages > 2 and (self.wide or self.fold_last):
+            raise ValueError(f"two stages of tiles with a rest fit into shared memory, got {self.stages}")
         if 256 * self.registers + 128 * self.fetch_registers > 65536:
             raise ValueError(f"an SM has 65536 registers, got 256 x {self.registers} + 128 x {self.fetch_registers}")
 
@@ -86,6 +96,10 @@ VARIANTS = {
     "turns-pairs-three": Variant(
         signal="named", ping_pong=True, one_arrive=True, stages=3, registers=240, fetch_registers=24
     ),
+    "turns-fold": Variant(
+        signal="named", ping_pong=True, one_arrive=True, registers=240, fetch_registers=24, fold_last=True
+    ),
+    "turns-wide": Variant(signal="named", ping_pong=True, registers=240, fetch_registers=24, wide=True),
 }
 
 SELECTED = "plain"  # the only one whose loop a GPU has run
@@ -94,6 +108,10 @@ SELECTED = "plain"  # the only one whose loop a GPU has run
 # registers; with two stages a pair of tiles has about one step to arrive (latency and transfer of 64 KB), with three it
 # has two, so that freeing it late costs nothing and its single arrival is pure gain
 BEST_ARGUED = "turns-pairs-three"
+
+# The newest Triton with which a loop keeps all it needs in registers. From 3.8 on Triton copies the probabilities
+# before each product; the ptxas of 3.9 keeps these copies (32 to 48 instructions a step, and as many registers).
+FITS_LAST = {"turns-wide": (3, 8)}
 
 
 def get_variant(name: str) -> Variant:

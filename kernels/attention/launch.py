@@ -101,8 +101,6 @@ class Constants(TypedDict):
     D: int
     SPAN: int
     CROSSES: bool  # a tile may hold rows of two frames
-    BLOCK_N: int
-    LAST_N: int
     HAS_BIAS: bool
     HAS_LSE: bool
 
@@ -132,14 +130,13 @@ class Results(NamedTuple):
 class Launch:
     """What all calls of the same shapes have in common: sizes, constants, and how fragments are merged.
 
-    last_n: keys of a frame's last tile, 0 where whole tiles fill a frame. fragment_rows: of the workspace.
+    fragment_rows: of the workspace.
     numbers: arguments of the attention kernels between pointers and constants.
     """
 
     shapes: Shapes
     programs: int
     block_m: int
-    last_n: int
     fragment_rows: int
     numbers: tuple[float, ...]
     constants: Constants
@@ -184,15 +181,20 @@ def shapes_of(
     return Shapes(query.shape, turn.shape, key_pages.shape[1], bias is not None, want_lse, programs, dtypes)
 
 
-def prepare_launch(shapes: Shapes, *, block_m: int, block_n: int, least_m: int = 16) -> Launch:
-    """Choose tile sizes and the grid.
+def product_rows(keys: int) -> int:
+    """Rows of a product with so many keys: a power of two, at least 16."""
+    return max(16, triton.next_power_of_2(keys))
+
+
+def prepare_launch(shapes: Shapes, *, block_m: int, least_m: int = 16) -> Launch:
+    """Choose the rows of a tile and the grid.
 
     A span is a run of query rows that no tile crosses: all F * S rows of a head, or one frame's S rows if there is a
     bias (a hidden frame must be hidden for the whole tile). A tile meets two frames at most.
 
     Args:
         shapes: Of the call.
-        block_m, block_n: rows and keys of a tile at most; fewer where a span or a frame is shorter.
+        block_m: rows of a tile at most; fewer where a span is shorter.
         least_m: the fewest rows that the kernel can do.
     """
     batch, frames, tokens, heads, dim = shapes.query
@@ -200,7 +202,6 @@ def prepare_launch(shapes: Shapes, *, block_m: int, block_n: int, least_m: int =
     is_one_span = not shapes.has_bias and (frames == 1 or block_m <= tokens + 1)
     span = frames * tokens if is_one_span else tokens
     block_m = min(block_m, max(least_m, triton.next_power_of_2(span)))
-    last_n = max(16, triton.next_power_of_2(tokens % block_n)) if tokens % block_n else 0
     spans = frames * tokens // span
     tiles = batch * heads * spans * triton.cdiv(span, block_m)
     programs = min(shapes.programs, tiles * read)
@@ -216,12 +217,11 @@ def prepare_launch(shapes: Shapes, *, block_m: int, block_n: int, least_m: int =
         shapes=shapes,
         programs=programs,
         block_m=block_m,
-        last_n=last_n,
         fragment_rows=2 * programs * block_m if cut else 1,
         numbers=(LOG2_E.value / dim**0.5, *Sizes(tiles, spans, frames, read, shapes.pages, heads, groups)),
         constants=Constants(
             S=tokens, T=time, D=dim, SPAN=span, CROSSES=is_one_span and frames > 1,
-            BLOCK_N=block_n, LAST_N=last_n, HAS_BIAS=shapes.has_bias, HAS_LSE=shapes.want_lse,
+            HAS_BIAS=shapes.has_bias, HAS_LSE=shapes.want_lse,
         ),
         merging=merging,
     )  # fmt: skip

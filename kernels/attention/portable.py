@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..common import INTERPRETED, LOG2_E, cast
 from ..gpus import multiprocessors
 from ..prepared import Blocks, Prepared, keep
-from .launch import Launch, Shapes, prepare_launch, shapes_of, store_item, validate_inputs
+from .launch import Launch, Shapes, prepare_launch, product_rows, shapes_of, store_item, validate_inputs
 from .select import PathName, choose_tile
 from .tiles import Config
 from .work import Outputs, Sizes, Tables, count_items, take_item
@@ -217,15 +217,18 @@ def frame_attention(
 @keep
 def prepare(shapes: Shapes, config: Config) -> tuple[Launch, Prepared, tuple[Blocks | None, Blocks | None]]:
     """The launch, the kernel, and how whole and last tiles of pages are read: None by pointers."""
-    launch = prepare_launch(shapes, block_m=config.block_m, block_n=config.block_n)
+    launch = prepare_launch(shapes, block_m=config.block_m)
+    batch, _, tokens, heads, dim = shapes.query
+    left = tokens % config.block_n
+    last_n = product_rows(left) if left else 0
     constants = {
-        **launch.constants, "BLOCK_M": launch.block_m, "STAGES": config.num_stages, "TMA": config.tma,
+        **launch.constants, "BLOCK_M": launch.block_m, "BLOCK_N": config.block_n, "LAST_N": last_n,
+        "STAGES": config.num_stages, "TMA": config.tma,
     }  # fmt: skip
     attend = Prepared(
         _frame_attention, (launch.programs,), launch.numbers, constants,
         num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
-    batch, _, tokens, heads, dim = shapes.query
 
     def blocks(rows: int) -> Blocks | None:
         if not (config.tma and rows):
@@ -233,4 +236,4 @@ def prepare(shapes: Shapes, config: Config) -> tuple[Launch, Prepared, tuple[Blo
         described = batch * shapes.pages, tokens, heads * dim
         return Blocks(TensorDescriptor, shapes.dtypes[0], described, [1, rows, dim])
 
-    return launch, attend, (blocks(config.block_n), blocks(launch.last_n))
+    return launch, attend, (blocks(config.block_n), blocks(last_n))

@@ -10,20 +10,22 @@ from gluon_player import ROOT, played
 from hopper_mutants import DEADLOCKS, MUTANTS, OTHERS, RACES
 
 from flexkern.kernels.attention.hopper import frame_attention_hopper
+from flexkern.kernels.attention.hopper_tiles import Tile, Tiles, cut_frame
 from flexkern.kernels.attention.hopper_variants import BEST_ARGUED, SELECTED, VARIANTS, Variant, get_variant
 from flexkern.testing import assert_as_accurate
 
 cpu_only = pytest.mark.skipif(torch.cuda.is_available(), reason="fragments are merged by Triton's interpreter")
 # played like the kernel itself
 OWN = ("common", "warpgroup", "attention.work", "attention.hopper_ring", "attention.hopper_device")
-SHARED = ("prepared", "attention.launch", "attention.hopper_variants")
+SHARED = ("prepared", "attention.launch", "attention.hopper_tiles", "attention.hopper_variants")
+TILES = (dict(stages=2), dict(stages=3), dict(wide=True), dict(fold_last=True))
 EVERY = [  # every combination of switches that a variant may have
-    Variant(signal=signal, one_arrive=one, ping_pong=turns, early_free=early, stages=stages)
+    Variant(signal=signal, one_arrive=one, ping_pong=turns, early_free=early, **tiles)
     for signal in ("mbarrier", "named")
     for one in (False, True)
     for turns in (False, True)
     for early in ((False, True) if signal == "named" else (False,))
-    for stages in (2, 3)
+    for tiles in TILES
 ]
 SHAPES = {  # B, F, S, H, D, R, G
     "one token": (1, 1, 1, 1, 64, 1, 1),
@@ -94,13 +96,20 @@ def test_any_shape_in_any_order(seed):
     inputs = make_inputs(1, frames, tokens, heads, 64, read, 1, torch.bfloat16, bias=seed % 2 == 1)
     if seed % 2 and read > 1:
         hide(inputs, choose)
-    check(inputs, seed=seed, programs=choose.randint(1, 6), variant=Variant(stages=choose.choice([2, 2, 3])))
+    check(inputs, seed=seed, programs=choose.randint(1, 6), variant=Variant(**choose.choice(TILES)))
+
+
+def tiles_of(variant: Variant) -> tuple[bool, bool]:
+    """Variants that cut frames into the same tiles add in the same order."""
+    return variant.wide, variant.fold_last
+
+
+SAME = tiles_of(VARIANTS[SELECTED])
 
 
 def name_of(variant: Variant) -> str:
-    return " ".join(
-        f"{key}={getattr(variant, key)}" for key in ("signal", "one_arrive", "ping_pong", "early_free", "stages")
-    )
+    keys = ("signal", "one_arrive", "ping_pong", "early_free", "stages", "wide", "fold_last")
+    return " ".join(f"{key}={getattr(variant, key)}" for key in keys)
 
 
 @pytest.mark.slow
@@ -110,7 +119,7 @@ def test_every_combination_of_switches_in_any_order(variant):
     for seed in range(4):
         choose = random.Random(seed)
         torch.manual_seed(seed)
-        tokens = (300, 40, 256, 129)[seed]
+        tokens = (300, 40, 256, 129)[seed]  # wide: a whole and a short tile, a short one, 192 + 64, 128 + 16
         inputs = make_inputs(1, choose.randint(1, 3), tokens, 2, 64, 3, 1, torch.bfloat16, bias=seed % 2 == 0)
         if seed % 2 == 0:
             hide(inputs, choose)
@@ -121,8 +130,38 @@ def test_every_combination_of_switches_in_any_order(variant):
 def test_the_order_does_not_change_a_bit():
     inputs = make_inputs(1, 2, 300, 1, 64, 3, 1, torch.bfloat16)
     (out, lse), *others = (play(inputs, seed, programs=3) for seed in range(4))  # two of five tiles are cut
-    others += [play(inputs, programs=3, variant=variant) for name, variant in VARIANTS.items() if name != SELECTED]
+    others += [play(inputs, programs=3, variant=variant) for variant in VARIANTS.values() if tiles_of(variant) == SAME]
     assert all(torch.equal(out, other[0]) and torch.equal(lse, other[1]) for other in others)
+
+
+@cpu_only
+@pytest.mark.parametrize("name", [name for name in VARIANTS if tiles_of(VARIANTS[name]) != SAME])
+def test_nor_where_tiles_have_rests(name):
+    inputs = make_inputs(1, 2, 300, 1, 64, 3, 1, torch.bfloat16)
+    (out, lse), *others = (play(inputs, seed, programs=3, variant=VARIANTS[name]) for seed in range(4))
+    assert all(torch.equal(out, other[0]) and torch.equal(lse, other[1]) for other in others)
+
+
+@pytest.mark.parametrize("cut", [{}, dict(wide=True), dict(fold_last=True)], ids=str)
+def test_tiles_hold_every_key_once_and_rests_fit(cut):
+    for tokens in range(1, 800):
+        tiles = cut_frame(tokens, **cut)
+        assert (tiles.count - 1) * tiles.whole.keys + tiles.last.keys == tokens
+        for tile in (tiles.first, tiles.whole, tiles.last):
+            assert 0 < tile.keys <= tile.rows + tile.rest and (tile.rest == 0 or tile.keys > tile.rows == 128)
+            assert tile.rows in (16, 32, 64, 128) and tile.rest in (0, 16, 32, 64) and tile.rest <= tiles.rest
+        assert tiles.first == (tiles.whole if tiles.count > 1 else tiles.last)
+        # a block that is fetched is as high as the part, or higher where the buffer is
+        assert tiles.box >= tiles.last.rest and (tiles.last.rows <= tiles.box or tiles.last.rows > 64)
+
+
+def test_the_tiles_of_a_frame_of_wan():
+    whole, wide = Tile(128, 0, 128), Tile(128, 64, 192)
+    assert cut_frame(1560) == Tiles(13, whole, Tile(32, 0, 24), box=32)
+    assert cut_frame(1560, fold_last=True) == Tiles(12, whole, Tile(128, 32, 152), box=32)
+    assert cut_frame(1560, wide=True) == Tiles(9, wide, Tile(32, 0, 24), box=64)
+    assert cut_frame(3600, wide=True) == Tiles(19, wide, Tile(128, 16, 144), box=64)
+    assert cut_frame(1536, fold_last=True) == cut_frame(1536) == Tiles(12, whole, whole, box=128)
 
 
 def test_variants_are_refused_by_name_and_by_sense():
@@ -138,6 +177,8 @@ def test_variants_are_refused_by_name_and_by_sense():
         (dict(signal="flag"), "got 'flag'"),
         (dict(stages=1), "stages must be 2, 3 or 4, got 1"),
         (dict(registers=248), "an SM has 65536 registers, got 256 x 248"),
+        (dict(wide=True, fold_last=True), "a wide tile has a rest already"),
+        (dict(wide=True, stages=3), "two stages of tiles with a rest fit into shared memory, got 3"),
     ):
         with pytest.raises(ValueError, match=says):
             Variant(**switches)

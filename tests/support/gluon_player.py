@@ -67,7 +67,7 @@ class Stage:
         self.copies, self.products, self.dirty = [], {}, {}
         self.named: dict[int, NamedBarrier] = defaultdict(NamedBarrier)
         self.threads: dict[str, int] = {}  # of a role
-        self.issued: list[str] = []  # which role issued a product that adds to an accumulator, in order
+        self.issued: list[str] = []  # which role began to add products to an accumulator, in order
         self.haste = self.random.choice((0.0, 0.1, 0.5))  # of the copies: 0 if they come only when all wait for them
 
     def me(self) -> str:
@@ -211,7 +211,7 @@ class Player:
         assert is_async
         product = Product(left, right, acc, use_acc)
         self.stage.products[self.stage.me()].append(product)
-        self.stage.issued += [self.stage.me()] if use_acc else []
+        self.stage.issued += [self.stage.me()] if use_acc and not isinstance(acc, Product) else []
         if self.stage.random.random() < 0.5:
             product.run()
         self.stage.pause()
