@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from flexkern.render.spoken import heard_by_nobody
+
 FLAGS = {  # that a missing part can be given with
     "VAE": "give --vae PATH (Wan2.1_VAE.pth or a vae folder), or --latents FILE to write latents instead",
     "text encoder": "give --text-encoder PATH (models_t5_umt5-xxl-enc-bf16.pth or a text_encoder folder), or "
@@ -114,9 +116,5 @@ def in_flags(told: str) -> str:
 
 def note(text: str) -> None:
     """Something worth knowing, on stderr; where that is full, or a terminal that is gone, nobody is told."""
-    try:
+    with heard_by_nobody():
         print(f"flexkern: {text}", file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass

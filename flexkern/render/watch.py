@@ -24,8 +24,8 @@ render stood still for that thread before it could hand the chunk over; of ``fin
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
 from tqdm import tqdm
 
 from flexkern.checks import json_text, require
+from flexkern.render.spoken import Spoken
 from flexkern.render.target import GROWING, beside, validate_name
 
 try:
@@ -140,41 +141,6 @@ class Made:
     """in which the render stood still for the writing of chunks before, since it handed the last one over"""
     peak_bytes: int = 0
     """the most memory until then"""
-
-
-class Spoken:
-    """A stream for what a person reads: a disk that is full, or a terminal that is gone, ends no render.
-
-    A pipe whose reader has left still does: that reader wanted no more.
-    """
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        """As the stream's, where that can be."""
-        with heard_by_nobody():
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        """As the stream's, where that can be."""
-        with heard_by_nobody():
-            self._stream.flush()
-
-
-@contextmanager
-def heard_by_nobody() -> Iterator[None]:
-    """What cannot be told is not told; but for a reader who has left, which is raised."""
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError:
-        pass
 
 
 class Watch:
