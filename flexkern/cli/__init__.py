@@ -21,8 +21,9 @@ from typing import Any
 
 from flexkern import __version__
 from flexkern.checks import did_you_mean
-from flexkern.cli.errors import leaving_quietly, refuse, refusing
+from flexkern.cli.errors import refuse, refusing
 from flexkern.cli.ranks import follow_torchrun, torchrun_rank
+from flexkern.render.signals import leaving_quietly
 
 # modules; the one that is named is loaded
 COMMANDS = (
@@ -32,7 +33,7 @@ COMMANDS = (
 NARROWEST = 60  # columns of help
 
 
-@leaving_quietly()
+@leaving_quietly("flexkern")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; argv as in ``sys.argv[1:]``. Returns the exit status, or raises SystemExit with it."""
     argv = sys.argv[1:] if argv is None else list(argv)

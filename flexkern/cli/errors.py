@@ -1,9 +1,6 @@
 """What the command line says beside its output: notes and refusals, one line each on stderr."""
 
-import os
-import signal
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -38,36 +35,6 @@ def refusing(*kinds: type[Exception], status: int = 2) -> Iterator[None]:
             refuse(str(error), status)
         refuse_unfit(error, status)
         raise
-
-
-@contextmanager
-def leaving_quietly() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, but while torch or NumPy loads it ends the process at once, with one line.
-
-    In their C++ parts the exception would be an abort and a core dump, and there is nothing to save yet.
-    """
-
-    def leave(number: int, frame: object) -> None:
-        if any(is_loading(name) for name in ("numpy", "torch")):
-            note("interrupted")
-            sys.stderr.flush()
-            os._exit(130)
-        raise KeyboardInterrupt
-
-    ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, leave)
-    try:
-        yield
-    finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def is_loading(module: str) -> bool:
-    """Whether a module is being imported right now."""
-    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
 
 
 def missing(error: ModuleNotFoundError) -> str | None:

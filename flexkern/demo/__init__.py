@@ -2,25 +2,23 @@
 
 engine = load_engine()
 session = engine.session("a red disc and a blue square on dark green, fast", preset="flex", frames=252)
+
+torch is loaded by what needs it, so that its commands can say at once what they have to say.
 """
 
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from flexkern.backends.choice import AUTO
-from flexkern.demo import world
-from flexkern.engine import Engine
-from flexkern.model.families import Family
 from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
 from flexkern.model.schedule import Schedule
-from flexkern.model.wan import WanConfig
 
-if TYPE_CHECKING:  # there are builds of torch without what it needs
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from flexkern.engine import Engine
+    from flexkern.model.families import Family
+    from flexkern.model.wan import WanConfig
     from flexkern.parallel import Ranks
 
 WEIGHTS = Path(__file__).parent / "demo.safetensors"
@@ -32,36 +30,47 @@ SCHEDULE = Schedule(steps=(1000, 750, 500, 250), first_steps=(1000, 875, 750, 62
 class PixelDecoder:
     """The trivial codec instead of a VAE: latents are pictures already, and are only enlarged to a watchable size."""
 
-    def __call__(self, latents: Tensor) -> Tensor:
+    def __call__(self, latents: "Tensor") -> "Tensor":
+        import torch
+        import torch.nn.functional as F
+
         pictures = F.interpolate(latents.float().flatten(0, 1), scale_factor=ZOOM, mode="bicubic", antialias=False)
         uint8 = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return uint8.permute(0, 2, 3, 1).unflatten(0, latents.shape[:2])
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> "dict[str, Tensor]":
         """Empty: a picture does not depend on those before it."""
         return {}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
+    def restore(self, state: "dict[str, Tensor]") -> None:
         """Nothing to restore. Raises ValueError for the state of another decoder."""
         if state:
             raise ValueError(f"expected the empty state of a pixel decoder, got {', '.join(sorted(state))}")
 
 
-def encode_pixels(pixels: Tensor) -> Tensor:
+def encode_pixels(pixels: "Tensor") -> "Tensor":
     """Pictures uint8 [B, F, height, width, 3] of any size as latents [B, F, 3, SIZE, SIZE] in [-1, 1]."""
+    import torch.nn.functional as F
+
+    from flexkern.demo import world
+
     pictures = pixels.flatten(0, 1).permute(0, 3, 1, 2).float() / 127.5 - 1
     return F.interpolate(pictures, size=(world.SIZE, world.SIZE), mode="area").unflatten(0, pixels.shape[:2])
 
 
-def encode_prompts(prompts: list[str]) -> Tensor:
+def encode_prompts(prompts: list[str]) -> "Tensor":
     """The demo's text encoder: [B, TEXT_LEN, TEXT_DIM]. Raises ValueError for prompts outside its grammar."""
+    import torch
+
+    from flexkern.demo import world
+
     return torch.stack([world.embed(world.Scene.parse(prompt)) for prompt in prompts])
 
 
 def load_engine(
-    weights: str | Path = WEIGHTS, *, backend: str = AUTO, device: str = "cpu", graphs: bool = True,
+    weights: str | Path = WEIGHTS, *, backend: str = "auto", device: str = "cpu", graphs: bool = True,
     ranks: "Ranks | None" = None,
-) -> Engine:  # fmt: skip
+) -> "Engine":  # fmt: skip
     """The demo model, ready to render, in float32.
 
     Args:
@@ -74,14 +83,22 @@ def load_engine(
     Raises:
         ValueError: The backend cannot run there.
     """
+    import torch
+
+    from flexkern.demo import world
+    from flexkern.engine import Engine
+
     return Engine.from_pretrained(
         weights, dtype=torch.float32, device=device, backend=backend, graphs=graphs, ranks=ranks, schedule=SCHEDULE,
         text_encoder=encode_prompts, encoder=encode_pixels, decoder=PixelDecoder, size=(world.SIZE, world.SIZE),
     )  # fmt: skip
 
 
-def family() -> Family:
+def family() -> "Family":
     """How the demo is run; its latents are pixels, and every frame is a picture."""
+    from flexkern.demo import world
+    from flexkern.model.families import Family
+
     return Family(
         name="demo",
         schedule=SCHEDULE,
@@ -99,9 +116,12 @@ def validate_weights(weights: str | Path) -> None:
     read_config(weights)
 
 
-def read_config(weights: str | Path) -> WanConfig:
+def read_config(weights: str | Path) -> "WanConfig":
     """The sizes that the file's header says. Raises FileNotFoundError or ValueError as ``validate_weights``."""
     from safetensors import SafetensorError, safe_open
+
+    from flexkern.demo import world
+    from flexkern.model.wan import WanConfig
 
     path = Path(weights)
     if not path.exists():

@@ -19,6 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flexkern.render.signals import leave_at_once, quietly
+
+if __name__ == "__main__":  # before anything heavy is loaded
+    leave_at_once("flexkern.demo")
+
 try:
     import numpy as np
     import torch
@@ -33,7 +38,6 @@ try:
     from flexkern.demo.measure_rooms import FIGURES, Marks, measure, summary
     from flexkern.demo.picture import animation, dark_seconds, drift_plot, sheet, tiles
     from flexkern.policies import Preset, get_preset
-    from flexkern.render.signals import quietly
     from flexkern.render.writer import VideoWriter
 except ModuleNotFoundError as error:
     if str(error.name).startswith("flexkern"):
@@ -41,9 +45,6 @@ except ModuleNotFoundError as error:
     advice = 'pip install "flexkern[video]"'
     print(f"flexkern.demo: error: the package {error.name!r} is not installed: {advice}", file=sys.stderr)
     raise SystemExit(2) from None
-except KeyboardInterrupt:
-    print("flexkern.demo: interrupted", file=sys.stderr)
-    raise SystemExit(130) from None
 
 TRUTH = "truth"
 METHODS: dict[str, tuple[str, dict[str, object]]] = {  # name -> preset, and what of it differs

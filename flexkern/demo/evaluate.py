@@ -13,6 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from flexkern.render.signals import leave_at_once, quietly
+
+if __name__ == "__main__":  # before anything heavy is loaded
+    leave_at_once("flexkern.demo.evaluate")
+
 import torch
 import tyro
 from torch import Tensor
@@ -21,7 +26,6 @@ from flexkern.demo import WEIGHTS, load_engine, world
 from flexkern.demo.measure import FIGURES, Marks, measure, summary
 from flexkern.engine import Engine
 from flexkern.policies import get_preset
-from flexkern.render.signals import quietly
 from flexkern.session import Chunk
 
 WORLD = "world"  # the ceiling's name, where presets have theirs

@@ -19,6 +19,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from flexkern.render.signals import leave_at_once, quietly
+
+if __name__ == "__main__":  # before anything heavy is loaded
+    leave_at_once("flexkern.demo.train")
+
 import torch
 import tyro
 from safetensors.torch import save_file
@@ -31,7 +36,6 @@ from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.model.weights import load_transformer
 from flexkern.plan import band_split, place_turns, turns
 from flexkern.policies import PositionPolicy
-from flexkern.render.signals import quietly
 
 CHUNK = 3
 SHIFT = 5.0  # of noise levels towards noise, as at inference

@@ -20,6 +20,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from flexkern.render.signals import leave_at_once, quietly
+
+if __name__ == "__main__":  # before anything heavy is loaded
+    leave_at_once("flexkern.demo.train_rooms")
+
 import torch
 import tyro
 from torch import Tensor, nn
@@ -223,4 +228,5 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    train(tyro.cli(Args, description=__doc__))
+    with quietly("flexkern.demo.train_rooms"):
+        train(tyro.cli(Args, description=__doc__))

@@ -1,20 +1,69 @@
 """Ctrl-C, SIGTERM and SIGHUP: they stop a render, but never in the middle of a picture."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Leave:
+    """A handler that ends the process where nothing can be saved yet, with one line, and else raises KeyboardInterrupt.
+
+    While torch or NumPy loads nothing can be: in their C++ parts the exception would be an abort and a core dump.
+
+    Args:
+        program: Who says that it was interrupted.
+        at_once: Whether nothing can be saved at any time.
+    """
+
+    def __init__(self, program: str, *, at_once: bool = False):
+        self._program, self._at_once = program, at_once
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self._at_once or any(is_loading(name) for name in ("numpy", "torch")):
+            with suppress(OSError):
+                print(f"{self._program}: interrupted", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        raise KeyboardInterrupt
+
+
+def leave_at_once(program: str) -> None:
+    """From now on Ctrl-C ends the process with one line: for the imports of a module that is run as a program."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, Leave(program, at_once=True))
+
+
+@contextmanager
+def leaving_quietly(program: str) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, but while torch or NumPy loads it ends the process at once, with one line."""
+    before = signal.getsignal(signal.SIGINT)
+    ours = before is signal.default_int_handler or isinstance(before, Leave)
+    ours = ours and threading.current_thread() is threading.main_thread()
+    if ours:
+        signal.signal(signal.SIGINT, Leave(program))
+    try:
+        yield
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def is_loading(module: str) -> bool:
+    """Whether a module is being imported right now."""
+    return bool(getattr(getattr(sys.modules.get(module), "__spec__", None), "_initializing", False))
 
 
 @contextmanager
 def quietly(program: str) -> Iterator[None]:
     """Ctrl-C ends the program with one line on stderr and the status that a shell gives it, without a traceback."""
     try:
-        yield
+        with leaving_quietly(program):
+            yield
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None

@@ -8,7 +8,8 @@ import textwrap
 
 import pytest
 
-from flexkern.cli import COMMANDS, command_class, errors, stand_in
+from flexkern.cli import COMMANDS, command_class, stand_in
+from flexkern.render.signals import leaving_quietly
 
 REPORT = """
 import sys
@@ -49,7 +50,7 @@ def test_the_list_of_commands_shows_their_own_sentences(name):
 
 WHILE_LOADING = """
     import importlib.abc, importlib.machinery, os, signal, sys, time
-    from flexkern.cli.errors import leaving_quietly
+    from flexkern.render.signals import leaving_quietly
 
     class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         def find_spec(self, name, path, target=None):
@@ -63,7 +64,7 @@ WHILE_LOADING = """
                 os.abort()
 
     sys.meta_path.insert(0, Finder())
-    with leaving_quietly():
+    with leaving_quietly("flexkern"):
         import {module}
 """
 
@@ -119,10 +120,10 @@ def test_whoever_handles_ctrl_c_already_goes_on_doing_so():
 
     before = signal.signal(signal.SIGINT, theirs)
     try:
-        with errors.leaving_quietly():
+        with leaving_quietly("flexkern"):
             assert signal.getsignal(signal.SIGINT) is theirs
     finally:
         signal.signal(signal.SIGINT, before)
-    with errors.leaving_quietly():
+    with leaving_quietly("flexkern"):
         assert signal.getsignal(signal.SIGINT) is not before
     assert signal.getsignal(signal.SIGINT) is before

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -165,9 +166,32 @@ def test_ctrl_c_ends_with_one_quiet_line(module, monkeypatch, capsys, tmp_path):
     for name in [name for name in sys.modules if name == module or name == f"{module}.__main__"]:
         if name != "flexkern.demo":
             monkeypatch.delitem(sys.modules, name)
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as stopped:
         runpy.run_module(module, run_name="__main__")
     assert stopped.value.code == 130 and capsys.readouterr().err.endswith(f"{module}: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+WHILE_LOADING = """
+import importlib.abc, os, runpy, signal, sys
+
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torch":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "module", ["flexkern.demo", "flexkern.demo.evaluate", "flexkern.demo.train", "flexkern.demo.train_rooms"]
+)
+def test_ctrl_c_while_torch_is_imported_is_one_quiet_line(module):
+    done = subprocess.run([sys.executable, "-c", WHILE_LOADING.format(module=module)], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"{module}: interrupted\n")
 
 
 def run_demo(*words, cwd, code="", **environment):
