@@ -46,8 +46,10 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
         skipped = several and not command.overwrite
         done = {id(order) for lot in lots for order in lot.batch.orders if skipped and lot.batch.skips(order)}
     failed: list[int] = []
+    left = sum(len(lot.batch.orders) for lot in lots)
     for lot in lots:
         waiting = []
+        left -= len(lot.batch.orders)
         for order in lot.batch.orders:
             if id(order) in done:
                 note(f"{order.target}: is finished already, nothing of it has changed: skipped")
@@ -72,18 +74,21 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
                 command.output_folder.mkdir(parents=True, exist_ok=True)
         for order in waiting:
             ending = render_one(order, lot, engine, log, goes_on=several and not command.overwrite)
-            if ending.status == status.DONE:
-                enter(manifest, order, "finished")
-                continue
             if ending.status >= status.SIGNAL:
                 note(ending.message)
                 enter(manifest, order, "interrupted", ending.message, ending.status)
                 return ending.status
-            if not several:
-                refuse(ending.message, ending.status)
-            note(f"{order.target}: {ending.message}")
-            enter(manifest, order, "failed", ending.message, ending.status)
-            failed.append(ending.status)
+            if ending.status == status.DONE:
+                enter(manifest, order, "finished")
+            else:
+                if not several:
+                    refuse(ending.message, ending.status)
+                note(f"{order.target}: {ending.message}")
+                enter(manifest, order, "failed", ending.message, ending.status)
+                failed.append(ending.status)
+            if ending.signal and (left or order is not waiting[-1]):
+                note(f"interrupted: {order.target} was the last one that was tried")
+                return status.SIGNAL + ending.signal
     if failed:
         count = sum(len(lot.batch.orders) for lot in lots)
         note(f"{len(failed)} of {count} videos failed{f', see {manifest}' if manifest else ''}")

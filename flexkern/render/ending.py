@@ -1,8 +1,8 @@
 """How a render ended: one exit status, and one sentence that says what is kept and how to go on."""
 
 import signal
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from flexkern.finite import NotFiniteError
 from flexkern.render import status
@@ -24,6 +24,8 @@ class Ending:
     """why, where it is not done"""
     cause: Exception | None = None
     """what was raised, where something was"""
+    signal: int = 0
+    """number of the signal that came while it was made, 0 for none; where it is done all the same, it came late"""
 
 
 def carry_out(
@@ -31,28 +33,42 @@ def carry_out(
 ) -> Ending:
     """Make the video of a job, and say how that ended; what is not a matter of room, memory or numbers is raised.
 
+    At a signal the chunk that is being made is ended and a checkpoint written, where a chunk was made before it; else
+    there is nothing to keep, and nothing is waited for. Nor is anything for a second signal.
+
     Args:
         job: What is rendered.
         watch: Follows it, and hears of a failure; of success when the caller has told it.
         stop: Asked before each chunk whether to stop there.
         loop: Takes the place of ``render``, for a caller that wraps it.
     """
-    ending = _run(job, watch, stop, loop)
+    begun = job.session.chunks
+
+    def waits() -> bool:
+        keeps = isinstance(job, Job) and job.session.chunks > begun
+        if keeps:
+            watch.stopping()
+        return keeps
+
+    with stoppable(waits) as signals:
+        ending = _run(job, watch, stop, loop, signals)
+    ending = replace(ending, signal=signals[0] if signals else 0)
     if ending.status != status.DONE:
         watch.failed(job.order.target, ending.message)
     return ending
 
 
-def _run(job: Job | PipeJob, watch: Watch, stop: Stop | None, loop: Callable[..., bool]) -> Ending:
+def _run(
+    job: Job | PipeJob, watch: Watch, stop: Stop | None, loop: Callable[..., bool], signals: Sequence[int]
+) -> Ending:
     said = [False]
 
     def asked() -> bool:
         said[0] = stop is not None and stop()
-        return said[0]
+        return said[0] or bool(signals)
 
     try:
-        with stoppable() as signals:
-            finished = job.run(progress=watch.progress, loop=loop, watch=watch, stop=asked)
+        finished = job.run(progress=watch.progress, loop=loop, watch=watch, stop=asked)
     except NotFiniteError as error:  # weights that overflow
         return Ending(status=status.FAILED, message=f"{error}; {job.kept}", cause=error)
     except BrokenPipeError:  # who reads stdout has seen enough

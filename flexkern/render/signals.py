@@ -4,11 +4,14 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 STOPS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+ONE = 0.5  # seconds in which signals count as one: `timeout`, or a terminal that goes, sends the same one twice
 
 
 class Leave:
@@ -88,25 +91,59 @@ def uninterrupted() -> Iterator[None]:
         signal.raise_signal(held[0])
 
 
+class Stop:
+    """A handler that stops a block, with KeyboardInterrupt or by telling it.
+
+    Args:
+        waits: As ``stoppable`` has it.
+
+    Attributes:
+        came: The numbers of the signals that came.
+        before: The handlers whose places this takes, by number.
+    """
+
+    def __init__(self, waits: Callable[[], bool]):
+        self.came: list[int] = []
+        self.before: dict[int, Any] = {}
+        self._waits, self._first = waits, 0.0
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came.append(number)
+        now = time.monotonic()
+        if len(self.came) == 1:
+            self._first = now
+            if self._waits():
+                return
+        elif now - self._first < ONE:
+            return
+        before = self.before.get(number)
+        if isinstance(before, (Leave, Stop)):  # of a block around this one, which is stopped as well
+            before(number, frame)
+        raise KeyboardInterrupt
+
+
 @contextmanager
-def stoppable() -> Iterator[list[int]]:
+def stoppable(waits: Callable[[], bool] = lambda: False) -> Iterator[list[int]]:
     """SIGTERM and SIGHUP end the block with KeyboardInterrupt, as Ctrl-C does. Yields the numbers of those that came.
 
     What somebody else handles or ignores, as nohup does SIGHUP, stays so; so does everything outside the main thread.
+    A block in another one hears signals in its place.
+
+    Args:
+        waits: Asked when the first one comes, in the middle of whatever the block does. Where it says True nothing is
+            raised: the block looks at what came, and stops by itself. A second one, half a second later or more, does
+            not wait.
     """
-    came: list[int] = []
-
-    def stop(number: int, _: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
-
+    stop = Stop(waits)
     ours: list[int] = []
     if threading.current_thread() is threading.main_thread():
         usual = (signal.SIG_DFL, signal.default_int_handler)
-        ours = [number for number in STOPS if signal.getsignal(number) in usual]
-    before = {number: signal.signal(number, stop) for number in ours}
+        held = {number: signal.getsignal(number) for number in STOPS}
+        ours = [number for number, handler in held.items() if handler in usual or isinstance(handler, (Leave, Stop))]
+    for number in ours:
+        stop.before[number] = signal.signal(number, stop)
     try:
-        yield came
+        yield stop.came
     finally:
-        for number, handler in before.items():
+        for number, handler in stop.before.items():
             signal.signal(number, handler)

@@ -248,6 +248,12 @@ class Watch:
         said = {"copy_seconds": round(copy_seconds, 4), "write_seconds": round(write_seconds, 4)}
         self._event("checkpoint", pictures=pictures, **said)
 
+    def stopping(self) -> None:
+        """Somebody wants it to stop; it will, when its chunk is made. Said in the middle of whatever is being said."""
+        if self.progress:
+            with suppress(RuntimeError):  # a stream that is being written to cannot be written to
+                self._say("stopping after this chunk, with a checkpoint; once more, and it is not waited for")
+
     def end(self) -> None:
         """The loop is over, however it ended."""
         if self._bar is not None:
@@ -304,7 +310,10 @@ class Watch:
         return f"chunk {number}, {self.made} of {self._pictures} pictures ({share}), {rate:.3g} pictures/s, {left}"
 
     def _say(self, text: str) -> None:
-        print(f"flexkern: {text}", file=self._stream, flush=True)
+        if self._bar is not None:
+            self._bar.write(f"flexkern: {text}", file=self._stream)
+        else:
+            print(f"flexkern: {text}", file=self._stream, flush=True)
 
     def _event(self, event: str, **about: Any) -> None:
         """Write it to the log. A log that cannot be written is said, once, and ends no render."""

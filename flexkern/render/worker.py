@@ -73,6 +73,8 @@ class Outcome:
     """made so far, or kept, in all tries"""
     resumed_from: int | None
     """the picture at which a checkpoint was taken up; None where it began with the first"""
+    signal: int = 0
+    """number of a signal that came while pictures were made, 0 for none: whoever has other jobs begins none"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,11 +234,11 @@ class Worker:
             raise ending.cause
         made_so_far = job.writer.pictures
         if ending.status != status.DONE:
-            return _outcome(ending.status, ending.message, made_so_far, resumed)
+            return _outcome(ending.status, ending.message, made_so_far, resumed, ending.signal)
         watch.finished(order.target)
         length = f"{order.pictures} pictures, {order.pictures / batch.family.fps:.1f} s"
         length = length if order.writes == "video" else f"{batch.family.frames(made_so_far)} latent frames"
-        return _outcome(status.DONE, f"{order.target}: {length}", order.pictures, resumed)
+        return _outcome(status.DONE, f"{order.target}: {length}", order.pictures, resumed, ending.signal)
 
     def unload(self) -> None:
         """Let weights and encoded prompts go."""
@@ -361,11 +363,9 @@ class Worker:
         return prepare(order, engine, batch.family, options=options, about=about, every=self._every, tell=tell)
 
 
-def _outcome(code: int, message: str, pictures: int = 0, resumed_from: int | None = None) -> Outcome:
-    said = " ".join(message.split())
-    return Outcome(
-        status=STATUSES.get(code, "stopped"), message=said, code=code, pictures=pictures, resumed_from=resumed_from
-    )
+def _outcome(code: int, message: str, pictures: int = 0, resumed_from: int | None = None, number: int = 0) -> Outcome:
+    said, status = " ".join(message.split()), STATUSES.get(code, "stopped")
+    return Outcome(status=status, message=said, code=code, pictures=pictures, resumed_from=resumed_from, signal=number)
 
 
 def _in_words(error: Exception) -> Exception:

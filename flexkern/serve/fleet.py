@@ -266,10 +266,10 @@ class Fleet:
                 self.summary.seconds = self._clock() - began
             write_json(self._summary, asdict(self.summary) | {"time": now(), "code": self.summary.code})
 
-    def _stop(self) -> None:
+    def _stop(self, number: int = 0) -> None:
         if self._stopping is None:
             self._stopping = self._clock()
-            self.summary.interrupted = self.summary.interrupted or signal.SIGINT
+            self.summary.interrupted = self.summary.interrupted or number or signal.SIGINT
             self._tell("stopping: workers end their chunk and write a checkpoint; once more, and none is waited for")
             self._farm.interrupt()
 
@@ -314,8 +314,8 @@ class Fleet:
             assert news.result is not None
             self._end(worker, news.result.ended, news.result.message, news.result.pictures, news.result)
             self._idle.add(worker)
-            if news.result.ended == "interrupted":
-                self._stop()
+            if news.result.signal or news.result.ended == "interrupted":
+                self._stop(news.result.signal)
             if worker in self._schedule.set_aside:
                 self._tell(f"{worker} is set aside, its last jobs were stopped: {news.result.message}")
         else:

@@ -52,6 +52,8 @@ class Result:
     seconds: float
     tally: Tally = field(default_factory=Tally)
     """what this try made, chunk by chunk"""
+    signal: int = 0
+    """number of a signal that its process heard, 0 for none"""
 
 
 def carry_out(worker: Worker, task: Task, *, stop: Stop = lambda: False) -> Result:
@@ -93,6 +95,7 @@ def carry_out(worker: Worker, task: Task, *, stop: Stop = lambda: False) -> Resu
         made=max(0, outcome.pictures - (outcome.resumed_from or 0)),
         seconds=seconds,
         tally=counted.tally,
+        signal=outcome.signal,
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,7 +35,9 @@ def steps(monkeypatch):
 
     def before(seed, chunk):
         made.append(seed)
-        if action := do.get((seed, chunk)):
+        if isinstance(action := do.get((seed, chunk)), int):
+            signal.raise_signal(action)
+        elif action:
             raise action
 
     watch_steps(monkeypatch, before)
@@ -109,6 +112,19 @@ def test_a_video_that_was_stopped_goes_on(flexkern_, steps):
     whole = Path("a.mp4").read_bytes()
     assert flexkern_("render", "night.json", "--overwrite", *QUIET)[0] == 0
     assert Path("a.mp4").read_bytes() == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_chunk_ends_the_others(flexkern_, steps, number):
+    write({"seed": 0, "out": "a.mp4", "frames": 6}, {"seed": 1, "out": "b.mp4"})
+    steps.do[0, 1] = number
+    status, out, err = flexkern_("render", "night.json", *QUIET)
+    assert (status, out, steps.made) == (128 + number, "a.mp4: 6 pictures, 0.4 s\n", [0, 0])
+    assert err.endswith("\nflexkern: interrupted: a.mp4 was the last one that was tried\n")
+    assert outcomes() == [("a.mp4", "finished")]
+    steps.do[1, 0] = number
+    status, _, err = flexkern_("render", "night.json", *QUIET)
+    assert status == 128 + number and "interrupted: nothing was written of 3 pictures" in err
 
 
 @pytest.mark.parametrize("name", ["a.mov", "shots/%03d.png"])

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from watched_steps import watch_steps
 
 from flexkern import demo
 from flexkern.cli import main
-from flexkern.render import Worker
+from flexkern.render import Worker, stoppable
 from flexkern.serve.alone import Alone
 from flexkern.serve.book import Jobs, read_manifests
 from flexkern.serve.fleet import Fleet, News, Shard, holding
@@ -37,7 +38,10 @@ def here(tmp_path, monkeypatch, tiny):
 
     def before(seed, chunk):
         if errors := do.get((seed, chunk)):
-            raise errors.pop(0)
+            if isinstance(error := errors.pop(0), int):
+                signal.raise_signal(error)
+            else:
+                raise error
         made.append((seed, chunk))
 
     watch_steps(monkeypatch, before)
@@ -144,6 +148,20 @@ def test_ctrl_c_keeps_what_was_made(here):
     assert outcomes() == [(1, "started"), (1, "interrupted")]
     here.made.clear()
     assert run()[0].done == 2 and here.made[0] == (0, 2)
+
+
+@pytest.mark.parametrize(("chunk", "ended"), [(1, "interrupted"), (2, "done")])
+def test_a_signal_waits_for_the_chunk_and_begins_no_other_job(here, chunk, ended):
+    """Also in the last chunk of a video, which is then whole."""
+    films(2, frames=9)
+    here.do[0, chunk] = [signal.SIGTERM]
+    with stoppable() as signals:  # as the command has it
+        summary, told = run(farm=Alone(lambda: Worker(every=1e9)))
+    assert (summary.code, summary.interrupted, signals) == (143, signal.SIGTERM, [])
+    assert outcomes() == [(1, "started"), (1, ended)] and lines()[-1]["pictures"] == 3 * (chunk + 1)
+    here.made.clear()
+    summary, _ = run()
+    assert summary.code == 0 and here.made[0] == ((0, 2) if ended == "interrupted" else (1, 0))
 
 
 def test_shards_share_the_jobs_and_a_later_run_sees_what_they_did(here):
