@@ -63,11 +63,12 @@ def run_command(argv: Sequence[str]) -> int:
         import tyro
 
         if argv and argv[0] in COMMANDS:
-            from flexkern.cli.argv import validate_words
+            from flexkern.cli.argv import validate_words, with_values
 
-            named = command_class(argv[0], argv)
-            validate_words(named, argv[1:])
-            command = tyro.cli(named, prog=f"flexkern {argv[0]}", args=argv[1:])
+            words = with_values(plain_class(argv[0]), argv[1:])
+            named = command_class(argv[0], words)
+            validate_words(named, words)
+            command = tyro.cli(named, prog=f"flexkern {argv[0]}", args=words)
         else:
             if argv and not argv[0].startswith("-"):
                 known = f"expected one of {', '.join(COMMANDS)}"
@@ -80,16 +81,23 @@ def run_command(argv: Sequence[str]) -> int:
     return status
 
 
-def command_class(name: str, argv: Sequence[str]) -> Any:
-    """The dataclass of a command; those of ``render`` and ``warmup`` have the policies of argv's preset as options."""
+def plain_class(name: str) -> Any:
+    """The dataclass of a command."""
     found = getattr(import_module(f"flexkern.cli.{name}"), name.capitalize())
     if sys.flags.optimize > 1:
         found.__doc__ = sentence_of(name)
+    return found
+
+
+def command_class(name: str, words: Sequence[str]) -> Any:
+    """The dataclass of a command; those of ``render`` and ``warmup`` have the policies of the preset in the words that
+    follow its name as options."""
+    found = plain_class(name)
     if name not in ("render", "warmup"):
         return found
     from flexkern.cli.policies import with_policies
 
-    return with_policies(found, argv)
+    return with_policies(found, words)
 
 
 def stand_in(name: str) -> type:

@@ -6,9 +6,10 @@ people bring along get a sentence.
 """
 
 import os
-from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, get_origin, get_type_hints
 
 import tyro
 
@@ -81,25 +82,64 @@ def as_text(word: str, name: str = "--prompt") -> str:
         raise ValueError(f"{name} must be text in UTF-8, got {os.fsencode(word)!r}") from None
 
 
-def spellings(command: type, prefix: str = "--") -> dict[str, str]:
+def with_values(command: type, words: Sequence[str]) -> list[str]:
+    """The words, but that a value which begins with a dash stands behind its option's ``=``, as the parser wants it.
+
+    Raises ValueError where what follows an option may be its value, or another option and the value be missing.
+
+    Args:
+        command: A dataclass that tyro makes options of.
+        words: What follows its name on the command line.
+    """
+    options = {spelled: one for one in _options(command) for spelled in one.spelled}
+    end = words.index("--") if "--" in words else len(words)
+    made: list[str] = []
+    for word in words[:end]:
+        before = options.get(made[-1].replace("_", "-")) if made else None
+        if before is None or not before.takes_one or word in ("-", "-h") or not word.startswith("-"):
+            made.append(word)
+        elif word.startswith("--") and not any(map(str.isspace, word)):
+            raise ValueError(f"{made[-1]} lacks its value; if it is {word}, write {made[-1]}={shlex.quote(word)}")
+        else:
+            made[-1] += f"={word}"
+    return [*made, *words[end:]]
+
+
+def spellings(command: type) -> dict[str, str]:
     """Every way to write the options of a command that come once at most: spelling to option, both with hyphens."""
-    found: dict[str, str] = {}
+    return {spelled: one.name for one in _options(command) if not one.repeats for spelled in one.spelled}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Option:
+    """An option of a command, with hyphens."""
+
+    name: str
+    spelled: Sequence[str]
+    """every way to write it"""
+    takes_one: bool
+    """whether exactly one word follows it"""
+    repeats: bool
+    """whether it may come twice"""
+
+
+def _options(command: type, prefix: str = "--") -> Iterator[_Option]:
     hints = get_type_hints(command, include_extras=True)
     for field in fields(command):
         hint, name = hints[field.name], field.name.replace("_", "-")
         markers = getattr(hint, "__metadata__", ())
         bare = getattr(hint, "__origin__", hint) if markers else hint
         if is_dataclass(bare) and isinstance(bare, type):
-            found |= spellings(bare, f"{prefix}{name}.")
+            yield from _options(bare, f"{prefix}{name}.")
             continue
-        if tyro.conf.UseAppendAction in markers:
+        if tyro.conf.Positional in markers:
             continue
-        option = f"{prefix}{name}"
-        found[option] = option
+        option, repeats = f"{prefix}{name}", tyro.conf.UseAppendAction in markers
+        spelled = [option, *_aliases(markers)]
         if bare is bool and tyro.conf.FlagCreatePairsOff not in markers:
-            found[f"{prefix}no-{name}"] = option
-        found |= {alias: option for alias in _aliases(markers)}
-    return found
+            spelled.append(f"{prefix}no-{name}")
+        takes_one = bare is not bool and (repeats or get_origin(bare) not in (tuple, list))
+        yield _Option(name=option, spelled=spelled, takes_one=takes_one, repeats=repeats)
 
 
 def _aliases(markers: Sequence[Any]) -> list[str]:
