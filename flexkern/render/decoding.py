@@ -1,6 +1,7 @@
 """Latents of a file into a video: what a render with ``writes="latents"`` left, decoded afterwards or elsewhere."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -12,6 +13,7 @@ from flexkern.model.intact import validate_form as validate_container
 from flexkern.render.encoding import STDOUT, Encoding, is_sequence
 from flexkern.render.latents import DTYPES
 from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
+from flexkern.render.parts import Parts
 from flexkern.render.sidecar import FORMAT, describe_video, file_hash, fingerprint, read_sidecar
 from flexkern.render.watch import now
 from flexkern.render.writer import VideoWriter
@@ -109,6 +111,7 @@ def decode_latents(
     Raises:
         ValueError: The latents do not fit the decoder, or the form does not fit the pictures.
         NotFiniteError: Latents, or the pictures of them, are not finite; nothing is left of the video.
+        BlockingIOError: Somebody else is writing the video.
         OSError: A file cannot be read or written; then, as after Ctrl-C, nothing is left of the video.
     """
     from safetensors import safe_open
@@ -116,25 +119,27 @@ def decode_latents(
     out, encoding = Path(out), encoding or Encoding()
     writer: VideoWriter | SequenceWriter | PipeWriter | None = None
     made = 0
-    try:
-        with safe_open(held.path, framework="pt") as file:
+    with ExitStack() as ends:
+        try:
+            file = ends.enter_context(safe_open(held.path, framework="pt"))
             rows = file.get_slice("latents")
             for start in range(0, held.frames, STEP):
                 pixels = _decoded(decoder, rows[:, start : start + STEP], f"frames from {start} of {held.path}", device)
                 if writer is None:
-                    writer = _begin(held, out, encoding, stream, height=pixels.shape[1], width=pixels.shape[2])
+                    height, width = pixels.shape[1:3]
+                    writer = _begin(held, out, encoding, stream, ends, height=height, width=width)
                 left = len(pixels) if held.pictures is None else held.pictures - made
                 writer.write(pixels[:left])
                 made = writer.pictures
                 told(min(held.frames, start + STEP))
-        if isinstance(writer, SequenceWriter):
-            writer.finish()
-        elif writer is not None:
-            writer.close()
-    except BaseException:
-        if isinstance(writer, (VideoWriter, SequenceWriter)):
-            writer.discard()  # it can be decoded again
-        raise
+            if isinstance(writer, SequenceWriter):
+                writer.finish()
+            elif writer is not None:
+                writer.close()
+        except BaseException:
+            if isinstance(writer, (VideoWriter, SequenceWriter)):
+                writer.discard()  # it can be decoded again
+            raise
     return made
 
 
@@ -180,8 +185,16 @@ def describe(held: HeldLatents, out: Path, *, pictures: int, encoding: Encoding,
 
 
 def _begin(
-    held: HeldLatents, out: Path, encoding: Encoding, stream: BinaryIO | None, *, height: int, width: int
+    held: HeldLatents,
+    out: Path,
+    encoding: Encoding,
+    stream: BinaryIO | None,
+    ends: ExitStack,
+    *,
+    height: int,
+    width: int,
 ) -> VideoWriter | SequenceWriter | PipeWriter:
+    """What the pictures go to, until ``ends`` are closed its alone."""
     validate_form(width, height, held.fps, encoding, out)
     rate = encoding.rate(held.fps)
     if out == STDOUT:
@@ -189,5 +202,8 @@ def _begin(
         return PipeWriter(stream, width=width, height=height, fps=rate, encoding=encoding, about=held.tags)
     if is_sequence(out):
         out.parent.mkdir(exist_ok=True)
+        parts = Parts(out)  # its lock is that of a folder of pictures
+        ends.callback(parts.release)
+        parts.clear()  # of a render that was stopped: its pictures go
         return SequenceWriter(out, width=width, height=height, fps=rate)
     return VideoWriter(out, width, height, rate, crf=encoding.crf, about=held.tags)

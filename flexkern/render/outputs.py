@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from flexkern.checks import require
 from flexkern.render.encoding import STDOUT, Encoding, exact_rate, numbered
 from flexkern.render.signals import uninterrupted
-from flexkern.render.target import GROWING, LOCK, beside, parts_name, sequence, sync_folder, validate_name
+from flexkern.render.target import GROWING, beside, sequence, sync_folder, validate_free, validate_name
 from flexkern.render.writer import Stream, as_pictures, colours, load_av, validate_encoder, validate_target
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ def validate_output(target: Path, encoding: Encoding) -> None:
         raise FileNotFoundError(f"there is no folder {there} to make {folder.name} in")
     if not os.access(there, os.W_OK):
         raise PermissionError(f"no permission to write {there}")
-    if (parts_name(target) / LOCK).is_file():  # whether it is held is told when it is taken
-        return
+    validate_free(target)
 
 
 def validate_form(width: int, height: int, fps: int, encoding: Encoding, target: Path) -> None:

@@ -62,8 +62,14 @@ def validate_file(path: str | Path, what: str, suffix: str, *, free: bool = True
     for needed in (aim.parent, aim) if path.exists() else (aim.parent,):
         if not os.access(needed, os.W_OK):
             raise PermissionError(f"no permission to write {needed}")
+    if free:
+        validate_free(path)
+
+
+def validate_free(path: Path) -> None:
+    """Raises BlockingIOError where a render is writing the file, or the pictures that bear the name."""
     for held in (unfinished_name(path), parts_name(path) / LOCK):
-        if free and held.is_file():
+        if held.is_file():
             with held.open("rb", buffering=0) as file:
                 lock_file(file, path, shared=True)
 

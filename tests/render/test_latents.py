@@ -12,8 +12,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save, save_file
 
 from flexkern.finite import NotFiniteError
-from flexkern.render import LatentsFile, VideoWriter
+from flexkern.render import Encoding, LatentsFile, VideoWriter, validate_output
 from flexkern.render.decoding import decode_latents, inspect_latents
+from flexkern.render.parts import Parts
 
 ABOUT = {"prompt": 'a "cat", über\nall', "seed": "3"}
 KILLED = """
@@ -200,6 +201,30 @@ def test_a_video_that_cannot_be_decoded_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         decode_latents(inspect_latents(tmp_path / "l.safetensors"), stopped, tmp_path / "v.mp4")
     assert (tmp_path / "v.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_pictures_of_latents_are_written_by_one_at_a_time(tmp_path):
+    """Whoever comes later is told before any work; at the latest when he would write."""
+    with begin(tmp_path / "l.safetensors") as file:
+        file.write(torch.randn(5, 16, 4, 6), 1000)
+    held, out = inspect_latents(tmp_path / "l.safetensors"), tmp_path / "shots" / "%03d.png"
+    refused = pytest.raises(BlockingIOError, match=r"another render is writing .*/shots/%03d.png")
+
+    def other(frames):
+        with refused:
+            validate_output(out, Encoding())
+        with refused:
+            decode_latents(held, Brighten(), out)
+
+    assert decode_latents(held, Brighten(), out, told=other) == 17
+    assert [path.name for path in sorted(out.parent.iterdir())] == [f"{i:03}.png" for i in range(17)]
+    parts = Parts(out)
+    with refused:
+        decode_latents(held, Brighten(), out)
+    assert len(list(out.parent.glob("*.png"))) == 17
+    parts.checkpoint(3).write_bytes(b"")  # of a render that was killed: its pictures are replaced
+    parts.release()
+    assert decode_latents(held, Brighten(), out) == 17 and not parts.folder.exists()
 
 
 @pytest.mark.parametrize(
