@@ -8,7 +8,6 @@ the video film.mp4, and minutes.csv: a row for each minute, with what ``flexkern
 """
 
 import csv
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,13 @@ import machine
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from flexkern.demo import FPS, rooms
 from flexkern.demo.__main__ import TRUTH, method, write_video
 from flexkern.demo.film_rooms import Case, film_chunks, load_engine
 from flexkern.demo.measure_rooms import FIGURES, measure, summary
 from flexkern.kernels.reference import to_bytes
+from flexkern.render.meter import Meter
 
 MINUTE = 60 * FPS
 
@@ -46,12 +45,13 @@ def film(args: Args, case: Case) -> np.ndarray:
         shape = args.frames, rooms.SIZE, rooms.SIZE, 3
         held = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
         first = 0
-        with tqdm(total=args.frames, unit="frame", file=sys.stderr, mininterval=30) as progress:
+        with Meter("frames", program=machine.program()) as meter:
+            meter.begin(args.frames)
             for latents in parts(args, case):
                 made = to_bytes(latents.movedim(1, -1))[: args.frames - first]
                 held[first : first + len(made)] = made.numpy()
                 first += len(made)
-                progress.update(len(made))
+                meter.advance(len(made))
         held.flush()
         part.rename(whole)
     return np.load(whole, mmap_mode="r")

@@ -105,16 +105,16 @@ class Decode:
 
     def carry_out(self, held: "HeldLatents", decoder: Any, device: str, encoding: "Encoding") -> int:
         """Write the video, and say how that ended. Returns the exit status."""
-        from tqdm import tqdm
-
         from flexkern.finite import NotFiniteError
         from flexkern.render import stoppable
         from flexkern.render.decoding import decode_latents, describe
+        from flexkern.render.meter import Meter
         from flexkern.render.sidecar import write_sidecar
 
         began, piped = time.perf_counter(), self.out == STDOUT
-        with stoppable() as signals, tqdm(total=held.frames, unit=" latent frames", disable=not self.progress) as bar:
-            told = lambda frames: bar.update(frames - bar.n)
+        with stoppable() as signals, Meter("latent frames", shown=self.progress) as meter:
+            meter.begin(held.frames)
+            told = lambda frames: meter.advance(frames - meter.made)
             stream = sys.stdout.buffer if piped else None
             try:
                 made = decode_latents(

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -119,22 +119,17 @@ class Fleet:
         self, jobs: "Jobs", farm: "Farm", folder: Path, shard: "Shard | None", figures: "FleetFigures | None"
     ) -> int:
         """Render what is left. Returns the exit status."""
-        from tqdm import tqdm
-
         from flexkern.render import stoppable
+        from flexkern.render.meter import Meter
         from flexkern.serve import fleet
 
-        bar: Any = tqdm(total=0, unit=" jobs", disable=not self.progress, mininterval=1.0, dynamic_ncols=True)
-
-        def tell(text: str) -> None:
-            bar.write(f"flexkern: {text}", file=bar.fp) if self.progress else note(text)
+        meter = Meter("jobs", shown=self.progress)
 
         def hear(summary: fleet.Summary, verdict: str) -> None:
-            bar.total = summary.jobs - summary.skipped - summary.left_failed
-            bar.set_postfix({"failed": summary.failed, "tries": summary.tries}, refresh=False)
-            bar.update(verdict in ("done", "failed", "stopped"))
+            ended = verdict in ("done", "failed", "stopped")
+            meter.advance(ended, f"{summary.failed} failed, {summary.tries} tries")
 
-        with stoppable() as signals, bar:
+        with stoppable() as signals, meter:
             made = fleet.Fleet(
                 jobs,
                 farm,
@@ -143,11 +138,11 @@ class Fleet:
                 retry_failed=self.retry_failed,
                 shard=shard,
                 hear=hear,
-                tell=tell,
+                tell=meter.say,
             )
             if figures is not None:
                 figures.follow(made, model_of(jobs))
-            bar.total = made.summary.jobs - made.summary.skipped - made.summary.left_failed
+            meter.begin(made.summary.jobs - made.summary.skipped - made.summary.left_failed)
             summary = made.run()
             if summary.interrupted and signals:
                 summary.interrupted = signals[0]

@@ -29,7 +29,6 @@ try:
     import torch
     import tyro
     from numpy.typing import NDArray
-    from tqdm import tqdm
 
     from flexkern.demo import FPS, rooms
     from flexkern.demo.evaluate import Spread
@@ -38,6 +37,7 @@ try:
     from flexkern.demo.measure_rooms import FIGURES, Marks, measure, summary
     from flexkern.demo.picture import animation, dark_seconds, drift_plot, sheet, tiles
     from flexkern.policies import Preset, get_preset
+    from flexkern.render.meter import Meter
     from flexkern.render.writer import VideoWriter
 except ModuleNotFoundError as error:
     if str(error.name).startswith("flexkern"):
@@ -94,7 +94,6 @@ def film_all(args: Args, case: Case, presets: Mapping[str, Preset]) -> dict[str,
     """
     here, stop = threading.local(), threading.Event()
     at_once = min(len(presets), os.cpu_count() or 1) if torch.device(args.device).type == "cpu" else 1
-    total = len(presets) * args.frames
 
     def film(preset: Preset) -> torch.Tensor:
         if not hasattr(here, "engine"):
@@ -104,11 +103,12 @@ def film_all(args: Args, case: Case, presets: Mapping[str, Preset]) -> dict[str,
             if stop.is_set():
                 raise KeyboardInterrupt
             made.append(chunk.latents.cpu())
-            progress.update(min(len(chunk.frames), args.frames - chunk.frames[0]))
+            meter.advance(min(len(chunk.frames), args.frames - chunk.frames[0]))
         return torch.cat(made, dim=1)[:, : args.frames]
 
     threads = threads_of_torch(max(1, (os.cpu_count() or 1) // at_once))
-    with threads, tqdm(total=total, unit="frame") as progress, ThreadPoolExecutor(at_once) as pool:
+    with threads, Meter("frames", program="flexkern.demo") as meter, ThreadPoolExecutor(at_once) as pool:
+        meter.begin(len(presets) * args.frames)
         films = {name: pool.submit(film, preset) for name, preset in presets.items()}
         try:
             return {name: made.result() for name, made in films.items()}

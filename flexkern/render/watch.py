@@ -3,7 +3,7 @@
     watch = Watch(progress=True, preview="now.png", log="night.jsonl")
     job.run(watch=watch)
 
-A terminal gets a bar that moves; a file or a pipe a line, at most every ten seconds.
+``flexkern.render.meter`` has the progress: a bar that moves, or a line now and then.
 
 The log has a line for each event, written at once: ``time`` (UTC), ``event``, and
 
@@ -29,12 +29,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol, TextIO
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from flexkern.checks import json_text, require
-from flexkern.render.spoken import Spoken
+from flexkern.render.meter import Meter, as_time, rate, seconds_left
 from flexkern.render.target import GROWING, beside, validate_name
 
 try:
@@ -47,8 +45,6 @@ if TYPE_CHECKING:
 
     from flexkern.render.script import PromptSwitch
 
-BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} pictures [{elapsed}<{remaining}, {rate_noinv_fmt}]"
-EVERY = 10.0  # seconds between two lines of progress
 PREVIEW_EVERY = 1.0  # seconds between two previews, at least
 PREVIEWS = (".png", ".jpg", ".jpeg")
 
@@ -183,22 +179,17 @@ class Watch:
         self.made = self.chunks = self._pictures = 0
         self._began_with = 0
         self.waited = self._denoise = self._decode = self._encode = 0.0
-        self._stream, self._clock = Spoken(stream or sys.stderr), clock
+        self._clock, self._meter = clock, Meter("pictures", shown=progress, stream=stream, clock=clock)
         self._unlogged = False  # whether an event was lost
-        self._began = self._ended = self._told = self._previewed = 0.0
-        self._bar: tqdm[NoReturn] | None = None
+        self._began = self._ended = self._previewed = 0.0
 
     def begin(self, *, pictures: int, made: int, waits_for: str, prompt_seconds: float = 0.0) -> None:
         """A render begins, or goes on from so many pictures; its prompt took so many seconds."""
         self._pictures, self.made, self._began_with = pictures, made, made
-        self._began = self._told = self._ended = self._clock()
+        self._began = self._ended = self._clock()
         self._previewed = self._began - PREVIEW_EVERY
         self._event("started", pictures=pictures, made=made, prompt_seconds=round(prompt_seconds, 4), **self.about)
-        if self.progress and self._stream.isatty():
-            self._bar = tqdm(
-                total=pictures, initial=made, desc=waits_for, unit=" pictures", bar_format=BAR,
-                mininterval=0.1, file=self._stream,
-            )  # fmt: skip
+        self._meter.begin(pictures, made, waits_for)
 
     def wrote(self, chunk: Made, encode_seconds: float = 0.0, newest: "NDArray[Any] | None" = None) -> None:
         """A chunk is in the file, which took so many seconds.
@@ -228,12 +219,7 @@ class Watch:
                 peak_bytes=chunk.peak_bytes,
                 left_seconds=round(self._left(), 1),
             )
-        if self._bar is not None:
-            self._bar.set_description_str(f"chunk {number}", refresh=False)
-            self._bar.update(chunk.pictures)
-        elif self.progress and (self._ended - self._told >= EVERY or self.made >= self._pictures):
-            self._told = self._ended
-            self._say(self._line(number))
+        self._meter.advance(chunk.pictures, f"chunk {number}")
         due = self._ended - self._previewed >= PREVIEW_EVERY or self.made >= self._pictures
         if self.preview is not None and newest is not None and due:
             self._previewed = self._ended
@@ -252,13 +238,11 @@ class Watch:
         """Somebody wants it to stop; it will, when its chunk is made. Said in the middle of whatever is being said."""
         if self.progress:
             with suppress(RuntimeError):  # a stream that is being written to cannot be written to
-                self._say("stopping after this chunk, with a checkpoint; once more, and it is not waited for")
+                self._meter.say("stopping after this chunk, with a checkpoint; once more, and it is not waited for")
 
     def end(self) -> None:
         """The loop is over, however it ended."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._meter.close()
 
     def finished(self, target: Path) -> None:
         """The file is whole."""
@@ -266,7 +250,7 @@ class Watch:
         speeds = {key: value for key, value in self.timings().items() if key != "decode_seconds"}
         self._event("finished", target=str(target), made=self.made, **speeds)
         if self.progress and self.chunks:
-            self._say(self.summary())
+            self._meter.say(self.summary())
 
     def failed(self, target: Path, message: str) -> None:
         """The render has stopped before its end."""
@@ -286,8 +270,8 @@ class Watch:
             "decode_seconds": round(self._decode, 3),
             "encode_seconds": round(self._encode, 3),
             "waited_seconds": round(self.waited, 3),
-            "pictures_per_second": _rate(made, seconds),
-            "denoise_pictures_per_second": _rate(made, self._denoise),
+            "pictures_per_second": rate(made, seconds),
+            "denoise_pictures_per_second": rate(made, self._denoise),
         }
 
     def summary(self) -> str:
@@ -296,24 +280,11 @@ class Watch:
         denoise = f"denoising {found['denoise_pictures_per_second']:.3g} pictures/s"
         whole = f"end to end {found['pictures_per_second']:.3g} pictures/s"
         written = f"encoding {found['encode_seconds']:.3g} s, of which {found['waited_seconds']:.3g} s were waited for"
-        return f"{made} pictures in {_clock(found['seconds'])}: {denoise}, {whole}; {written}"
+        return f"{made} pictures in {as_time(found['seconds'])}: {denoise}, {whole}; {written}"
 
     def _left(self) -> float:
         """Seconds until the end, if it goes on like this."""
-        made = self.made - self._began_with
-        return (self._pictures - self.made) * (self._ended - self._began) / made if made else 0.0
-
-    def _line(self, number: int) -> str:
-        rate = _rate(self.made - self._began_with, self._ended - self._began)
-        share = f"{100 * self.made / self._pictures:.0f} %"
-        left = f"{_clock(self._left())} left" if self.made < self._pictures else "done"
-        return f"chunk {number}, {self.made} of {self._pictures} pictures ({share}), {rate:.3g} pictures/s, {left}"
-
-    def _say(self, text: str) -> None:
-        if self._bar is not None:
-            self._bar.write(f"flexkern: {text}", file=self._stream)
-        else:
-            print(f"flexkern: {text}", file=self._stream, flush=True)
+        return seconds_left(self._pictures - self.made, self.made - self._began_with, self._ended - self._began)
 
     def _event(self, event: str, **about: Any) -> None:
         """Write it to the log. A log that cannot be written is said, once, and ends no render."""
@@ -323,7 +294,7 @@ class Watch:
             self.log.write(event, **about)
         except OSError as error:
             if not self._unlogged:
-                self._say(f"the log cannot be written: {error}; the render goes on without")
+                self._meter.say(f"the log cannot be written: {error}; the render goes on without")
             self._unlogged = True
 
 
@@ -348,14 +319,3 @@ def peak_bytes() -> int:
     if resource is None:
         return 0
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10
-
-
-def _rate(count: int, seconds: float) -> float:
-    return round(count / seconds, 4) if seconds > 0 else 0.0
-
-
-def _clock(seconds: float) -> str:
-    """Seconds as 0:07, 12:30 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -125,10 +125,11 @@ def test_make_demo_writes_everything(tmp_path, capsys):
     assert "frames 21 to 24" in capsys.readouterr().out and torch.get_num_threads() == before
 
 
-def test_films_of_several_threads_are_those_of_one():
+def test_films_of_several_threads_are_those_of_one(capsys):
     case = Case.random(scenes=2, frames=9, seed=5)
     presets = {name: method(name) for name in ("sink", "flex")}
     found = film_all(Args(frames=9), case, presets)
+    assert "18 of 18 frames (100 %)" in capsys.readouterr().err
     with threads_of_torch(1):
         for name, preset in presets.items():
             assert torch.equal(found[name], film(load_rooms(), case, preset))

@@ -290,8 +290,10 @@ def test_bad_options_are_one_line(tmp_path, monkeypatch, capsys, given, words):
 
 def test_the_command_renders_a_shard(here, capsys):
     films(3, frames=3)
-    assert main(["fleet", "jobs.jsonl", "--out", "out", "--shard", "1/2", "--no-progress"]) == 0
-    assert capsys.readouterr().out.startswith("out: 1 jobs: 1 done; 3 pictures in")
+    assert main(["fleet", "jobs.jsonl", "--out", "out", "--shard", "1/2"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("out: 1 jobs: 1 done; 3 pictures in") and "\r" not in err  # a bar is for a terminal
+    assert "\nflexkern: 0 failed, 1 tries, 1 of 1 jobs (100 %), " in err
     assert Path("out/000001.mp4").is_file() and not Path("out/000000.mp4").exists()
 
 
