@@ -60,9 +60,12 @@ class Decode:
             for path in written[:1]:
                 validate_new(path, overwrite=self.overwrite)
             require(self.threads is None or self.threads >= 1, f"--threads must be at least 1, got {self.threads}")
+            from flexkern.model.intact import require_there
             from flexkern.render.decoding import inspect_latents
 
             held = inspect_latents(self.latents)
+            if self.vae is not None:
+                require_there(self.vae, "VAE")
 
             import torch
 

@@ -58,12 +58,14 @@ class Fleet:
             require(self.threads >= 0, f"--threads must be at least 0, got {self.threads}")
             told = "--metrics-host is where --metrics-port listens: give both"
             require(self.metrics_port is not None or self.metrics_host == HOST, told)
+            from flexkern.serve.book import Jobs, validate_job_file
+
+            validate_job_file(self.jobs)  # before torch is loaded
             shard = None if self.shard is None else read_shard(self.shard)
             for name in ("workers", "gpus_per_job", "address"):
                 told = f"--{name.replace('_', '-')} is for Ray, and --shard renders in this process"
                 require(shard is None or not getattr(self, name), told)
             farm, figures = self.farm(shard), self.figures(ends)
-            from flexkern.serve.book import Jobs
             from flexkern.serve.fleet import holding
 
             require(self.jobs.resolve().parent != self.out.resolve() / "status", f"{self.jobs} is in the status folder")

@@ -42,6 +42,9 @@ class Inspect:
 
     def run(self) -> int:
         with refusing(ValueError, OSError, NotImplementedError):
+            from flexkern.model.intact import require_there
+
+            require_there(self.path, "weights")
             from flexkern.model.find import holdings
 
             found = [held for held in holdings(self.path) if held.kind or held.why]

@@ -19,7 +19,7 @@ from flexkern.cli.resume import options_from, validate_alone
 from flexkern.cli.videos import chosen_videos
 from flexkern.policies import get_preset
 from flexkern.render import status
-from flexkern.render.assembly import chosen_checkpoint, chosen_family, chosen_weights, timed
+from flexkern.render.assembly import chosen_checkpoint, chosen_family, chosen_weights, timed, validate_inputs
 from flexkern.render.choices import base_preset, chosen_model, chosen_threads, flag, is_family
 from flexkern.render.encoding import STDOUT
 from flexkern.render.research import Research, read_research
@@ -147,7 +147,8 @@ class Render(Flags):
         if idle := without_effect(preset, overrides, research):
             note(idle)
         videos = chosen_videos(self, preset, research, setting.inline)
-        chosen_weights(self.spec())
+        chosen_weights(spec := self.spec())
+        validate_inputs(spec)
         return Plan(setting=setting, research=research, base=base, overrides=overrides, videos=videos)
 
     def measure(self, plan: Plan) -> Lot:

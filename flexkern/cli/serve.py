@@ -73,9 +73,12 @@ class Serve:
     def run(self) -> int:
         with refusing(*status.BAD):
             require(0 <= self.checkpoint_seconds < math.inf, "--checkpoint-seconds must be 0 or more, and have an end")
-            door, spec = self.door(), self.base()
+            from flexkern.render.assembly import chosen_family, chosen_weights, validate_inputs
 
-            from flexkern.render.assembly import chosen_family
+            chosen_weights(spec := self.base())
+            validate_inputs(spec)
+            door = self.door()
+
             from flexkern.render.worker import Worker
             from flexkern.serve.served import Limits, Served
             from flexkern.serve.server import run_server

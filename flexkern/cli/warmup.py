@@ -10,6 +10,7 @@ from flexkern.checks import require
 from flexkern.cli.errors import note, refusing
 from flexkern.cli.flags import Flags, option
 from flexkern.cli.policies import chosen_overrides
+from flexkern.model.intact import require_there
 from flexkern.policies import get_preset
 from flexkern.render.choices import DEMO, base_preset, is_family
 
@@ -52,6 +53,9 @@ class Warmup:
         with refusing(ValueError, OSError, NotImplementedError):
             base = base_preset(self.preset, self.model, None)
             preset = get_preset(base.name).override(chosen_overrides(self, base, None))
+            require(self.config is None or self.weights is None, "give --config or --weights, not both")
+            if self.weights is not None:
+                require_there(self.weights, "checkpoint")
             device = self.chosen_device()
             config, family, dtype = self.sizes(device)
 
@@ -101,7 +105,6 @@ class Warmup:
         from flexkern.model.wan import CONFIGS
         from flexkern.pipeline import Checkpoint, check
 
-        require(self.config is None or self.weights is None, "give --config or --weights, not both")
         if not is_family(self.model) and self.config is None:
             for name in ("dtype", "size", "chunk", "first_chunk"):
                 require(getattr(self, name) is None, f"--{name.replace('_', '-')} is for checkpoints, not for the demo")

@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from flexkern.model.intact import looks_like_weights, raise_absent, validate_form
+from flexkern.model.intact import looks_like_weights, require_there, validate_form
 from flexkern.model.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def read_config(weights: str | Path) -> "WanConfig":
     from flexkern.model.wan import WanConfig
 
     path = Path(weights)
-    if not path.exists():
-        raise_absent(path, "weights")
+    require_there(path, "weights")
     needed = {"in_dim": 3, "out_dim": 3, "text_len": world.TEXT_LEN, "text_dim": world.TEXT_DIM}
     form = f"pixels in, pixels out, its text encoder, all said in the metadata entry flexkern_config ({needed})"
     other = f"{path} is not of the demo's form: {form}"

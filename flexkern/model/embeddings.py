@@ -21,7 +21,7 @@ from torch import Tensor
 from flexkern.checks import require
 from flexkern.finite import all_finite
 from flexkern.model.files import DTYPES, some_of
-from flexkern.model.intact import raise_absent, validate_form
+from flexkern.model.intact import require_there, validate_form
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PER_PROMPT = 160  # bytes that the header holds of a prompt, beside its text
@@ -100,8 +100,7 @@ class SavedEmbeddings:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        if not self.path.exists():
-            raise_absent(self.path, "embeddings")
+        require_there(self.path, "embeddings")
         require(not self.path.is_dir(), f"{self.path} is a folder; expected a file of save_embeddings")
         validate_form(self.path)
         try:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from flexkern.model.intact import Nothing, raise_absent, validate_folder, validate_form
+from flexkern.model.intact import Nothing, require_there, validate_folder, validate_form
 
 CONFIGURATIONS = (
     "argparse.",
@@ -42,8 +42,7 @@ def find_files(path: Path, folder: str, patterns: Iterable[str]) -> list[Path]:
     Raises:
         FileNotFoundError: Nothing fits, or a shard that the index beside them names is not there.
     """
-    if not path.exists():
-        raise_absent(path, "weights")
+    require_there(path, "weights")
     if path.is_file():
         _validate_alone(path)
         return [path]

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor
 
 from flexkern.model.files import read_files, some_of
-from flexkern.model.intact import looks_like_weights, raise_absent, validate_folder, validate_form
+from flexkern.model.intact import looks_like_weights, require_there, validate_folder, validate_form
 from flexkern.model.names import EMA_GROUPS, FLAT_PREFIX, RAW_GROUPS, clean_lora_name
 
 Kind = Literal["LoRA", "transformer", "text encoder", "VAE", "tiny VAE", "embeddings", "latents"]
@@ -103,8 +103,7 @@ def find_parts(path: str | Path, *, prefer: Sequence[str] = ()) -> Found:
         ValueError: The path is something else, or holds no transformer or several.
     """
     path = Path(path)
-    if not path.exists():
-        raise_absent(path, "checkpoint")
+    require_there(path, "checkpoint")
     if path.is_file():
         if (kind := identify(path).kind) not in (None, "transformer"):
             raise ValueError(f"{path} {is_a(kind)}; expected a transformer")
@@ -141,8 +140,7 @@ def find_part(path: str | Path, kinds: Sequence[Kind]) -> tuple[Kind, Path]:
     """
     path = Path(path)
     expected = " or ".join(kinds)
-    if not path.exists():
-        raise_absent(path, kinds[0])
+    require_there(path, kinds[0])
     found = holdings(path)
     for held in found:
         if held.kind is not None and held.kind in kinds:
@@ -165,8 +163,7 @@ def holdings(path: str | Path) -> list[Holding]:
         FileNotFoundError: Nothing is there.
     """
     path = Path(path)
-    if not path.exists():
-        raise_absent(path, "weights")
+    require_there(path, "weights")
     if path.is_file():
         return [identify(path)]
     validate_folder(path)

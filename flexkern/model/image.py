@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flexkern.model.intact import require_there
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
@@ -18,8 +20,7 @@ def validate_image(path: str | Path) -> None:
     """Raises FileNotFoundError or ValueError where there is no image that can be read to its end."""
     from PIL import Image, UnidentifiedImageError
 
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no image {path}")
+    require_there(path, "image")
     try:
         with Image.open(path) as image:
             image.load()

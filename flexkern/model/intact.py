@@ -63,14 +63,16 @@ def validate_folder(path: Path) -> None:
         raise ValueError(f"{path} is neither a file nor a folder")
 
 
-def raise_absent(path: str | Path, what: str) -> NoReturn:
-    """Raises FileNotFoundError for a path at which nothing is, with what it may have been meant to be.
+def require_there(path: str | Path, what: str) -> None:
+    """Raises FileNotFoundError where nothing is at a path, with what it may have been meant to be.
 
     Args:
         path: As the user gave it.
         what: Was looked for there.
     """
     path = Path(path)
+    if path.exists():
+        return
     if path.is_symlink():
         raise FileNotFoundError(f"{path} is a link to {os.readlink(path)}, which is not there; {AGAIN}")
     raise FileNotFoundError(f"no {what} at {path}{_download(str(path))}")

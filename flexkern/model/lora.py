@@ -18,7 +18,7 @@ from torch import Tensor
 
 from flexkern.checks import is_float32, require
 from flexkern.model.files import find_files, read_files, read_json, select_group, some_of
-from flexkern.model.intact import raise_absent
+from flexkern.model.intact import require_there
 from flexkern.model.merge import Update
 from flexkern.model.names import clean_lora_name, is_diffusers, original_name, unflattened
 
@@ -111,8 +111,7 @@ def read_lora(path: str | Path, lora_scale: float = 1.0) -> dict[str, list[Updat
         NotImplementedError: It is another form (rsLoRA, DoRA, LoHa, LoKr, ...).
     """
     path = Path(path)
-    if not path.exists():
-        raise_absent(path, "LoRA")
+    require_there(path, "LoRA")
     files = find_files(path, "transformer", LORA_FILES)
     content, metadata = read_files(files)
     _, held, _ = select_group(content, ("generator_lora", "state_dict", "model"), path, flat=True)

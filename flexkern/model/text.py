@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from flexkern.model.embeddings import KnownPrompts, SavedEmbeddings, padded, save_embeddings, short, validate_prompts
 from flexkern.model.files import find_files, read_tensor, some_of
-from flexkern.model.intact import raise_absent, validate_no_pointer
+from flexkern.model.intact import require_there, validate_no_pointer
 from flexkern.model.load import declared, fill, fitting, need, read_part
 from flexkern.model.quantized import SPIECE
 from flexkern.model.spiece import tokenizer_of
@@ -155,8 +155,8 @@ def _bytes_of(files: list[Path], inside: Tensor) -> bytes:
 def _find_tokenizer(base: Path, *, given: bool) -> Path:
     if given and base.name in TOKENIZER_FILES and base.is_file():
         return base.parent
-    if given and not base.exists():
-        raise_absent(base, "tokenizer")
+    if given:
+        require_there(base, "tokenizer")
     tried = [base] if given else [base / name for name in TOKENIZER_FOLDERS]
     for folder in tried:
         if any((folder / name).is_file() for name in TOKENIZER_FILES):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from flexkern.model.files import find_files, finished, read_files, read_json, select_group, some_of, validate_fit
-from flexkern.model.intact import raise_absent
+from flexkern.model.intact import require_there
 from flexkern.model.lora import Loras, read_loras, validate_updates
 from flexkern.model.merge import Update, validate_finite
 from flexkern.model.names import (
@@ -173,8 +173,7 @@ def _prepare(
 
 def _find_files(path: Path) -> list[Path]:
     """The weight files of the transformer that a path stands for."""
-    if not path.exists():
-        raise_absent(path, "checkpoint")
+    require_there(path, "checkpoint")
     if path.is_dir() and (read_json(path / "model_index.json").get("transformer_2") or [None])[0]:
         raise NotImplementedError(f"{path} has two transformers (Wan 2.2 A14B); supported: one, as in Wan 2.1")
     return find_files(path, "transformer", FOLDER_FILES)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import did_you_mean, require
+from flexkern.model.intact import require_there
 from flexkern.render.choices import DEMO, PROMPT, flag, is_family, plain, read_size
 from flexkern.render.research import LENGTHS, Research
 from flexkern.render.script import Pace, PromptSwitch, seconds_needed, spread, validate_shown
@@ -70,6 +71,19 @@ def chosen_weights(spec: JobSpec) -> Path | None:
         known = f"expected demo, {', '.join(FAMILIES)} or a safetensors file"
         raise FileNotFoundError(f"there is no model {spec.model!r}: {known}{did_you_mean(spec.model, FAMILIES)}")
     return Path(spec.model)
+
+
+def validate_inputs(spec: JobSpec) -> None:
+    """Raises FileNotFoundError where nothing is at a path that the job names; nothing is opened.
+
+    Embeddings are left out: they may be written.
+    """
+    named = {"vae": "VAE", "text_encoder": "text encoder", "tokenizer": "tokenizer", "image": "image"}
+    for name, what in ({"weights": "checkpoint" if is_family(spec.model) else "weights"} | named).items():
+        if (path := getattr(spec, name)) is not None:
+            require_there(path, what)
+    for path in spec.lora:
+        require_there(path, "LoRA")
 
 
 def chosen_family(spec: JobSpec, research: Research | None) -> "Family":

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from flexkern import __version__
 from flexkern.checks import require
-from flexkern.finite import HANDED_IN, NotFiniteError, validate_finite
 from flexkern.model.intact import validate_form as validate_container
 from flexkern.render.encoding import STDOUT, Encoding, is_sequence
 from flexkern.render.latents import DTYPES
@@ -145,6 +144,8 @@ def decode_latents(
 
 def _decoded(decoder: "Decoder", latents: "Tensor", what: str, device: str) -> "Tensor":
     """The pictures of latents. Raises NotFiniteError where they, or the latents, are not finite."""
+    from flexkern.finite import HANDED_IN, NotFiniteError, validate_finite
+
     validate_finite(f"the latents of {what}", latents, advice=HANDED_IN)
     pixels = decoder(latents.to(device))[0]
     finite = getattr(decoder, "finite", None)  # before rounding

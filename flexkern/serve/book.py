@@ -55,6 +55,12 @@ def read_line(text: str, number: int, jobs: Path, folder: Path) -> JobSpec:
     return JobSpec.from_dict(content, jobs.parent)
 
 
+def validate_job_file(path: Path) -> None:
+    """Raises FileNotFoundError where there is no such file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no job file {path}")
+
+
 def identity(spec: JobSpec, folder: Path) -> bytes:
     """What tells a job from others: all that it says but the device and the threads."""
     said = spec.to_dict() | {
@@ -88,8 +94,7 @@ class Jobs:
             FileNotFoundError: There is no such file.
             ValueError: Names the line of the first job that will not do, and those of others.
         """
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no job file {path}")
+        validate_job_file(path)
         self.path, self._folder = path, folder
         self._file: BinaryIO = path.open("rb")
         self._starts, self._lines, self.keys = array("q"), array("l"), array("l")

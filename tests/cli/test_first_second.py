@@ -6,7 +6,9 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from flexkern.cli import COMMANDS, command_class, stand_in
 from flexkern.render.signals import leaving_quietly
@@ -29,6 +31,10 @@ def asked(*words: str) -> tuple[str, ...]:
     return tuple(done.stdout.splitlines()[-1].split())
 
 
+NOWHERE = [f"--weights {__file__} --{name} none" for name in ("vae", "text-encoder", "tokenizer", "lora", "image")]
+NOWHERE += ["--weights none", "--prompts none", "--config-path none", "--data-path none --output-folder none"]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "loaded"),
     [
@@ -36,11 +42,22 @@ def asked(*words: str) -> tuple[str, ...]:
         ("presets", "0", ("numpy",)), ("render --help", "0", ("numpy",)), ("render --sedd 3", "2", ("numpy",)),
         ("render --model self-forcing --help", "0", ("numpy",)), ("render --frames 0", "2", ("numpy",)),
         ("render --model causvid --sedd 3", "2", ("numpy",)), ("render --preset fle", "2", ("numpy",)),
-        ("inspect", "2", ()), ("metrics --help", "0", ("numpy",)), ("warmup --help", "0", ("numpy",)),
+        ("inspect", "2", ()), ("inspect none", "2", ()), ("warmup --weights none", "2", ("numpy",)),
+        *((f"render --model self-forcing --prompt a {named}", "2", ("numpy",)) for named in NOWHERE),
+        ("decode none", "2", ("numpy",)), ("serve --weights none --dir none", "2", ("numpy",)),
+        ("metrics none.mp4", "2", ("av", "numpy")), ("sheet none.mp4 --out none/s.png", "2", ("numpy",)),
+        ("fleet none --out none --shard 0/1", "2", ("numpy",)), ("fleet none --out none", "2", ("numpy",)),
+        ("metrics --help", "0", ("numpy",)), ("warmup --help", "0", ("numpy",)),
     ],
 )  # fmt: skip
 def test_nothing_heavy_is_loaded_for_what_needs_no_work(words, status, loaded):
     assert asked(*words.split()) == (status, *loaded)
+
+
+def test_a_decoder_that_is_not_there_is_told_before_torch_is_loaded(tmp_path):
+    save_file({"latents": np.zeros((1, 3, 16, 4, 6), dtype=np.float32)}, tmp_path / "l.safetensors")
+    words = ("decode", f"{tmp_path}/l.safetensors", "--out", f"{tmp_path}/v.mp4", "--vae", "none")
+    assert asked(*words) == ("2", "numpy")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -245,7 +245,7 @@ REFUSED = {
     "no size": ("@@ --size big", "--size must be HEIGHTxWIDTH in pixels, such as 480x832, got 'big'"),
     "half a chunk": ("@@ --num_output_frames 7", "makes chunks of 3 latent frames, .* got 7 in all; .* 6 and 9"),
     "an image": ("@@ --image @red.png", "of self-forcing cannot begin with one picture: .* first chunk is 3 frames"),
-    "no image": ("@@ --image none.png --chunk 1", "there is no image none.png"),
+    "no image": ("@@ --image none.png --chunk 1", "no image at none.png"),
     "a text image": ("@@ --image p.txt --chunk 1", "p.txt is not an image"),
     "another lora": ("@@ --lora lora.pt", "lora.pt does not fit .* unknown targets 1: blocks.9.ffn.0.weight"),
     "keys": ("@@ --weights broken.pt --vae @vae.pth", "does not fit the model: missing 1: head.modulation"),

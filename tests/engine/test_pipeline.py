@@ -91,7 +91,7 @@ REFUSED = {  # fields of the checkpoint, how it is used, and what is said
     "tiny VAE": ({"vae": "tiny.pth", "vae_backend": "diffusers"}, {}, "vae_backend 'diffusers' is for Wan's VAE, and "),
     "odd size": ({"size": (3, 6)}, {}, "latent frame must be a multiple of 2x2, got 3x6"),
     "an image": ({}, {"image": "red.png"}, "of self-forcing cannot begin with one picture"),
-    "no image": ({"chunk": 1}, {"image": "none.png"}, "there is no image .*none.png"),
+    "no image": ({"chunk": 1}, {"image": "none.png"}, "no image at .*none.png"),
     "a text": ({"chunk": 1}, {"image": "text.png"}, "text.png is not an image that can be read"),
     "window": ({}, {"preset": get_preset("flex", {"retention.window": 5})}, "window must hold the sink .3. and the"),
     "first chunk": ({"first_chunk": 20}, {}, "window must hold the sink .3. and the incoming frames .20"),
