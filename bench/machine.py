@@ -99,12 +99,12 @@ def described(doc: str | None) -> str:
 
 def writable(folder: Path) -> Path:
     """The folder, made if needed. Refused before anything is measured where nothing can be written there."""
+    from flexkern.render.target import make_folder  # which needs the standard library alone, too
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     except OSError as fault:
-        refuse(f"cannot write to {folder}: {fault.strerror}")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        refuse(f"no permission to write to {folder}")
+        refuse(str(fault))
     return folder
 
 

@@ -77,6 +77,8 @@ class Metrics:
             own = 9 if preset is None else 1 + 4 * (preset.retention.pinned - 1)
             sink = own if self.sink is None else self.sink
             if self.out is not None:
+                from flexkern.render.target import make_folder
+
                 make_folder(self.out)
             learned = {name: load_model(where) for name, where in self.models.items()}
             reports = {}
@@ -110,16 +112,6 @@ def naming(path: Path) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-
-
-def make_folder(folder: Path) -> None:
-    """Make the folder of the tables, if it is not there. Raises ValueError or OSError where that cannot be."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--out must be a folder, and {folder} is a file")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"the folder {folder} cannot be made: {error.strerror or error}") from error
 
 
 def label(videos: Sequence[Path], names: Sequence[str]) -> dict[str, Path]:

@@ -38,6 +38,7 @@ try:
     from flexkern.demo.picture import animation, dark_seconds, drift_plot, sheet, tiles
     from flexkern.policies import Preset, get_preset
     from flexkern.render.meter import Meter
+    from flexkern.render.target import make_folder
     from flexkern.render.writer import VideoWriter
 except ModuleNotFoundError as error:
     if str(error.name).startswith("flexkern"):
@@ -151,9 +152,7 @@ def validate(args: Args) -> None:
     """Make the folder. Raises ValueError for a method that is none, OSError where the folder cannot be written to."""
     for name in args.methods:
         method(name)
-    args.out.mkdir(parents=True, exist_ok=True)
-    if not os.access(args.out, os.W_OK):
-        raise PermissionError(f"no permission to write to {args.out}")
+    make_folder(args.out)
 
 
 def main(args: Args) -> None:

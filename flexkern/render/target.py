@@ -80,6 +80,18 @@ def validate_name(name: str) -> None:
     require(size <= LONGEST, f"a file name has at most {LONGEST} bytes, got {size}: {name}")
 
 
+def make_folder(folder: Path) -> None:
+    """The folder is there, made if needed, and files can be made in it. Raises OSError, which says why not."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"cannot write to {folder}: it is a file")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise OSError(f"cannot write to {folder}: {fault.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write to {folder}")
+
+
 def validate_new(path: str | Path, *, overwrite: bool = False) -> None:
     """Raise FileExistsError where a render to the path would replace something, unless it may.
 

@@ -204,7 +204,10 @@ def run_demo(*words, cwd, code="", **environment):
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [("--out file/demo", "Not a directory: 'file/demo'"), ("--methods flx", "no preset 'flx': expected one of")],
+    [
+        ("--out file/demo", "cannot write to file/demo: Not a directory\n"),
+        ("--methods flx", "no preset 'flx': expected one of"),
+    ],
 )
 def test_what_cannot_work_is_one_line_before_any_film(tmp_path, words, said):
     (tmp_path / "file").write_text("")

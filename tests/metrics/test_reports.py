@@ -196,7 +196,7 @@ def test_a_video_that_cannot_be_measured_is_named_before_the_others_are(files, t
         status, said, wrong = run(Metrics, files[0], *words, "--out", out, capsys=capsys)
         assert status == 2 and said == "" and message in wrong and not out.exists()
     status, _, wrong = run(Metrics, files[0], "--out", short, capsys=capsys)
-    assert status == 2 and f"--out must be a folder, and {short} is a file" in wrong
+    assert status == 2 and f"cannot write to {short}: it is a file" in wrong
 
 
 def test_names_and_titles_are_text_in_pictures(files, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from flexkern.metrics.video import inspect_video, pictures_at, read_pictures
 from flexkern.render import LatentsFile, VideoWriter, validate_latents_target, validate_target
 from flexkern.render.sidecar import sidecar_path
 from flexkern.render.signals import stoppable, uninterrupted
-from flexkern.render.target import LONGEST, Target, unfinished_name, write_json
+from flexkern.render.target import LONGEST, Target, make_folder, unfinished_name, write_json
 
 SIDE = 32
 PICTURES = np.arange(3 * SIDE * SIDE * 3, dtype=np.uint8).reshape(3, SIDE, SIDE, 3)
@@ -210,3 +210,17 @@ def test_reading_closes_and_names_what_is_no_video(tmp_path):
     with pytest.raises(ValueError, match="file:n.mp4 is no video"):
         inspect_video(tmp_path / "file:n.mp4")
     assert issubclass(av.error.InvalidDataError, ValueError)
+
+
+def test_a_folder_is_made_or_it_is_said_why_not(tmp_path, monkeypatch):
+    make_folder(tmp_path / "a" / "b")
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to .*/file: it is a file$"):
+        make_folder(tmp_path / "file")
+    with pytest.raises(OSError, match="cannot write to .*/file/c: Not a directory$"):
+        make_folder(tmp_path / "file" / "c")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root is denied nothing
+    with pytest.raises(PermissionError, match="no permission to write to .*/a$"):
+        make_folder(tmp_path / "a")
