@@ -147,6 +147,15 @@ def is_float32(value: Any) -> bool:
     return _fits(value, float) and abs(value) <= LARGEST_FLOAT32
 
 
+def is_unicode(text: str) -> bool:
+    """Whether no character is half of one (a surrogate), which UTF-8 has no bytes for."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def did_you_mean(got: Any, known: Iterable[str]) -> str:
     """The tail of an error message that names the closest known word, or an empty string."""
     plain = {word.lower().replace("_", "-"): word for word in known}  # CAPITALS and under_scores are near as well

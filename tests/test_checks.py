@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy
 import pytest
 
-from flexkern.checks import check_fields, json_text
+from flexkern.checks import check_fields, is_unicode, json_text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +61,13 @@ def test_json_is_plain_text_that_can_be_written():
     name = os.fsdecode(b"gr\xfcn")  # of a file, in Latin-1
     text = json_text({"file": name, "prompt": "猫"}, indent=1)
     assert json.loads(text.encode().decode()) == {"file": name, "prompt": "猫"}
+
+
+@pytest.mark.parametrize("text", ["", "a cat", "ü", "🐈", "\u0000"])
+def test_whole_characters_are_unicode(text):
+    assert is_unicode(text)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a \ud83d", "\ud83d\udc08"])
+def test_half_of_a_character_is_not(text):
+    assert not is_unicode(text)

@@ -13,6 +13,8 @@ from typing import Any, get_origin, get_type_hints
 
 import tyro
 
+from flexkern.checks import is_unicode
+
 TEXT_ONLY = "videos are made from text, not from a video"
 GUIDANCE = "the models that this runs are distilled, and take no guidance"
 STEPS = "the steps are those of --model, or denoising_step_list in the file of --config-path"
@@ -74,7 +76,7 @@ def validate_words(command: type, words: Sequence[str]) -> None:
 
 def as_text(word: str, name: str = "--prompt") -> str:
     """A word as it was typed, whatever the locale makes of its bytes. Raises ValueError where they are not UTF-8."""
-    if not any("\ud800" <= letter <= "\udfff" for letter in word):
+    if is_unicode(word):
         return word
     try:
         return os.fsencode(word).decode("utf-8")  # a locale of ASCII keeps the bytes that it does not know

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flexkern.checks import check_fields, require
+from flexkern.checks import check_fields, is_unicode, require
 from flexkern.policies import Preset
 from flexkern.render.texts import parse_time, read_data
 
@@ -50,8 +50,7 @@ class PromptSwitch:
 def validate_prompt(prompt: str) -> None:
     """Raises ValueError for a prompt without words, or with half of a character, which no file and no encoder takes."""
     require(bool(prompt.strip()), f"prompt must be a text, got {prompt!r}")
-    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise ValueError(f"prompt must be text in UTF-8, got {prompt!r:.200}")
+    require(is_unicode(prompt), f"prompt must be text in UTF-8, got {prompt!r:.200}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
