@@ -14,6 +14,7 @@ from flexkern.render.latents import DTYPES
 from flexkern.render.outputs import PipeWriter, SequenceWriter, validate_form
 from flexkern.render.parts import Parts
 from flexkern.render.sidecar import FORMAT, describe_video, file_hash, fingerprint, read_sidecar
+from flexkern.render.target import parts_name
 from flexkern.render.watch import now
 from flexkern.render.writer import VideoWriter
 
@@ -135,6 +136,9 @@ def decode_latents(
                 writer.finish()
             elif writer is not None:
                 writer.close()
+            if isinstance(writer, VideoWriter) and parts_name(out).is_dir():
+                ends.callback((parts := Parts(out)).release)
+                parts.clear()  # nobody can go on with what a stopped render left of that video
         except BaseException:
             if isinstance(writer, (VideoWriter, SequenceWriter)):
                 writer.discard()  # it can be decoded again

@@ -203,6 +203,21 @@ def test_a_video_that_cannot_be_decoded_leaves_nothing(tmp_path):
     assert (tmp_path / "v.mp4").read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_video_that_is_decoded_takes_the_place_of_one_that_was_begun(tmp_path):
+    with begin(tmp_path / "l.safetensors") as file:
+        file.write(torch.randn(5, 16, 4, 6), 1000)
+    held, out = inspect_latents(tmp_path / "l.safetensors"), tmp_path / "video.mp4"
+    parts = Parts(out)
+    parts.checkpoint(3).write_bytes(b"")  # of a render that was killed
+    parts.release()
+    once = iter([Brighten()(torch.randn(1, 3, 16, 4, 6))])
+    with pytest.raises(StopIteration):
+        decode_latents(held, lambda latents: next(once), out)
+    assert parts.checkpoint(3).exists() and not out.exists()
+    assert decode_latents(held, Brighten(), out) == 17
+    assert len(pictures_of(out)) == 17 and not parts.folder.exists()
+
+
 def test_pictures_of_latents_are_written_by_one_at_a_time(tmp_path):
     """Whoever comes later is told before any work; at the latest when he would write."""
     with begin(tmp_path / "l.safetensors") as file:
