@@ -24,7 +24,10 @@ the first two against "plain", the others against "turns":
 
 Tiles with a rest leave room for two stages. The order of a row's sums follows from the tiles, so do its last bits.
 
-A fault in the protocol would hang: run them under a time limit.
+What a run decides: the loop with the smallest product of ``ms`` over the shapes of that command becomes SELECTED, of
+those whose repeats are all equal; where two differ by less than 1 %, the one with fewer switches. All others go, and
+with the last variant whose tiles have a rest all that handles rests. A fault in the protocol would hang: run them under
+a time limit.
 
 Compiled (Triton 3.7.1) and not kept:
 
