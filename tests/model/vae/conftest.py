@@ -6,10 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
-from diffusers import AutoencoderKLWan
-from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
-
 from flexkern.model.vae import load_vae
 
 KEYS = json.loads((Path(__file__).parent.parent.parent / "data" / "part_shapes.json").read_text())["vae"]
@@ -28,9 +24,17 @@ def state():
 
 
 @pytest.fixture(scope="session")
-def theirs(state):
+def diffusers():
+    """The package, which our decoder does without."""
+    return pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
+
+
+@pytest.fixture(scope="session")
+def theirs(state, diffusers):
     """diffusers' model with diffusers' own conversion of the same weights."""
-    module = AutoencoderKLWan(base_dim=8)
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    module = diffusers.AutoencoderKLWan(base_dim=8)
     module.load_state_dict(convert_wan_vae_to_diffusers(dict(state)))
     return module.eval().requires_grad_(False)
 
@@ -43,7 +47,7 @@ def file(state, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def vae(file):
+def vae(file, diffusers):
     return load_vae(file)
 
 
