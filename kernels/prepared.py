@@ -34,10 +34,11 @@ def keep(make: Callable[..., Made]) -> Callable[..., Made]:
 class Prepared:
     """A kernel's launch for tensors of known shapes, strides and dtypes.
 
-    Called with the tensors, and descriptors of tensors, in the order of the kernel's arguments. The first call goes
-    through Triton, which compiles; where all pointers were multiples of 16 bytes the compiled kernel is kept for the
-    current device and called itself from then on, as Triton does it: on the current stream, with the hooks of
-    profilers. Pointers that are not take Triton's way every time.
+    Called with the tensors, and descriptors of tensors, in the order of the kernel's arguments, the first of them a
+    tensor. The first call goes through Triton, which compiles; where all pointers were multiples of 16 bytes the
+    compiled kernel is kept for the device and called itself from then on, as Triton does it: on the current stream,
+    with the hooks of profilers. Pointers that are not take Triton's way every time. Triton launches on the current
+    device, wherever the tensors are: here it is that of the first one.
 
     Args:
         kernel: The kernel, ``triton.jit`` or ``gluon.jit``.
@@ -59,6 +60,14 @@ class Prepared:
         self.compiled: dict[int, Callable[..., None]] = {}
 
     def __call__(self, *tensors: Any) -> None:
+        where = -1 if torch.compiler.is_compiling() else tensors[0].get_device()  # -1 of a CPU too
+        if where >= 0 and where != current_device():
+            with torch.cuda.device(where):
+                self._launch(tensors)
+        else:
+            self._launch(tensors)
+
+    def _launch(self, tensors: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling() or not are_aligned(tensors):
             self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
             return

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import weakref
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,26 @@ def test_every_device_has_its_own(device):
     assert [who for who, *_ in kernel.calls] == ["triton", "triton", "compiled", "compiled"]
 
 
+def test_a_tensor_of_another_device_is_launched_there(device, monkeypatch):
+    """As with a model on cuda:1, while the current device is the first."""
+    kernel, x, seen = Kernel(), torch.zeros(4), []
+
+    @contextmanager
+    def current(index):
+        before, device[0] = device[0], index
+        seen.append(index)
+        yield
+        device[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    launch = prepare(kernel)
+    for place in (1, 1, 0, 0, -1):  # the last one is a CPU's: nobody's device
+        monkeypatch.setattr(torch.Tensor, "get_device", lambda tensor, place=place: place)
+        launch(x, x)
+    assert seen == [1, 1] and device == [0] and set(launch.compiled) == {0, 1}
+    assert [who for who, *_ in kernel.calls] == ["triton", "compiled", "triton", "compiled", "compiled"]
+
+
 def test_the_interpreter_is_asked_every_time(device):
     kernel, x = Kernel(compiles=False), torch.zeros(4)
     launch = prepare(kernel)
@@ -123,7 +144,8 @@ def test_nothing_is_made_of_a_key_inside_a_compiler(monkeypatch):
 
 
 def test_no_tensor_is_kept():
-    x, weight = torch.randn(3, 64), torch.ones(64)
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    x, weight = torch.randn(3, 64, device=where), torch.ones(64, device=where)
     out = rms_norm(x, weight)
     kept = [weakref.ref(tensor) for tensor in (x, weight, out)]
     del x, weight, out

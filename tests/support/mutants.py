@@ -232,6 +232,8 @@ MUTANTS = [
     ("kernels/prepared.py", "return begins % 16 == 0", "return True"),
     # one device's kernel is launched on another
     ("kernels/prepared.py", "self.compiled.get(current_device())", "next(iter(self.compiled.values()))"),
+    # tensors of another device are launched on the current one
+    ("kernels/prepared.py", "where >= 0 and where != current_device()", "False"),
     # constants in the order in which they were named
     ("kernels/prepared.py", "(constants[name] for name in kernel.arg_names[-len(constants) :])", "constants.values()"),
     # descriptors keep the tensor that they were made for
