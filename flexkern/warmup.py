@@ -8,6 +8,7 @@ list of them can go stale. Two layers are enough: all layers launch the same, bu
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def tune(
     inputs, shape = _inputs(engine, preset)
     attend: Callable[[Config], Tensor] = lambda config: frame_attention(*inputs, config=config)[0]
     timed = []
-    for one in time_tiles(candidates(arch_of(device), selection.config), attend, timer or _cold):
+    for one in time_tiles(candidates(arch_of(device), selection.config), attend, timer or partial(_cold, device)):
         tell(str(one))
         timed.append(one)
     best = fastest(timed)
@@ -136,11 +137,12 @@ def tune(
     return path
 
 
-def _cold(call: Callable[[], object]) -> float:
+def _cold(device: torch.device, call: Callable[[], object]) -> float:
     """Milliseconds of a call on a CUDA GPU: the median, with a cold L2 cache."""
     from triton.testing import do_bench
 
-    return float(do_bench(call, warmup=25, rep=100, return_mode="median"))
+    with torch.cuda.device(device):  # whose clock it looks at
+        return float(do_bench(call, warmup=25, rep=100, return_mode="median"))
 
 
 def _inputs(engine: Engine, preset: str | Preset) -> tuple[tuple[Tensor, ...], str]:

@@ -312,10 +312,12 @@ def write_preview(path: Path, picture: "NDArray[Any]") -> None:
 
 
 def peak_bytes() -> int:
-    """The most memory so far: that torch took of a GPU, or of this process where none is used."""
+    """The most memory so far: that torch took of a GPU, or of this process where it took none."""
     torch = sys.modules.get("torch")  # never loaded for the sake of looking
     if torch is not None and torch.cuda.is_initialized():
-        return int(torch.cuda.max_memory_allocated())
+        taken = max(torch.cuda.max_memory_allocated(number) for number in range(torch.cuda.device_count()))
+        if taken:
+            return int(taken)
     if resource is None:
         return 0
     return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) << 10

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from flexkern import demo
@@ -176,7 +177,15 @@ def test_a_log_that_cannot_be_written_is_said_once_and_ends_no_render(clock, tmp
     assert len(second.path.read_text().splitlines()) == 6
 
 
-def test_memory_is_that_of_the_process_where_there_is_no_gpu():
+def test_memory_is_that_of_the_gpu_which_took_most_or_of_the_process(monkeypatch):
+    taken = {0: 0, 1: 7}
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda number: taken[number])
+    assert peak_bytes() == 7  # as of --device cuda:1
+    taken[1] = 0  # a render on the CPU, in a process that has seen its GPUs
+    assert peak_bytes() > 1 << 20
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
     assert peak_bytes() > 1 << 20
 
 
