@@ -19,6 +19,7 @@ from flexkern.model.checkpoint import (
     Checkpoint,
     MissingPart,
     Parts,
+    default_device,
     validate_channels,
     validate_checkpoint,
     validate_device,
@@ -32,7 +33,16 @@ from flexkern.policies import Preset, get_preset
 if TYPE_CHECKING:  # there are builds of torch without what it needs
     from flexkern.parallel import Ranks
 
-__all__ = ["Checkpoint", "MissingPart", "Parts", "check", "load", "validate_device", "validate_preset"]
+__all__ = [
+    "Checkpoint",
+    "MissingPart",
+    "Parts",
+    "check",
+    "default_device",
+    "load",
+    "validate_device",
+    "validate_preset",
+]
 
 
 def check(

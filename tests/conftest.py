@@ -72,6 +72,23 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=why))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def gpu_for_whoever_asks():
+    """A GPU is for the tests that name it, by ``device`` or ``gpu``: all else, and every child, runs as without one.
+
+    So a test expects the same on every machine, and eight processes of tests share a GPU only where it is tested.
+    """
+    if not CUDA:
+        yield
+        return
+    torch.cuda.init()  # this process has seen its GPUs: what the environment says from here on is for children
+    torch.cuda.device_count()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        patch.setattr("flexkern.pipeline.default_device", lambda: "cpu")
+        yield
+
+
 @pytest.fixture
 def device() -> str:
     return "cuda" if CUDA else "cpu"

@@ -69,9 +69,9 @@ class Decode:
 
             import torch
 
-            from flexkern.pipeline import validate_device
+            from flexkern.pipeline import default_device, validate_device
 
-            device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+            device = self.device or default_device()
             validate_device(device, "--device")
             if self.threads is not None:
                 torch.set_num_threads(self.threads)

@@ -192,10 +192,10 @@ class Render(Flags):
         """Orders, with what makes them."""
         import torch
 
-        from flexkern.pipeline import validate_device
+        from flexkern.pipeline import default_device, validate_device
         from flexkern.render.batch import Batch
 
-        device = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self.device or default_device()
         validate_device(device, "--device")
         spec, family = self.spec(), self.chosen_family(research)
         checkpoint = chosen_checkpoint(spec, family, self.vae_backend or "auto")

@@ -262,6 +262,11 @@ def load_parts(parts: Parts) -> Loaded:
     return Loaded(model=model, text_encoder=text_encoder, vae=vae, decoder=decoder if parts.decodes else None)
 
 
+def default_device() -> str:
+    """The device of whoever names none to a command or a worker: the first GPU, where torch sees one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def validate_device(name: str, called: str = "device") -> None:
     """Raises ValueError where torch sees no such device. called: the argument's name in the message."""
     kind, _, number = name.partition(":")

@@ -258,7 +258,7 @@ class Worker:
         """What makes the video, and the order for it, checked as a whole; nothing is loaded."""
         import torch
 
-        from flexkern.pipeline import validate_device
+        from flexkern.pipeline import default_device, validate_device
 
         target = spec.target
         require(spec.out != STDOUT, "a worker writes files, not to stdout: give a name as out")
@@ -295,7 +295,7 @@ class Worker:
             validate_form(width, height, family.fps, spec.encoding, target)
         order.validate_files()
         validate_targets([target, sidecar_path(target)], inputs_of(spec))
-        device = self._device or spec.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = self._device or spec.device or default_device()
         validate_device(device)
         self._usual = self._usual or torch.get_num_threads()  # before a job changes it
         checkpoint = chosen_checkpoint(spec, family)

@@ -21,7 +21,8 @@ def prepared(monkeypatch):
         seen.stand_ins.append((config, family, options))
         return SimpleNamespace(backend_choice="backend triton: because")
 
-    monkeypatch.setattr(Warmup, "chosen_device", lambda self: "cpu")
+    # where triton can be chosen: in the interpreter on a CPU
+    monkeypatch.setattr(Warmup, "chosen_device", lambda self: "cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(work, "stand_in", stand_in)
     monkeypatch.setattr(work, "live", lambda engine, preset: seen.lived.append(preset))

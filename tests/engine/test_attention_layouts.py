@@ -242,13 +242,13 @@ def test_errors_of_turn_place(x, options, error, message):
         turn_place(x, **{"rows": 2, "columns": 4, "pairs": "interleaved"} | options)
 
 
-def calls():
+def calls(device):
     """Every way to call with inputs of float32 and of mixed dtypes."""
-    query, key, value = torch.randn(3, 1, 2 * 6, 2, 64).unbind()
-    turn, logit_scale = frame_turns([3, 4], [3, 4], head_dim=64, policy="flex")
+    query, key, value = torch.randn(3, 1, 2 * 6, 2, 64, device=device).unbind()
+    turn, logit_scale = frame_turns([3, 4], [3, 4], head_dim=64, policy="flex", device=device)
     plan = dict(turn=turn, logit_scale=logit_scale)
     pages = [x.unflatten(1, (2, 6)) for x in (query, key, value)]
-    slots = torch.tensor([1, 0])
+    slots = torch.tensor([1, 0], device=device)
     flat = lambda q, k, v: flexkern.attention(q, k, v, **plan, pairs="interleaved")
     paged = lambda q, k, v: flexkern.paged_attention(q, k, v, slots, **plan)
     return [(flat, (query, key, value)), (flat, (query, key.bfloat16(), value)), (paged, pages)]
@@ -257,8 +257,7 @@ def calls():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("which", range(3))
 def test_autocast_is_a_cast_of_query_key_and_value_compiled_or_not(which, dtype, device):
-    call, inputs = calls()[which]
-    inputs = [x.to(device) for x in inputs]
+    call, inputs = calls(device)[which]
     expected = call(*(x.to(dtype) for x in inputs))
     assert expected.dtype == dtype
     torch._dynamo.reset()

@@ -53,8 +53,9 @@ def test_where_models_come_from():
 
 
 @pytest.mark.parametrize("kind", ["dino", "clip"])
-def test_a_local_folder_of_transformers_embeds(tmp_path, kind):
+def test_a_local_folder_of_transformers_embeds(tmp_path, kind, monkeypatch):
     torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # a GPU convolves in TF32
     transformers = pytest.importorskip("transformers", reason='needs pip install "flexkern[model]"')
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

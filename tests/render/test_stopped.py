@@ -211,6 +211,7 @@ def test_versions_count_from_when_it_last_went_on(engine, stopped, monkeypatch, 
 
 
 @pytest.mark.triton(3, 4)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a CPU on which triton can be chosen, by its interpreter")
 def test_the_attention_kernel_and_its_tile_count(monkeypatch):
     from flexkern.kernels.attention import select
     from flexkern.kernels.attention.tiles import frame_attention_config
