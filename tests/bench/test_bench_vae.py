@@ -10,7 +10,7 @@ pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
 import bench_vae
 from diffusers import AutoencoderKLWan
 from recorder import StandIn
-from vae_split import split
+from vae_split import NAMED, split
 
 from flexkern.model import tiny_decoder
 from flexkern.model.vae.net import DecoderNet, Past, Sizes
@@ -42,7 +42,9 @@ def test_a_row_for_every_decoder(module, monkeypatch):
         row = rows[name]
         assert row.note == "" and row.ms > 0 and row.pictures_s == pytest.approx(12_000 / row.ms)
         assert 0 < row.error < 0.1 and row.peak_gb > 0 and row.roof_percent > 0
-        assert row.convolution_ms > 0 and row.copy_ms > 0 and "conv" in row.longest and row.ours_ms == 0
+        assert row.convolution_ms > 0 and row.copy_ms > 0 and row.ours_ms == 0
+        # which they are, a busy machine decides: an operator that waits for a core takes longest
+        assert row.longest.count(" ms") == NAMED
     assert rows["broken"].note == "failed: RuntimeError: no such layout" and math.isnan(rows["broken"].ms)
     assert rows["flexkern, graph"].note == "absent: needs a CUDA GPU" and math.isnan(rows["flexkern, graph"].ms)
     assert rows["wrong"].note.startswith("wrong: mean error") and math.isnan(rows["wrong"].ms)
