@@ -9,6 +9,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import cache
 from typing import Generic, Protocol, TypeVar
 
@@ -79,12 +80,25 @@ class CudaRecorder:
                         run()
                 finally:  # also where it failed: what it had launched writes to memory of the current stream
                     current.wait_stream(self.stream)
-                # thread_local: others go on pinning memory and copying
-                with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
-                    out = run()
+                try:
+                    # thread_local: others go on pinning memory and copying
+                    with torch.cuda.graph(graph, self.pool, self.stream, capture_error_mode="thread_local"):
+                        out = run()
+                except BaseException:
+                    self._forget()
+                    raise
             finally:
                 torch.cuda.set_stream(current)  # a capture that fails does not
         return CudaGraph(graph, out)
+
+    def _forget(self) -> None:
+        """The allocator knows that the capture is over. Before torch 2.12 it does not hear of one whose end fails, and
+        from then on refuses ``torch.cuda.empty_cache`` to the whole process (pytorch/pytorch#180395).
+        """
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        with suppress(RuntimeError):  # it knows
+            if end is not None:
+                end(torch.cuda.current_device(), self.pool)
 
     def why_not(self) -> str | None:
         """As ``Recorder.why_not``."""
