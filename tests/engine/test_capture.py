@@ -1,4 +1,4 @@
-"""What captures on a GPU, with doubles for the calls of torch.cuda that it makes: their order, and what a failure leaves."""
+"""What captures on a GPU, with doubles of torch.cuda: its calls in their order, and what a failure leaves."""
 
 from contextlib import contextmanager
 from types import SimpleNamespace

@@ -220,7 +220,8 @@ def check_on_a_gpu(inputs: dict, variant: str) -> None:
         pytest.skip("needs compute capability 9.0")
     there = {name: x if x is None else x.cuda() for name, x in inputs.items()}
     out, lse = frame_attention_hopper(**there, want_lse=True, variant=variant)
-    assert_as_accurate(out.cpu(), exact(inputs)[0], declared(**inputs), mean=1.3)
+    # on the GPU too: of the largest shape these are 500 billion operations, half of them in float64
+    assert_as_accurate(out, exact(there)[0], declared(**there), mean=1.3)
     for _ in range(20):
         again, lse_again = frame_attention_hopper(**there, want_lse=True, variant=variant)
         assert torch.equal(out, again) and torch.equal(lse, lse_again)
