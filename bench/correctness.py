@@ -36,7 +36,7 @@ WORKERS = 8  # processes of pytest-xdist
 # the last one may hang
 KERNELS = (
     "frame_attention", "norm_rope_write", "modulate", "gate_residual", "add_modulate", "rms_norm",
-    "causal_conv", "frame_attention_hopper",
+    "add_norm_silu", "to_bytes", "causal_conv", "frame_attention_hopper",
 )  # fmt: skip
 TESTS = {
     "kernels": tuple(f"tests/kernels/test_{name}.py" for name in KERNELS),
