@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # torch does not list them
-from torch.distributed.device_mesh import init_device_mesh
 
 from flexkern.parallel.errors import RankError
 
@@ -57,8 +56,8 @@ class Group:
             dist.init_process_group(
                 backend, store=PrefixStore("groups", self.store), rank=rank, world_size=ranks, timeout=PATIENCE
             )
-            self.mesh = init_device_mesh(device.type, (ranks,), mesh_dim_names=("heads",))
-            self._tensors = self.mesh.get_group()
+            # no DeviceMesh: over gloo it makes a group more in processes that see a GPU, for which others would wait
+            self._tensors = dist.group.WORLD
             self._messages = dist.new_group(backend="gloo", timeout=FOREVER)
 
     def exchange(self, entries: Tensor) -> Tensor:

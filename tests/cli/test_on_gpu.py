@@ -1,4 +1,4 @@
-"""Commands on a GPU: what is rendered with graphs and without, stopped and gone on with, and what was compiled before."""
+"""Commands on a GPU: what is rendered with graphs and without, stopped and gone on with, and compiled beforehand."""
 
 import re
 from pathlib import Path
