@@ -211,7 +211,21 @@ def test_with_gradients_nothing_is_folded(model):
         assert [x.shape[-1 if i == 2 else 1] for i, x in enumerate(model.text_keys(text_of(5), OPS)[0])] == [64] * 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@torch.inference_mode()
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.bfloat16, 1), (torch.float32, 0)], ids=str)
+def test_gelu_is_part_of_the_first_product_in_16_bits(model, monkeypatch, dtype, calls):
+    """The call that a GPU gets, made on a CPU, whose GELU is another approximation."""
+    block, h, counted = model.blocks[0].to(dtype), torch.randn(1, 2, 40, 64).to(dtype), []
+    expected, fused = block.ffn(h), torch._addmm_activation
+    monkeypatch.setattr(torch, "_addmm_activation", lambda *x, **options: counted.append(1) or fused(*x, **options))
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    found = block.feed_forward(h)
+    monkeypatch.undo()
+    assert len(counted) == calls and found.shape == h.shape and found.dtype == dtype
+    torch.testing.assert_close(found, expected, atol=0.01 if calls else 0.0, rtol=0.01 if calls else 0.0)
+
+
+@pytest.mark.gpu
 def test_gelu_in_the_first_product_on_a_gpu(model):
     block = model.blocks[0].cuda().bfloat16()
     h = torch.randn(1, 2, 40, 64, device="cuda").mul(3).bfloat16()
