@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flexkern.model.vae.decoder import WanDecoder
+from flexkern.testing import assert_as_accurate
 
 pytestmark = pytest.mark.gpu
 
@@ -41,6 +42,24 @@ def test_graphs_on_a_gpu_give_the_same_bits(pictures, net, monkeypatch):
         assert resumed.graphs.count == 1 and all(torch.equal(tensor, kept[name]) for name, tensor in state.items())
         decoder.reset()
         launched.reset()
+
+
+@pytest.mark.triton(3, 6)
+@pytest.mark.parametrize("graphs", [False, True])
+def test_our_own_convolutions_make_the_same_pictures(graphs, file):
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs compute capability 9.0")
+    latents = draw(9, size=(6, 10))
+    half = dict(device="cuda", dtype=torch.bfloat16)
+    library = WanDecoder.from_pretrained(file, **half)
+    own = WanDecoder.from_pretrained(file, convolutions="hopper", graphs=graphs, **half)
+    exact = WanDecoder.from_pretrained(file, dtype=torch.float64).decode(latents.cpu())
+    made, entitled = (
+        torch.cat([decoder.decode(part) for part in latents.split(3, dim=1)], dim=1).cpu() for decoder in (own, library)
+    )
+    assert any(conv.own for conv in own.net.causal().values())
+    assert not graphs or (own.graphs.count, own.graphs.why_not) == (1, None)
+    assert_as_accurate(made, exact, entitled)
 
 
 def test_torch_sees_no_chunk_wait(net):
