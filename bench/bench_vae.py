@@ -3,8 +3,9 @@
 python bench/bench_vae.py --save
 python bench/bench_vae.py --save --tiny-decoder taew2_1.pth     # beside them, for previews: no error is told of it
 
-Needs diffusers. A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of three chunks, against
-diffusers' decoder in float32; one that exceeds what diffusers' own decoder in bfloat16 has is wrong, and not timed.
+A chunk of each decoder is traced, and cut by kind of kernel. Errors are those of three chunks, against diffusers'
+decoder in float32; one that exceeds what diffusers' own decoder in bfloat16 has is wrong, and not timed. Without
+diffusers, ours stands in for it in both.
 "flexkern, graph" captures the third chunk and replays it from then on; its peak is that of capturing.
 Operations are those that the mathematics needs, with the doubling of height and width folded into the convolution after
 it.
@@ -14,15 +15,17 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import harness
 import machine
 import roofs
 import torch
 from breakdown import traced
-from diffusers import AutoencoderKLWan
 from harness import Truth
 from roofs import DEVICE, allocated
 from torch import Tensor
@@ -31,7 +34,7 @@ from vae_split import VaeRow, split
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.tiny_decoder import load_tiny_decoder
 from flexkern.model.vae import DiffusersDecoder, WanDecoder, WanVAE
-from flexkern.model.vae.net import Convolutions, Sizes
+from flexkern.model.vae.net import Convolutions, DecoderNet, Sizes
 
 FRAMES = 3  # latents of a chunk
 ROUNDS = 4
@@ -41,11 +44,53 @@ LAST = torch.channels_last_3d
 PREVIEW = "tiny decoder"
 
 
-def ours(module: AutoencoderKLWan, *, graphs: bool = False, convolutions: Convolutions = "library") -> WanDecoder:
+@dataclass(frozen=True, kw_only=True)
+class OwnWeights:
+    """Random weights of our decoder, in place of diffusers' module."""
+
+    sizes: Sizes
+    dtype: torch.dtype = torch.float32
+
+    def bfloat16(self) -> "OwnWeights":
+        """The same weights, rounded."""
+        return replace(self, dtype=torch.bfloat16)
+
+    def net(self) -> DecoderNet:
+        """The network with them."""
+        torch.manual_seed(0)
+        with torch.device(DEVICE):
+            net = DecoderNet(self.sizes).eval().requires_grad_(False)
+            return net.prepare(torch.zeros(self.sizes.latent), torch.ones(self.sizes.latent), self.dtype)
+
+
+Module = Any
+"""diffusers' AutoencoderKLWan, or ``OwnWeights``"""
+
+
+def make_module(*, is_tiny: bool) -> Module:
+    """Random weights of Wan's sizes in float32, or an eighth to a twelfth as wide."""
+    base = 8 if is_tiny else 96
+    if find_spec("diffusers") is None:
+        return OwnWeights(sizes=Sizes(16, (4 * base, 4 * base, 2 * base, base), 2, (True, True, False)))
+    from diffusers import AutoencoderKLWan
+
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        return AutoencoderKLWan(base_dim=base).eval().requires_grad_(False)
+
+
+def ours(module: Module, *, graphs: bool = False, convolutions: Convolutions = "library") -> WanDecoder:
+    if isinstance(module, OwnWeights):
+        return WanDecoder(module.net().convolve_with(convolutions), graphs=graphs)
     return WanDecoder.from_module(module, graphs=graphs, convolutions=convolutions)
 
 
-def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = False) -> DiffusersDecoder:
+def plain(module: Module) -> ChunkDecoder:
+    """The decoder that others are judged by: diffusers', or ours."""
+    return ours(module) if isinstance(module, OwnWeights) else theirs(module)
+
+
+def theirs(module: Module, *, last: bool = False, compiled: bool = False) -> DiffusersDecoder:
     """diffusers' decoder in a copy of the module, which it may change."""
     vae = WanVAE(copy.deepcopy(module), backend="diffusers")
     if last:
@@ -57,7 +102,7 @@ def theirs(module: AutoencoderKLWan, *, last: bool = False, compiled: bool = Fal
     return DiffusersDecoder(vae)
 
 
-PROVIDERS: dict[str, Callable[[AutoencoderKLWan], ChunkDecoder]] = {
+PROVIDERS: dict[str, Callable[[Module], ChunkDecoder]] = {
     "flexkern": ours,
     "flexkern, graph": partial(ours, graphs=True),
     "flexkern, own convolutions": partial(ours, convolutions="hopper"),
@@ -120,8 +165,16 @@ def why_launched(decoder: ChunkDecoder) -> str | None:
     return decoder.graphs.why_not if isinstance(decoder, WanDecoder) and decoder.graphs else None
 
 
+def why_absent(provider: str, module: Module) -> str:
+    """Why a decoder cannot run here, "" if it can."""
+    if provider in NEED_GPU and DEVICE != "cuda":
+        return "needs a CUDA GPU"
+    lacks = isinstance(module, OwnWeights) and provider.startswith("diffusers")
+    return "the package 'diffusers' is not installed" if lacks else ""
+
+
 def bench(
-    module: AutoencoderKLWan,
+    module: Module,
     name: str,
     size: tuple[int, int],
     names: list[str],
@@ -129,15 +182,17 @@ def bench(
     tiny: Callable[[], ChunkDecoder] | None = None,
 ) -> list[VaeRow]:
     """A row for each provider at one size, and for a tiny decoder. The module is in float32 and stays so."""
-    latents = torch.randn(1, FRAMES, module.config.z_dim, *size, device=DEVICE)
-    exact = start(lambda: theirs(module), latents)[1].double()
     half = copy.deepcopy(module).bfloat16()
-    truth = Truth(exact=exact, entitled=start(lambda: theirs(half), latents)[1])
+    sizes = ours(half).net.sizes
+    latents = torch.randn(1, FRAMES, sizes.latent, *size, device=DEVICE)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # whose ten bits are hardly more than bfloat16's
+        exact = start(lambda: plain(module), latents)[1].double()
+    truth = Truth(exact=exact, entitled=start(lambda: plain(half), latents)[1])
     decoders: dict[str, ChunkDecoder] = {}
     found: dict[str, tuple[float, str, float]] = {}
     for provider in names:
-        if provider in NEED_GPU and DEVICE != "cuda":
-            found[provider] = math.nan, "absent: needs a CUDA GPU", math.nan
+        if why := why_absent(provider, module):
+            found[provider] = math.nan, f"absent: {why}", math.nan
             continue
         try:
             decoders[provider], pictures, peak = start(partial(PROVIDERS[provider], half), latents)
@@ -157,7 +212,7 @@ def bench(
     for i in range(rounds):
         for provider in list(decoders)[:: 1 if i % 2 == 0 else -1]:
             taken[provider] += [chunk_ms(decoders[provider], latents) for _ in range(2)]
-    sizes, roof = WanDecoder.from_module(module).net.sizes, roofs.measure_roofs()
+    roof = roofs.measure_roofs()
     pictures_made, flops = FRAMES * sizes.stretch[0], count_flops(sizes, FRAMES, *size)
     parts = {name: split(traced(partial(chunk_ms, decoder, latents))) for name, decoder in decoders.items()}
     around = harness.conditions(lambda: [decoder(latents) for decoder in list(decoders.values())[:1]])
@@ -181,9 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     tiny = args.tiny_decoder and load_tiny_decoder(args.tiny_decoder, device=DEVICE, dtype=torch.bfloat16)
     out, is_tiny = harness.folder(args), args.tiny or DEVICE == "cpu"
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        module = AutoencoderKLWan(base_dim=8 if is_tiny else 96).eval().requires_grad_(False)
+    module = make_module(is_tiny=is_tiny)
     for name, size in (TINY if is_tiny else SIZES).items():
         rows = bench(module, name, size, list(PROVIDERS), 1 if is_tiny else ROUNDS, tiny)
         for row in rows:

@@ -113,7 +113,7 @@ def make_queue(out: Path) -> list[Item]:
         Item(name="causal_conv", doc="the VAE's convolutions, ours and cuDNN's",
              command=python("bench_causal_conv.py", *to), estimate=30, limit=90, absent=without_hopper),
         Item(name="vae", doc="the VAE's decoder, ours and diffusers'; compiling the latter takes longest",
-             command=python("bench_vae.py", *to), estimate=125, limit=200, absent=without_package("diffusers")),
+             command=python("bench_vae.py", *to), estimate=125, limit=200),
         Item(name="attention", doc="ours at every shape of the short list", command=attention("--what", "ours"),
              estimate=35, limit=100),
         Item(name="hopper", doc="the portable and the warp-specialised kernel at the same shapes",

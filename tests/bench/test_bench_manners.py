@@ -119,12 +119,10 @@ def test_what_is_missing_is_one_line_and_a_fault_a_traceback(error, said, capsys
 
 def test_every_bench_says_so_in_one_line(tmp_path):
     """A package that does not import, in place of the one that a bench needs beyond its extra."""
-    (tmp_path / "diffusers.py").write_text(
-        "raise ModuleNotFoundError(\"No module named 'diffusers'\", name='diffusers')"
-    )
-    done = run_python(BENCH / "bench_vae.py", "--tiny", cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    (tmp_path / "tyro.py").write_text("raise ModuleNotFoundError(\"No module named 'tyro'\", name='tyro')")
+    done = run_python(BENCH / "bench_long_render.py", cwd=tmp_path, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("bench_vae.py: error: the package 'diffusers' is not installed")
+    assert done.stderr.startswith("bench_long_render.py: error: the package 'tyro' is not installed")
 
 
 def test_a_reader_that_leaves_is_no_error():

@@ -2,14 +2,11 @@
 
 import math
 
+import bench_vae
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
-
-pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
-import bench_vae
-from diffusers import AutoencoderKLWan
 from recorder import StandIn
+from torch.utils.flop_counter import FlopCounterMode
 from vae_split import NAMED, split
 
 from flexkern.model import tiny_decoder
@@ -20,8 +17,18 @@ PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))
 
 @pytest.fixture(scope="module")
 def module():
-    torch.manual_seed(0)
-    return AutoencoderKLWan(base_dim=8).eval().requires_grad_(False)
+    pytest.importorskip("diffusers", reason='needs pip install "flexkern[model]"')
+    return bench_vae.make_module(is_tiny=True)
+
+
+def test_without_diffusers_ours_is_timed_and_judged_by_itself(monkeypatch):
+    monkeypatch.setattr(bench_vae, "find_spec", lambda name: None)
+    own = bench_vae.make_module(is_tiny=True)
+    weights = [net.decoder.conv_out.weight for net in (own.net(), own.net(), own.bfloat16().net())]
+    assert torch.equal(*weights[:2]) and torch.equal(weights[0].bfloat16(), weights[2])
+    rows = {row.provider: row for row in bench_vae.bench(own, "16x24", (2, 3), ["flexkern", "diffusers"], 1)}
+    assert rows["flexkern"].note == "" and rows["flexkern"].ms > 0 and 0 < rows["flexkern"].error < 0.1
+    assert rows["diffusers"].note == "absent: the package 'diffusers' is not installed"
 
 
 def test_a_row_for_every_decoder(module, monkeypatch):
