@@ -1,6 +1,7 @@
 import os
 import signal
 
+import hanging
 import pytest
 import torch
 
@@ -86,6 +87,23 @@ def gpu_for_whoever_asks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CUDA_VISIBLE_DEVICES", "")
         patch.setattr("flexkern.pipeline.default_device", lambda: "cpu")
+        yield
+
+
+@pytest.fixture(scope="session")
+def uncaptured_stderr(pytestconfig):
+    descriptor = hanging.uncaptured_stderr(pytestconfig)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture(autouse=True)
+def no_hanging_kernel(request, uncaptured_stderr):
+    asks = request.node.get_closest_marker("gpu") or "device" in request.fixturenames
+    if CUDA and asks and not request.config.getoption("usepdb"):
+        with hanging.ends_after(hanging.SECONDS, uncaptured_stderr):
+            yield
+    else:
         yield
 
 
