@@ -42,6 +42,8 @@ TESTS = {
     "kernels": tuple(f"tests/kernels/test_{name}.py" for name in KERNELS),
     "graphs": ("tests/engine/test_waiting.py", "tests/model/vae/test_graphs_on_gpu.py"),
 }
+# of loops that no GPU has run: the queue's item "variants" tries each in a process that may hang
+TRIED_ALONE = "test_variants_on_a_gpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +108,7 @@ def run_pytest(which: str) -> int:
 
     tests = [str(path) for name in TESTS[which] if (path := machine.ROOT / name).is_file()]
     options = ["--rootdir", str(machine.ROOT), "-q", "--maxfail=20", "-p", "no:cacheprovider", "--durations=5"]
+    options += ["-k", f"not {TRIED_ALONE}"]
     if find_spec("xdist"):  # nearly all the time goes into compiling; workers import this tree through ``machine``
         options += ["-n", str(WORKERS), "-p", "machine"]
     return pytest.main([*options, *tests])

@@ -103,6 +103,15 @@ def test_a_killed_suite_leaves_what_was_finished(tmp_path):
     assert (tmp_path / "rows").read_text() == "finished"
 
 
+def test_a_loop_that_may_hang_is_not_among_the_tests_of_the_queue(monkeypatch):
+    file = "tests/kernels/test_frame_attention_hopper.py"
+    assert f"def {correctness.TRIED_ALONE}(" in (machine.ROOT / file).read_text()
+    given = []
+    monkeypatch.setattr(pytest, "main", given.extend)
+    correctness.run_pytest("kernels")
+    assert given[given.index("-k") + 1] == f"not {correctness.TRIED_ALONE}" and str(machine.ROOT / file) in given
+
+
 def test_items_are_chosen_by_name():
     queue = gpu_suite.make_queue(Path("out"))
     names = [item.name for item in queue]
