@@ -376,7 +376,8 @@ def test_the_readmes_hold_the_tables_of_the_committed_csvs():
 def test_the_clock_of_the_gpu():
     a = torch.randn(2048, 2048, device="cuda")
     [[*once], [*thrice]] = roofs.measure([lambda: a @ a, lambda: a @ a @ a @ a], budget_ms=20)
-    assert 2 < sorted(thrice)[len(thrice) // 2] / sorted(once)[len(once) // 2] < 4
+    # 3 where nobody else uses the GPU, which other processes of these tests may
+    assert 1.5 < sorted(thrice)[len(thrice) // 2] / sorted(once)[len(once) // 2] < 6
 
 
 def test_only_a_gpu_writes_to_the_results(tmp_path, capsys):
