@@ -75,7 +75,7 @@ def python(script: str, *options: str) -> list[str]:
 
 
 def make_queue(out: Path) -> list[Item]:
-    """The queue: what must be right first, then what takes how long, each most valuable first. ``out``: for results."""
+    """The queue, most valuable first. ``out``: where results go."""
     to = ("--out", str(out))
     correctness = lambda kernel: python("correctness.py", kernel, *to)
     attention = lambda *options: python("bench_frame_attention.py", *options, *to)
@@ -84,6 +84,9 @@ def make_queue(out: Path) -> list[Item]:
     checks = [
         Item(name="correctness frame_attention", doc="against float64 on real shapes, 10,000 repeats bitwise equal",
              command=correctness("frame_attention"), estimate=45, limit=150),
+        # each loop in processes of its own, which a fault ends; what it decides is what everything waits for
+        Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
+             command=attention("--what", "variants"), estimate=120, limit=150, absent=without_hopper),
         Item(name="default path", doc="a render without any option takes the Hopper kernel",
              command=python("default_path.py"), estimate=30, limit=75, absent=without_package("numpy")),
         *(Item(name=f"correctness {kernel}", doc="the same", command=correctness(kernel), estimate=12, limit=60)
@@ -102,8 +105,6 @@ def make_queue(out: Path) -> list[Item]:
              command=python("correctness.py", "--pytest", "graphs"), estimate=50, limit=120, absent=without_tests),
     ]  # fmt: skip
     timings = [
-        Item(name="variants", doc="which loop of the Hopper kernel: each tried, checked and timed",
-             command=attention("--what", "variants"), estimate=120, limit=150, absent=without_hopper),
         Item(name="roofs", doc="bf16 product, copy, clocks", command=python("bench_roofs.py", *to),
              estimate=12, limit=45),
         # 20 s for the first path with each of two presets, 6 s for others; the rest is compiling and filling windows
