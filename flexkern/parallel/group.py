@@ -10,10 +10,11 @@ GPU waits for, and to say why, there is a word in the store that all ranks look 
 """
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -31,6 +32,23 @@ GRACE = 5.0  # seconds for a rank to end by itself
 WORD = "over"  # the entry of the store that ends all ranks
 
 __all__ = ["Group", "Store", "TCPStore", "Vigil", "leave_at_once"]
+
+
+@contextmanager
+def stdout_aside() -> Iterator[None]:
+    """What is printed on the process's stdout goes to its stderr.
+
+    The gloo of torch 2.7 and 2.8 prints a line for each group that is made, where a video may be written to.
+    """
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    with ExitStack() as ends:
+        with suppress(OSError):  # of a process that has no stdout, or no stderr
+            own = os.dup(1)
+            ends.callback(os.close, own)
+            os.dup2(2, 1)
+            ends.callback(os.dup2, own, 1)
+        yield
 
 
 class Group:
@@ -52,7 +70,7 @@ class Group:
         if device.type == "cuda":
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with self._reaching():
+        with self._reaching(), stdout_aside():
             dist.init_process_group(
                 backend, store=PrefixStore("groups", self.store), rank=rank, world_size=ranks, timeout=PATIENCE
             )
