@@ -18,6 +18,8 @@ from flexkern.backends import unfit_triton
 from flexkern.backends.choice import AUTO
 from flexkern.engine import Engine
 from flexkern.model.families import Family
+from flexkern.model.vae.decoder import WanDecoder
+from flexkern.model.vae.net import PUBLISHED, DecoderNet, Sizes
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.plan import band_split
 from flexkern.policies import Preset, get_preset
@@ -80,6 +82,24 @@ def live(engine: Engine, preset: str | Preset) -> None:
         session.switch(text)
     session.step()
     session.validate_chunks()
+
+
+@torch.inference_mode()
+def decode(family: Family, *, dtype: torch.dtype, device: str | torch.device, sizes: Sizes = PUBLISHED) -> None:
+    """Make the pictures of a first chunk and of two more with random weights, as a render does that is given a VAE.
+
+    Args:
+        family: Chunk, first chunk and size.
+        dtype: Of the weights.
+        device: Where it runs.
+        sizes: Of the decoder.
+    """
+    mean, std = torch.zeros(sizes.latent), torch.ones(sizes.latent)
+    with torch.device(device):
+        net = DecoderNet(sizes).eval().requires_grad_(False)
+        decoder = WanDecoder(net.prepare(mean.to(device), std.to(device), dtype))
+    for count in (family.first_chunk, family.chunk, family.chunk):
+        decoder(torch.randn(1, count, sizes.latent, *family.size, dtype=dtype, device=device))
 
 
 def tune(

@@ -61,7 +61,7 @@ class Warmup:
 
             import torch
 
-            from flexkern.warmup import live, stand_in, tune
+            from flexkern.warmup import decode, live, stand_in, tune
 
             engine = stand_in(config, family, dtype=getattr(torch, dtype), device=device, backend="triton")
             heads = f"{config.num_heads} heads of {config.head_dim}"
@@ -76,6 +76,8 @@ class Warmup:
 
             with watch_compiles(lambda one: note(told(one))) as compiled:
                 live(engine, preset)
+                if not self.is_demo:
+                    decode(family, dtype=getattr(torch, dtype), device=device)
                 torch.cuda.synchronize(device)
             print(summary(compiled))
         return 0
@@ -98,6 +100,11 @@ class Warmup:
         require(device != "cpu", "kernels are compiled for a CUDA GPU, got --device cpu")
         return device
 
+    @property
+    def is_demo(self) -> bool:
+        """Whether the model is the demo's, which makes pictures itself."""
+        return not is_family(self.model) and self.config is None
+
     def sizes(self, device: str) -> "tuple[WanConfig, Family, Dtype]":
         """Sizes of the model, how it is run, and the dtype of its weights."""
         from flexkern import demo
@@ -105,7 +112,7 @@ class Warmup:
         from flexkern.model.wan import CONFIGS
         from flexkern.pipeline import Checkpoint, check
 
-        if not is_family(self.model) and self.config is None:
+        if self.is_demo:
             for name in ("dtype", "size", "chunk", "first_chunk"):
                 require(getattr(self, name) is None, f"--{name.replace('_', '-')} is for checkpoints, not for the demo")
             path = self.weights if self.model == DEMO else Path(self.model)

@@ -10,9 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vae_split import NAMED, split
 
 from flexkern.model import tiny_decoder
-from flexkern.model.vae.net import DecoderNet, Past, Sizes
-
-PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))
+from flexkern.model.vae.net import PUBLISHED, DecoderNet, Past, Sizes
 
 
 @pytest.fixture(scope="module")

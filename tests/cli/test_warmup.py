@@ -15,7 +15,7 @@ pytestmark = pytest.mark.triton(3, 4)
 @pytest.fixture
 def prepared(monkeypatch):
     """What would be run, without a GPU and without running it: (sizes, family, options) of every stand-in."""
-    seen = SimpleNamespace(stand_ins=[], lived=[], tuned=[])
+    seen = SimpleNamespace(stand_ins=[], lived=[], tuned=[], decoded=[])
 
     def stand_in(config, family, **options):
         seen.stand_ins.append((config, family, options))
@@ -26,6 +26,7 @@ def prepared(monkeypatch):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(work, "stand_in", stand_in)
     monkeypatch.setattr(work, "live", lambda engine, preset: seen.lived.append(preset))
+    monkeypatch.setattr(work, "decode", lambda family, **options: seen.decoded.append((family, options)))
     monkeypatch.setattr(work, "tune", lambda engine, preset, *, tell: seen.tuned.append(preset) or tell("a tile"))
     return seen
 
@@ -72,6 +73,7 @@ def test_options_become_the_model_that_is_run(flexkern_, prepared):
     ((config, family, options),) = prepared.stand_ins
     assert status == 0 and (config.dim, config.num_layers) == (5120, 40)
     assert (family.size, family.chunk, options["dtype"], options["backend"]) == ((90, 160), 1, torch.float16, "triton")
+    assert prepared.decoded == [(family, {key: options[key] for key in ("dtype", "device")})]
     (preset,) = prepared.lived
     assert (preset.name, preset.retention.window) == ("longlive", 15) and not prepared.tuned
     assert err.splitlines() == [
@@ -85,6 +87,7 @@ def test_the_demo_is_the_default_and_tiles_come_first(flexkern_, prepared, tiny)
     (config, family, options), again = prepared.stand_ins
     assert status == 0 and (config.dim, family.name, options["dtype"]) == (64, "demo", torch.float32)
     assert again == (config, family, options), "another engine, which takes the tile that was found"
+    assert not prepared.decoded, "the demo has no VAE"
     assert [preset.name for preset in prepared.tuned] == ["flex"] and err.endswith("flexkern: a tile\n")
     assert flexkern_("warmup", "--model", Path(tiny))[0] == 0
 

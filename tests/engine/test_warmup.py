@@ -13,9 +13,11 @@ import torch
 from flexkern.backends import sdpa
 from flexkern.model.families import FAMILIES
 from flexkern.model.schedule import Schedule
+from flexkern.model.vae import decoder, net
+from flexkern.model.vae.net import Sizes
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.policies import get_preset
-from flexkern.warmup import LAYERS, live, stand_in, tune
+from flexkern.warmup import LAYERS, decode, live, stand_in, tune
 
 CONFIG = WanConfig(
     dim=64, ffn_dim=64, num_heads=2, num_layers=5, in_dim=4, out_dim=4, text_len=4, text_dim=8, freq_dim=16
@@ -85,6 +87,28 @@ def test_a_render_launches_nothing_that_was_not_compiled(kind, first_chunk):
 
     rendered = launches(render, first_chunk)
     assert len(rendered) >= 7 and rendered <= compiled, rendered - compiled
+
+
+@pytest.mark.parametrize(("first_chunk", "chunk"), [(1, 3), (3, 3), (1, 1)])
+def test_a_vae_launches_nothing_that_was_not_compiled(monkeypatch, first_chunk, chunk):
+    sizes, launched = Sizes(4, (16, 16, 8, 8), 1, (True, True, False)), set()
+    family = replace(FAMILIES["self-forcing"], size=(4, 6), first_chunk=first_chunk, chunk=chunk)
+    for module, name in ((net, "add_norm_silu"), (decoder, "to_bytes")):
+        run = getattr(module, name)
+
+        def recorded(*tensors, name=name, run=run):
+            launched.add((name, *(None if x is None else (x.shape[1] == 1, x.shape[2:], x.dtype) for x in tensors)))
+            return run(*tensors)
+
+        monkeypatch.setattr(module, name, recorded)
+    decode(family, dtype=torch.float32, device="cpu", sizes=sizes)
+    compiled = set(launched)
+    assert {name for name, *_ in compiled} == {"add_norm_silu", "to_bytes"}
+    own = net.DecoderNet(sizes).requires_grad_(False).prepare(torch.zeros(4), torch.ones(4), torch.float32)
+    render = decoder.WanDecoder(own)
+    for count in (first_chunk, *[chunk] * 5):
+        render(torch.randn(1, count, 4, 4, 6))
+    assert launched == compiled
 
 
 def test_the_stand_in_differs_from_the_model_in_its_layers_alone():

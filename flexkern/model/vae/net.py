@@ -57,6 +57,9 @@ class Sizes(NamedTuple):
         return tuple(found)
 
 
+PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))  # Wan 2.1
+
+
 class Sum:
     """Features [B, T, H, W, C] whose last addition is left to whoever reads them; they can be read once.
 

@@ -13,10 +13,9 @@ from flexkern.model.vae import load_vae, ops
 from flexkern.model.vae.decoder import WanDecoder
 from flexkern.model.vae.graphs import ChunkGraphs
 from flexkern.model.vae.memory import Cut, count_elements, frames_at_once, reach, spans
-from flexkern.model.vae.net import DecoderNet, Past, Sizes, fold_doubling
+from flexkern.model.vae.net import PUBLISHED, DecoderNet, Past, fold_doubling
 from flexkern.testing import assert_as_accurate
 
-PUBLISHED = Sizes(16, (384, 384, 192, 96), 2, (True, True, False))
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="runs the kernels in Triton's interpreter")
 
 
