@@ -34,7 +34,7 @@ from vae_split import VaeRow, split
 from flexkern.model.decoder import ChunkDecoder
 from flexkern.model.tiny_decoder import load_tiny_decoder
 from flexkern.model.vae import DiffusersDecoder, WanDecoder, WanVAE
-from flexkern.model.vae.net import Convolutions, DecoderNet, Sizes
+from flexkern.model.vae.net import PUBLISHED, Convolutions, DecoderNet, Sizes
 
 FRAMES = 3  # latents of a chunk
 ROUNDS = 4
@@ -58,9 +58,7 @@ class OwnWeights:
     def net(self) -> DecoderNet:
         """The network with them."""
         torch.manual_seed(0)
-        with torch.device(DEVICE):
-            net = DecoderNet(self.sizes).eval().requires_grad_(False)
-            return net.prepare(torch.zeros(self.sizes.latent), torch.ones(self.sizes.latent), self.dtype)
+        return DecoderNet.random(self.sizes, dtype=self.dtype, device=DEVICE)
 
 
 Module = Any
@@ -71,7 +69,7 @@ def make_module(*, is_tiny: bool) -> Module:
     """Random weights of Wan's sizes in float32, or an eighth to a twelfth as wide."""
     base = 8 if is_tiny else 96
     if find_spec("diffusers") is None:
-        return OwnWeights(sizes=Sizes(16, (4 * base, 4 * base, 2 * base, base), 2, (True, True, False)))
+        return OwnWeights(sizes=PUBLISHED._replace(widths=tuple(width * base // 96 for width in PUBLISHED.widths)))
     from diffusers import AutoencoderKLWan
 
     torch.manual_seed(0)

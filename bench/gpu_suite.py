@@ -1,8 +1,8 @@
-"""Check and measure everything on a bare GPU machine in ten minutes, most valuable first; needs torch, triton, pytest.
+"""Check and measure on a bare GPU machine for ten minutes, most valuable first; needs torch, triton and pytest.
 
 python bench/gpu_suite.py --dry-run          # the queue with time estimates
 python bench/gpu_suite.py                    # results in bench/results/<gpu>
-python bench/gpu_suite.py --from peers       # the second command, where the first ran out of time
+python bench/gpu_suite.py --from peers       # the next command, where the first ran out of time
 
 Every item is a process of its own with a time limit, and writes its results as it goes. A run that is cut off loses
 only the item it was at; suite.csv says how every item ended and suite.log what it printed. To run from an archive, see

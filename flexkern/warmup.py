@@ -94,10 +94,7 @@ def decode(family: Family, *, dtype: torch.dtype, device: str | torch.device, si
         device: Where it runs.
         sizes: Of the decoder.
     """
-    mean, std = torch.zeros(sizes.latent), torch.ones(sizes.latent)
-    with torch.device(device):
-        net = DecoderNet(sizes).eval().requires_grad_(False)
-        decoder = WanDecoder(net.prepare(mean.to(device), std.to(device), dtype))
+    decoder = WanDecoder(DecoderNet.random(sizes, dtype=dtype, device=device))
     for count in (family.first_chunk, family.chunk, family.chunk):
         decoder(torch.randn(1, count, sizes.latent, *family.size, dtype=dtype, device=device))
 

@@ -60,23 +60,27 @@ class Prepared:
         self.compiled: dict[int, Callable[..., None]] = {}
 
     def __call__(self, *tensors: Any) -> None:
-        where = -1 if torch.compiler.is_compiling() else tensors[0].get_device()  # -1 of a CPU too
+        if torch.compiler.is_compiling():
+            self._by_triton(tensors)
+            return
+        where = tensors[0].get_device()  # -1 of a CPU
         if where >= 0 and where != current_device():
             with torch.cuda.device(where):
-                self._launch(tensors)
+                self._launch(tensors, where)
         else:
-            self._launch(tensors)
+            self._launch(tensors, where)
 
-    def _launch(self, tensors: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling() or not are_aligned(tensors):
-            self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
-            return
-        if self.compiled and (launch := self.compiled.get(current_device())):
+    def _launch(self, tensors: tuple[Any, ...], where: int) -> None:
+        aligned = are_aligned(tensors)
+        if aligned and self.compiled and (launch := self.compiled.get(where if where >= 0 else current_device())):
             launch(*tensors, *self.rest)
             return
-        compiled = self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
-        if compiled is not None:  # the interpreter compiles nothing
-            self.compiled[current_device()] = compiled[self.grid]
+        compiled = self._by_triton(tensors)
+        if aligned and compiled is not None:  # the interpreter compiles nothing
+            self.compiled[where if where >= 0 else current_device()] = compiled[self.grid]
+
+    def _by_triton(self, tensors: tuple[Any, ...]) -> Any:
+        return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
 
 
 def current_device() -> int:

@@ -46,6 +46,12 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
         skipped = several and not command.overwrite
         done = {id(order) for lot in lots for order in lot.batch.orders if skipped and lot.batch.skips(order)}
     failed: list[int] = []
+
+    def fail(order: "Order", ending: "Ending") -> None:
+        note(f"{order.target}: {ending.message}")
+        enter(manifest, order, "failed", ending.message, ending.status)
+        failed.append(ending.status)
+
     left = sum(len(lot.batch.orders) for lot in lots)
     for lot in lots:
         waiting = []
@@ -65,9 +71,7 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
             if len(lots) == 1:
                 refuse(ending.message, ending.status)
             for order in waiting:
-                note(f"{order.target}: {ending.message}")
-                enter(manifest, order, "failed", ending.message, ending.status)
-                failed.append(ending.status)
+                fail(order, ending)
             continue
         if command.output_folder is not None:
             with refusing(*status.BAD):
@@ -80,12 +84,10 @@ def _render_all(lots: Sequence[Lot], command: Flags, ends: ExitStack) -> int:
                 return ending.status
             if ending.status == status.DONE:
                 enter(manifest, order, "finished")
+            elif several:
+                fail(order, ending)
             else:
-                if not several:
-                    refuse(ending.message, ending.status)
-                note(f"{order.target}: {ending.message}")
-                enter(manifest, order, "failed", ending.message, ending.status)
-                failed.append(ending.status)
+                refuse(ending.message, ending.status)
             if ending.signal and (left or order is not waiting[-1]):
                 note(f"interrupted: {order.target} was the last one that was tried")
                 return status.SIGNAL + ending.signal

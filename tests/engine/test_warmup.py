@@ -104,8 +104,7 @@ def test_a_vae_launches_nothing_that_was_not_compiled(monkeypatch, first_chunk, 
     decode(family, dtype=torch.float32, device="cpu", sizes=sizes)
     compiled = set(launched)
     assert {name for name, *_ in compiled} == {"add_norm_silu", "to_bytes"}
-    own = net.DecoderNet(sizes).requires_grad_(False).prepare(torch.zeros(4), torch.ones(4), torch.float32)
-    render = decoder.WanDecoder(own)
+    render = decoder.WanDecoder(net.DecoderNet.random(sizes, dtype=torch.float32, device="cpu"))
     for count in (first_chunk, *[chunk] * 5):
         render(torch.randn(1, count, 4, 4, 6))
     assert launched == compiled

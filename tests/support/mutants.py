@@ -231,7 +231,11 @@ MUTANTS = [
     # a compiled kernel that expects aligned pointers gets others
     ("kernels/prepared.py", "return begins % 16 == 0", "return True"),
     # one device's kernel is launched on another
-    ("kernels/prepared.py", "self.compiled.get(current_device())", "next(iter(self.compiled.values()))"),
+    (
+        "kernels/prepared.py",
+        "self.compiled.get(where if where >= 0 else current_device())",
+        "next(iter(self.compiled.values()))",
+    ),
     # tensors of another device are launched on the current one
     ("kernels/prepared.py", "where >= 0 and where != current_device()", "False"),
     # constants in the order in which they were named

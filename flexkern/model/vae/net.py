@@ -297,6 +297,13 @@ class DecoderNet(nn.Module):
             if isinstance(module, CausalConv):
                 module.name = name.removeprefix("decoder.")
 
+    @classmethod
+    def random(cls, sizes: Sizes, *, dtype: torch.dtype, device: str | torch.device) -> "DecoderNet":
+        """With random weights, ready to compute: to compile what a real one launches, or to time it."""
+        with torch.device(device):
+            net = cls(sizes).eval().requires_grad_(False)
+            return net.prepare(torch.zeros(sizes.latent), torch.ones(sizes.latent), dtype)
+
     @torch.no_grad()
     def prepare(self, mean: Tensor, std: Tensor, dtype: torch.dtype) -> "DecoderNet":
         """Fold what can be folded in float64, round once, lay the weights out channels last.
