@@ -117,15 +117,17 @@ def follow(store: Store, *, rank: int, ranks: int, device: torch.device) -> int:
         group = Group(store, rank=rank, ranks=ranks, device=device)
     except RankError:
         return LOST
-    vigil = Vigil(group, leave_at_once(LOST))
+    vigil, lost = Vigil(group, leave_at_once(LOST)), True
     try:
         Follower(group).follow()
+        lost = False
     except RankError:  # rank 0 knows, or is gone
         return LOST
     except BaseException as error:
         told = " ".join(f"{type(error).__name__}: {error}".split())
         group.end(f"rank {rank} of {ranks} has failed: {told}")
         raise
-    vigil.stop()
-    group.close()
+    finally:
+        vigil.stop()
+        group.close(lost=lost)
     return 0

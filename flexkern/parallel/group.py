@@ -129,9 +129,21 @@ class Group:
         except RuntimeError:
             return "rank 0 has ended"
 
-    def close(self) -> None:
-        """Let go of what reaches the others."""
-        dist.destroy_process_group()
+    def close(self, *, lost: bool) -> None:
+        """Let go of what reaches the others, and end the threads that carried it.
+
+        One of these may still hold a tensor of the last message, and needs Python to let go of it: where Python has
+        begun to end meanwhile, the process is aborted.
+
+        Args:
+            lost: A rank has ended, so that a GPU may wait for it for ever; NCCL is left alone then.
+        """
+        if lost and self.device.type == "cuda":
+            dist.destroy_process_group(self._messages)
+        else:
+            dist.destroy_process_group()
+            del self._tensors
+        del self._messages
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:

@@ -82,18 +82,18 @@ class Ranks:
         if self._closed:
             return
         self._closed = True
-        self._lost = self.lost
+        why = self.lost
         try:
-            if self._lost is None:
+            if why is None:
                 self.group.tell(("leave", {}))
             else:
-                self.group.end(self._lost)
+                self.group.end(why)
         except RankError:  # they have ended already
             pass
+        self._lost = why or "the ranks have been closed"
         self._vigil.stop()
-        self._clear(at_once=self._lost is not None)
-        if self._lost is None or self.device.type == "cpu":  # a GPU may wait for a rank that is gone
-            self.group.close()
+        self._clear(at_once=why is not None)
+        self.group.close(lost=why is not None)
 
     def share(self, model: VideoModel, backend: str, size: tuple[int, int]) -> None:
         """Every rank gets the model, in place of the one that they had; sessions of that one end.

@@ -37,7 +37,7 @@ def test_the_demo_on_two_ranks_is_the_demo_on_one(tmp_path):
         for name, words in (("one.mp4", command), ("two.mp4", [*command, "--gpus", "2"]), ("run.mp4", torchrun))
     ]
     said = [process.communicate() for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert [process.returncode for process in started] == [0, 0, 0], "\n".join(err for _, err in said)
     one, two, run = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("one", "two", "run"))
     assert one == two == run
     assert [out for out, _ in said] == [f"{name}.mp4: 9 pictures, 0.6 s\n" for name in ("one", "two", "run")]

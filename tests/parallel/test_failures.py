@@ -74,6 +74,13 @@ def test_a_pass_that_is_interrupted_ends_the_ranks(started, monkeypatch):
     assert time.monotonic() - began < 5
 
 
+def test_ranks_that_are_closed_say_so(started):
+    ranks, session, _ = started
+    ranks.close()
+    with pytest.raises(RankError, match="the ranks have been closed"):
+        session.step()
+
+
 def test_a_rank_that_never_comes_is_named(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     monkeypatch.setattr("sys.executable", "/bin/false")
