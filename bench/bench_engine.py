@@ -233,7 +233,7 @@ def room_for(setup: Setup, names: Sequence[str]) -> dict[str, str]:
     if DEVICE == "cpu":
         return {}
     config, (rows, columns) = setup.model.config, setup.model.grid(*setup.size)
-    cache = 4 * config.num_layers * setup.preset.retention.capacity * rows * columns * config.dim
+    cache = 4 * config.num_layers * setup.preset.retention.pages * rows * columns * config.dim
     total = torch.cuda.mem_get_info()[1]
     fitting = int((0.95 * total - SPARE - count_bytes(setup.model)) // cache)
     why = f"absent: beside the others there is no room for its cache of {cache / 1e9:.1f} GB"

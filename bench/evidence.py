@@ -10,8 +10,9 @@ of FLEX to the plain window, the parts also to the sink alone, choices that the 
 equation. Figures are means over all frames beyond the horizon (of 1 x: over all generated ones), never over a part that
 was chosen later.
 
-Resumable: films.csv gets the rows of a batch of films in one write, and what it has is not made again; rows of other
-weights or another commit are refused. From it come presets.csv, parts.csv, choices.csv, a picture
+Resumable: films.csv gets the rows of a batch of films in one write, and what it has is not made again. Rows of other
+weights are refused; those of another commit stay where this one measures the same on films that they have, to the last
+digit, so that variants which came later stand beside them. From it come presets.csv, parts.csv, choices.csv, a picture
 of each and reading.md.
 """
 
@@ -181,19 +182,19 @@ def make_missing(args: Args, path: Path) -> None:
     """Film and measure every cell that the file lacks.
 
     Raises:
-        ValueError: The file has rows of other weights or of another commit.
+        ValueError: The file has rows of other weights, or of another commit that measures otherwise.
     """
     about = {
         "weights": hashlib.sha256(args.weights.read_bytes()).hexdigest()[:12], "commit": machine.commit(),
         "torch": torch.__version__, "day": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     rows = read(path)
-    for name in ("weights", "commit"):
-        others = {row[name] for row in rows} - {about[name]}
-        if others:
-            raise ValueError(
-                f"{path} has rows of {name} {', '.join(sorted(others))}, this is {about[name]}: move it away"
-            )
+    if others := {row["weights"] for row in rows} - {about["weights"]}:
+        raise ValueError(
+            f"{path} has rows of weights {', '.join(sorted(others))}, this is {about['weights']}: move it away"
+        )
+    if others := {row["commit"] for row in rows} - {about["commit"]}:
+        validate_same(args, path, rows, sorted(others))
     key = lambda row: (row["variant"], row["horizon"], row["film"])
     have = {key(row) for row in rows}
     ready = lambda cell: {(cell.variant.name, str(h), str(f)) for h in cell.horizons for f in cell.films} <= have
@@ -202,6 +203,24 @@ def make_missing(args: Args, path: Path) -> None:
         append(path, [row | about for row in made if key(row) not in have])
         took = f"{made[0]['seconds']} s"
         print(f"{number}/{len(todo)}  {cell.variant.name}  {cell.horizons}  films {cell.films}  {took}", flush=True)
+
+
+def validate_same(args: Args, path: Path, rows: Sequence[Row], commits: Sequence[str]) -> None:
+    """Raises ValueError unless the shortest films that there are of each of these commits are measured alike today."""
+    load(args)
+    for commit in commits:
+        own = [row for row in rows if row["commit"] == commit]
+        first = min(own, key=lambda row: int(row["horizon"]))
+        films = [row for row in own if (row["variant"], row["horizon"]) == (first["variant"], first["horizon"])][:BATCH]
+        of = next((one for one, _ in wanted(args) if one.name == first["variant"]), None)
+        numbers = range(int(films[0]["film"]), int(films[-1]["film"]) + 1)
+        again = (
+            [] if of is None else make(Cell(variant=of, horizons=(int(first["horizon"]),), films=numbers), args.seed)
+        )
+        figures = lambda rows: [[row[name] for name in FIGURES] for row in rows]
+        if figures(again) != figures(films):
+            told = f"{path} has rows of commit {commit}, which measured films of {first['variant']} otherwise"
+            raise ValueError(f"{told}: move it away")
 
 
 def made_side_by_side(args: Args, todo: Sequence[Cell]) -> Iterator[tuple[Cell, list[Row]]]:
@@ -240,7 +259,7 @@ def main(args: Args) -> None:
     rows = read(path)
     if not rows:
         raise ValueError(f"{path} has no films")
-    commit = rows[0]["commit"]
+    commit = ", ".join(dict.fromkeys(row["commit"] for row in rows))
     parts = [*(one.name for one in PARTS), FLEX]
     choices = [*LEAST, *(one.name for one in CHOICES)]
     presets = results(rows, args.presets, PLAIN)

@@ -106,6 +106,8 @@ class Window:
         retention = preset.retention
         if not isinstance(retention, SinkWindow):
             raise NotImplementedError(f"retention must be a SinkWindow, got {type(retention).__name__}")
+        if retention.evicted != "drop":
+            raise NotImplementedError(f"retention.evicted must be 'drop', got {retention.evicted!r}")
         self.position, self.device, self.heads = preset.position, device, config.num_heads
         self.sink, self.size, self.tokens = retention.sink, retention.window, rows * columns
         third = config.head_dim // 2 // 3

@@ -11,7 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flexkern.kernels.reference import pad_turn, rotate
+from flexkern.policies import Blend
 from flexkern.state import State
+
+TOGETHER = 8  # layers whose pages are blended at once: few launches, little memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +33,20 @@ class LayerPages(NamedTuple):
     values: Tensor
 
 
+class Mix(NamedTuple):
+    """A page to be computed, by slots: what ``policies.Blend`` asks for."""
+
+    slot: int
+    sources: list[int]
+    weights: list[float]
+    averaged: list[bool]
+
+
 class FrameCache:
     """Pages of every layer, and the ordered list of frames in them.
 
-    keys, values: [L, B, P, S, H, D]. listed: the occupied pages in the order attention lists them, the sink first.
-    heads: H.
+    keys, values: [L, B, P, S, H, D]. listed: the occupied pages, the sink first. seen: indices into ``listed`` of those
+    that attention sees, in the order in which it lists them; None for all. heads: H.
     """
 
     def __init__(
@@ -47,6 +60,7 @@ class FrameCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
         self.listed: list[Page] = []
+        self.seen: list[int] | None = None
         self._free = list(range(pages))
 
     @property
@@ -60,6 +74,11 @@ class FrameCache:
         return [page.slot for page in self.listed]
 
     @property
+    def attended(self) -> list[Page]:
+        """The pages that attention sees, in the order in which it lists them."""
+        return self.listed if self.seen is None else [self.listed[i] for i in self.seen]
+
+    @property
     def bytes(self) -> int:
         """Size of all pages of all layers."""
         return 2 * self.keys.numel() * self.keys.element_size()
@@ -68,11 +87,35 @@ class FrameCache:
         """Everything that belongs to the pages of a layer, as views."""
         return LayerPages(self.keys[layer], self.values[layer])
 
-    def keep(self, indices: Sequence[int]) -> None:
-        """Keep the pages at these indices of ``listed``, in this order; free the slots of all others."""
-        kept = [self.listed[i] for i in indices]
-        self._free = sorted({*self._free, *self.slots} - {page.slot for page in kept})
-        self.listed = kept
+    def keep(self, pages: Sequence[int | Blend], seen: Sequence[int] | None = None) -> list[Mix]:
+        """Keep the pages at these indices of ``listed``, in this order, with pages to be computed between them.
+
+        The slots of all others are free. Returns what must be computed, with ``blend``, before anything is written.
+        seen: as the attribute, of what is left.
+        """
+        before, stay = self.listed, {self.listed[page].slot for page in pages if not isinstance(page, Blend)}
+        self._free = sorted({*self._free, *self.slots} - stay)
+        self.listed, self.seen, mixes = [], None, []
+        for page in pages:
+            if isinstance(page, Blend):
+                sources = [before[i].slot for i in page.indices]
+                averaged = [i in page.averaged for i in page.indices]
+                mixes.append(Mix(self.allocate([page.frame])[0], sources, list(page.weights), averaged))
+            else:
+                self.listed.append(before[page])
+        self.seen = None if seen is None else list(seen)
+        return mixes
+
+    def blend(self, mixes: Sequence[Mix], place_turn: Tensor) -> None:
+        """Compute pages from others of every layer, in float32 or better; all are read before one is written.
+
+        place_turn: [S, D / 2 - T, 2], the turns that keys are stored with.
+        """
+        turn = pad_turn(place_turn, self.keys.shape[-1] // 2, front=True)[:, None]  # [S, 1, D / 2, 2]
+        for keys, values in zip(self.keys.split(TOGETHER), self.values.split(TOGETHER), strict=True):
+            made = [(_mixed(keys, mix, turn), _mixed(values, mix, None)) for mix in mixes]
+            for mix, (key, value) in zip(mixes, made, strict=True):
+                keys[:, :, mix.slot], values[:, :, mix.slot] = key, value
 
     def allocate(self, frames: Sequence[int]) -> list[int]:
         """Give each new frame a free slot, at the end of the list, and return the slots.
@@ -85,6 +128,8 @@ class FrameCache:
                 "evict first, or make the window larger"
             )
         slots, self._free = self._free[: len(frames)], self._free[len(frames) :]
+        if self.seen is not None:
+            self.seen += range(len(self.listed), len(self.listed) + len(frames))
         self.listed += [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
         return slots
 
@@ -96,7 +141,7 @@ class FrameCache:
     def state(self) -> State:
         """The list, and copies of its pages on the CPU, [L, B, R, S, H, D] in list order."""
         return {
-            "frames": self.frames, "slots": self.slots,
+            "frames": self.frames, "slots": self.slots, "seen": self.seen,
             "keys": self._copied(self.keys), "values": self._copied(self.values),
         }  # fmt: skip
 
@@ -119,6 +164,7 @@ class FrameCache:
         self.listed = [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
         for pages, held in ((self.keys, state["keys"]), (self.values, state["values"])):
             self._fill(pages, held)
+        self.seen = state["seen"]
         self._free = sorted({*range(count)} - {*slots})
 
     def _copied(self, pages: Tensor) -> Tensor:
@@ -133,3 +179,19 @@ class FrameCache:
         """Put what ``_copied`` gave back where it was."""
         for layer, layer_held in zip(pages, held, strict=True):
             layer[:, self.slots] = layer_held.to(pages.device)
+
+
+def _mixed(pages: Tensor, mix: Mix, turn: Tensor | None) -> Tensor:
+    """The page that a mix asks for, [L, B, S, H, D] of pages [L, B, P, S, H, D].
+
+    turn: what keys are stored with, [S, 1, D / 2, 2]; None for values. A mean over tokens is of keys without it.
+    """
+    sums: dict[bool, Tensor] = {}
+    for source, weight, averaged in zip(mix.sources, mix.weights, mix.averaged, strict=True):
+        page = pages[:, :, source].to(torch.promote_types(pages.dtype, torch.float32)) * weight
+        sums[averaged] = sums[averaged] + page if averaged in sums else page
+    if True in sums:
+        alike = sums[True] if turn is None else rotate(sums[True], turn * turn.new_tensor((1.0, -1.0)))
+        alike = alike.mean(2, keepdim=True).expand_as(alike)
+        sums[True] = alike if turn is None else rotate(alike, turn)
+    return sum(sums.values(), torch.zeros((), device=pages.device))

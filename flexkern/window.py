@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from flexkern.backends import Backend
-from flexkern.cache import FrameCache
+from flexkern.cache import FrameCache, Mix
 from flexkern.memory import PagedMemory
 from flexkern.plan import ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
 from flexkern.policies import Preset
@@ -55,7 +55,7 @@ class CacheWindow:
         preset.position.multipliers(1.0, self.bands, heads)
         with torch.inference_mode(False):  # pages outlive the mode they were made in
             self.cache = self._allocate(
-                layers=layers, batch=batch, pages=preset.retention.capacity, tokens=rows * columns, heads=heads,
+                layers=layers, batch=batch, pages=preset.retention.pages, tokens=rows * columns, heads=heads,
                 head_dim=head_dim, dtype=dtype, device=device,
             )  # fmt: skip
             self.place_turn = place_turns(rows, columns, head_dim).to(device)
@@ -64,7 +64,7 @@ class CacheWindow:
 
     def __repr__(self) -> str:
         batch, rows, columns = self.shape
-        held = f"{len(self.cache.listed)} of {self.preset.retention.capacity} pages"
+        held = f"{len(self.cache.listed)} of {self.preset.retention.pages} pages"
         return f"CacheWindow(preset {self.preset.name!r}, {held} in use, {batch} x {rows}x{columns} tokens a frame)"
 
     def begin(self, target: int | None = None) -> None:
@@ -95,7 +95,6 @@ class CacheWindow:
 
         Raises:
             ValueError: The frames neither are those being computed nor follow them, or the window is too small.
-            NotImplementedError: The retention policy asks for pages to be computed.
         """
         frames = range(start, start + count)
         if self._memory is not None and frames == self.frames:
@@ -108,10 +107,8 @@ class CacheWindow:
                 f"got {list(frames)}"
             )
         kept = self.preset.retention.keep(self.cache.frames, count)
-        if kept.blends:
-            asked = f"the retention of preset {self.preset.name!r} asks for {len(kept.blends)} blended pages"
-            raise NotImplementedError(f"{asked}; supported: pages kept as they are")
-        self.cache.keep(kept.indices)
+        if mixes := self.cache.keep(kept.pages, kept.seen):
+            self._blend(mixes)
         return self._plan(frames, self.cache.allocate(frames), cut)
 
     @property
@@ -177,10 +174,12 @@ class CacheWindow:
 
     @torch.inference_mode(False)  # plans outlive the mode they were made in
     def _plan(self, frames: range, slots: Sequence[int], cut: bool = False) -> PagedMemory:
+        attended = self.cache.attended
+        visible, read = [page.frame for page in attended], [page.slot for page in attended]
         phases = self.preset.position.phases(
-            query=frames, visible=self.cache.frames, bands=self.bands, heads=self.heads, target=self.target, cut=cut
+            query=frames, visible=visible, bands=self.bands, heads=self.heads, target=self.target, cut=cut
         )
-        plan = make_plan(phases, write_slots=slots, read_slots=self.cache.slots, place_turn=self.place_turn)
+        plan = make_plan(phases, write_slots=slots, read_slots=read, place_turn=self.place_turn)
         memory = self._attend_by(plan, slots)
         self._memory, self.frames, self._written, self._cut = memory, frames, list(slots), cut
         return memory
@@ -188,6 +187,10 @@ class CacheWindow:
     def _allocate(self, **sizes: Any) -> FrameCache:
         """The cache of these sizes, which are ``FrameCache``'s arguments."""
         return FrameCache(**sizes)
+
+    def _blend(self, mixes: Sequence[Mix]) -> None:
+        """Compute pages from others, in every layer."""
+        self.cache.blend(mixes, self.place_turn)
 
     def _attend_by(self, plan: ChunkPlan, slots: Sequence[int]) -> PagedMemory:
         """What layers attend through by a plan on the CPU; slots: those it writes to, -1 where a frame is not kept."""

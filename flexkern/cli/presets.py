@@ -12,6 +12,7 @@ from flexkern.policies import (
     PositionPolicy,
     Preset,
     RetentionPolicy,
+    SinkWindow,
     SwitchPolicy,
     get_preset,
     idle_fields,
@@ -34,6 +35,12 @@ STRETCHED = {
     "static": "s is how many times longer the whole video is than training.",
     "dynamic": "s is how many times longer than training the video has become, frame by frame.",
     "per_chunk": "s is how many times longer than training the video has become, chunk by chunk; 1 until then.",
+}
+EVICTED = {
+    "drop": "",
+    "sink": ", and those that leave are merged into them",
+    "memory": ", and those that leave are merged into two frames behind them",
+    "sweep": ", and stand for all but the last {recent} again and again, forwards and back",
 }
 NOISES = {
     "iid": "Every frame starts from noise of its own.",
@@ -70,6 +77,11 @@ PLAIN = {
     "position.cut_position": "where the first frame after a scene cut sits",
     "retention.sink": "first frames, which stay for good",
     "retention.window": "latent frames seen in all, those and the current chunk included",
+    "retention.evicted": "what becomes of frames that are not recent any more",
+    "retention.sink_rate": "share of a frame that leaves in the first frame it is merged into",
+    "retention.slow_rate": "share of frames that leave in the slow memory frame",
+    "retention.fast_rate": "share of frames that leave in the fast memory frame",
+    "retention.average": "their mean: over all tokens, or frames: place by place",
     "noise.kind": "how the noises of frames belong together",
     "noise.rho": "correlation with the frame before",
     "noise.scope": "sequence: over the whole video; chunk: within each chunk",
@@ -167,7 +179,8 @@ def _memory(retention: RetentionPolicy) -> str:
     pinned, seen = retention.pinned, retention.capacity
     first = "the first frame" if pinned == 1 else f"the first {pinned} frames"
     stays = f"; {first} of the video stay{'s' * (pinned == 1)} for good" if pinned else ""
-    return f"A frame sees {seen} latent frames in all, its own chunk included{stays}."
+    evicted = EVICTED[retention.evicted].format(recent=seen - pinned) if isinstance(retention, SinkWindow) else ""
+    return f"A frame sees {seen} latent frames in all, its own chunk included{stays}{evicted}."
 
 
 def _noise(noise: NoisePolicy) -> str:

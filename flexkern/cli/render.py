@@ -229,7 +229,7 @@ class Render(Flags):
         if loras:
             note(f"{self.config_path}: its lora_ckpt and adapter are not used: --lora is")
         if research.preset and self.preset not in (None, research.preset):
-            note(f"{self.config_path}: use_infinite_attention is not followed: --preset is")
+            note(f"{self.config_path}: {research.preset_key} is not followed: --preset is")
         if research.note:
             note(research.note)
         return research

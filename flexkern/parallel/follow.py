@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from flexkern.backends import Backend, get_backend
-from flexkern.cache import FrameCache
+from flexkern.cache import FrameCache, Mix
 from flexkern.model.wan import CausalWan, WanConfig
 from flexkern.parallel.errors import RankError
 from flexkern.parallel.group import Group, Store, Vigil, leave_at_once
@@ -71,6 +71,10 @@ class Follower:
         split = Split(ranks=group.ranks, rank=group.rank, heads=heads, rows=rows, columns=columns)
         cache = FrameCache(**sizes, heads=heads // group.ranks, device=group.device)
         self.shares[video] = Share(group, split, self._model, self._backend, cache, eps)
+
+    def blend(self, video: int, mixes: Sequence[Mix]) -> None:
+        """As ``Share.blend``."""
+        self.shares[video].blend(mixes)
 
     @torch.inference_mode(False)
     def plan(self, video: int, tables: dict[str, Any], spared: int) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexkern.backends import Backend
-from flexkern.cache import FrameCache
+from flexkern.cache import FrameCache, Mix
 from flexkern.checks import require
 from flexkern.graphs import Passes
 from flexkern.memory import PagedMemory
@@ -262,6 +262,10 @@ class LedWindow(CacheWindow):
             pass
         weakref.finalize(cache, led.ranks.forget, led.video)
         return cache
+
+    def _blend(self, mixes: Sequence[Mix]) -> None:
+        with self._led.told("blend", mixes=mixes) as share:
+            share.blend(mixes)
 
     def _attend_by(self, plan: ChunkPlan, slots: Sequence[int]) -> PagedMemory:
         spared = next((i for i, slot in enumerate(slots) if slot >= 0), len(slots))

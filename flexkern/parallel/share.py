@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexkern.backends import Backend
-from flexkern.cache import FrameCache
+from flexkern.cache import FrameCache, Mix
 from flexkern.model.wan import CausalWan, TextKV
 from flexkern.parallel.group import Group
 from flexkern.parallel.memory import ShardedMemory
@@ -42,6 +42,10 @@ class Share:
         self.buffers = PlanBuffers(device)
         self.memory: ShardedMemory | None = None
         self.text: TextKV | None = None
+
+    def blend(self, mixes: Sequence[Mix]) -> None:
+        """Compute pages from others, of the rank's own heads."""
+        self.cache.blend(mixes, self.place_turn)
 
     def follow(self, tables: Mapping[str, Tensor | None], spared: int) -> ShardedMemory:
         """What layers attend through from now on.

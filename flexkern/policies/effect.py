@@ -2,6 +2,7 @@
 
 from .noise import NoisePolicy
 from .position import PositionPolicy
+from .retention import SinkWindow
 from .switch import SwitchPolicy
 
 
@@ -34,6 +35,14 @@ def idle(policy: object) -> list[str]:
             "weight": policy.kind in ("alternating", "high_pass", "pyoco_mixed", "pyoco_progressive"),
             "window": shuffled,
             "stride": shuffled,
+        }
+    elif isinstance(policy, SinkWindow):
+        remembers = policy.evicted == "memory"
+        used = {
+            "sink_rate": policy.evicted == "sink",
+            "slow_rate": remembers,
+            "fast_rate": remembers,
+            "average": remembers,
         }
     elif isinstance(policy, SwitchPolicy):
         used = {"recent": policy.kind != "keep", "keep_sink": policy.kind == "recache"}

@@ -49,6 +49,8 @@ class Preset:
         recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
         held = recent is None or recent <= window or kind == "keep"
         require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
+        swept = getattr(self.retention, "evicted", None) == "sweep" and kind != "keep"
+        require(not swept, f"switch.kind must be 'keep' where retention.evicted is 'sweep', got {kind!r}")
 
     def override(self, overrides: Mapping[str, object]) -> "Preset":
         """The same with single fields of its policies replaced.
@@ -169,6 +171,33 @@ _ALL = (
         switch=SwitchPolicy(kind="flush"),
         doc="Positions 0..5 inside a short window; a new prompt flushes the cache, a scene cut jumps to position 45.",
         source="Infinity-RoPE, arXiv 2511.20649, official code",
+    ),
+    Preset(
+        name="reward-forcing",
+        position=PositionPolicy(mode="none", index="slot"),
+        retention=SinkWindow(sink=3, window=9, evicted="sink"),
+        noise=IID,
+        switch=KEEP,
+        doc="Positions 0..8 inside the window; frames that leave it are merged into the first three.",
+        source="Reward-Forcing, arXiv 2512.04678, official code",
+    ),
+    Preset(
+        name="memrope",
+        position=PositionPolicy(mode="none", index="slot"),
+        retention=SinkWindow(sink=3, window=12, evicted="memory"),
+        noise=IID,
+        switch=KEEP,
+        doc="Positions 0..11 inside the window; frames that leave it are merged into two memory frames, slow and fast.",
+        source="MemRoPE, arXiv 2603.12513, official code",
+    ),
+    Preset(
+        name="rolling-sink",
+        position=PositionPolicy(mode="none", index="slot"),
+        retention=SinkWindow(sink=18, window=21, evicted="sweep"),
+        noise=IID,
+        switch=KEEP,
+        doc="Positions 0..20 inside the window, where the first 18 frames stand again and again, forwards and back.",
+        source="Rolling Sink, arXiv 2602.07775, official code",
     ),
     Preset(
         name="lol",

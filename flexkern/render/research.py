@@ -6,11 +6,13 @@
     ..._first_chunk          steps of the first chunk        use_infinite_attention  the preset longlive-infinite
     warp_denoising_step      warp of the schedule            timestep_shift      shift of the schedule
     context_noise            context timestep of the schedule
+    compression_method       ema: the preset memrope; eviction: longlive-infinite
+    ema_alpha_long, _short   retention.slow_rate, retention.fast_rate
 
 ``model_kwargs`` may hold them as well, and then wins. What a file does not name stays the family's and the preset's.
 ``FLAGS`` are keys that stand in for options. All other keys are told apart: those of training, those that would change
 the video and cannot be followed, and the unknown.
-Source: configs/ of Self-Forcing, LongLive, CausVid and Rolling Forcing.
+Source: configs/ of Self-Forcing, LongLive, CausVid, Rolling Forcing, Reward-Forcing and MemRoPE.
 """
 
 import math
@@ -24,6 +26,7 @@ from flexkern.checks import require
 from flexkern.model.schedule import Schedule
 
 INFINITE = "longlive-infinite"
+COMPRESSIONS = {"ema": "memrope", "eviction": INFINITE}  # MemRoPE's compression_method: the preset that does the same
 LENGTHS = ("seconds", "frames", "num_output_frames")  # options of which one is given at most
 SHOWN = ("prompt", "prompts", "data_path")
 FAMILY = {  # key: field of Family or Schedule
@@ -34,7 +37,13 @@ FAMILY = {  # key: field of Family or Schedule
     "timestep_shift": "shift",
     "context_noise": "context_timestep",
 }
-POLICY = {"local_attn_size": "retention.window", "sink_size": "retention.sink", "global_sink": "switch.keep_sink"}
+POLICY = {
+    "local_attn_size": "retention.window",
+    "sink_size": "retention.sink",
+    "global_sink": "switch.keep_sink",
+    "ema_alpha_long": "retention.slow_rate",
+    "ema_alpha_short": "retention.fast_rate",
+}
 FLAGS = {  # key: the option that it stands in for
     "generator_ckpt": "weights",
     "lora_ckpt": "lora",
@@ -47,7 +56,11 @@ FLAGS = {  # key: the option that it stands in for
     "num_samples": "num_samples",
     "seed": "seed",
 }
-OTHERS = ("adapter", "image_or_video_shape", "inference_iter", "save_with_index", "switch_frame_indices", "use_ema")
+OTHERS = (
+    "adapter", "compression_method", "image_or_video_shape", "inference_iter", "save_with_index",
+    "switch_frame_indices", "use_ema",
+    "recent_size", "use_block_rope",  # MemRoPE's, whose code does not use them either
+)  # fmt: skip
 INT, BOOL, NUMBER, TEXT = (int, "a whole number"), (bool, "true or false"), (int | float, "a number"), (str, "a text")
 FORMS: dict[str, tuple[Any, str]] = {  # key: what it must be
     **dict.fromkeys(("num_frame_per_block", "local_attn_size", "sink_size", "num_output_frames", "num_frames"), INT),
@@ -55,7 +68,7 @@ FORMS: dict[str, tuple[Any, str]] = {  # key: what it must be
     **dict.fromkeys(("denoising_step_list", "denoising_step_list_first_chunk"), (list, "a list of numbers")),
     **dict.fromkeys(("warp_denoising_step", "independent_first_frame", "global_sink", "use_ema"), BOOL),
     **dict.fromkeys(("use_infinite_attention", "save_with_index"), BOOL),
-    **dict.fromkeys(("timestep_shift", "context_noise"), NUMBER),
+    **dict.fromkeys(("timestep_shift", "context_noise", "ema_alpha_long", "ema_alpha_short"), NUMBER),
     **dict.fromkeys(("generator_ckpt", "lora_ckpt", "data_path", "prompt_file_path", "output_folder"), TEXT),
     "extended_prompt_path": TEXT,
     "adapter": (dict, "a mapping with rank and alpha"),
@@ -94,6 +107,8 @@ class Research:
     """dotted names of a preset"""
     preset: str | None
     """the method that it asks for"""
+    preset_key: str | None
+    """the key that asks for it"""
     flags: Mapping[str, Any]
     """what it says in place of options, by their names"""
     switches: tuple[int, ...] | None
@@ -193,13 +208,15 @@ def _research(path: Path, said: Mapping[str, Any]) -> Research:
     policies = {ours: said[key] for key, ours in POLICY.items() if key in said}
     if policies.get("retention.window") == -1:  # all frames of the training length, which the preset knows
         del policies["retention.window"]
+    preset, preset_key = _method(said)
     unsupported, training, unknown = _unused(said)
     most = said.get("inference_iter", -1)
     return Research(
         path=path,
         family=_family(said),
         policies=policies,
-        preset=INFINITE if said.get("use_infinite_attention") else None,
+        preset=preset,
+        preset_key=preset_key,
         flags=_flags(said),
         switches=_switches(said.get("switch_frame_indices")),
         most=None if most < 0 else max(1, most),
@@ -250,6 +267,16 @@ def _family(said: Mapping[str, Any]) -> dict[str, Any]:
     return family
 
 
+def _method(said: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """The preset that a configuration asks for, and by which key."""
+    if said.get("use_infinite_attention"):
+        return INFINITE, "use_infinite_attention"
+    if (name := said.get("compression_method")) is None:
+        return None, None
+    require(name in COMPRESSIONS, f"compression_method must be {' or '.join(COMPRESSIONS)}, got {name!r}")
+    return COMPRESSIONS[name], "compression_method"
+
+
 def _flags(said: Mapping[str, Any]) -> dict[str, Any]:
     """What stands in for options; where two keys mean one, the first of ``FLAGS`` wins."""
     flags = {}
@@ -294,11 +321,13 @@ def _unused(said: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], 
     rest = sorted(key for key in said if key not in known)
     fits = lambda key, patterns: any(fnmatchcase(key, pattern) for pattern in patterns)
     models = [key for key in ("model_name", "generator_name") if key in rest]
-    training = tuple(key for key in rest if key not in models and fits(key, TRAINING))
+    training = tuple(key for key in rest if key not in (*models, "ema_adaptive") and fits(key, TRAINING))
     unsupported = [key for key in rest if key not in (*models, *training) and fits(key, MATTER) and said[key]]
     off = [key for key in rest if key not in (*models, *training) and fits(key, MATTER) and not said[key]]
     unknown = tuple(key for key in rest if key not in (*models, *training, *unsupported, *off))
     unsupported += [f"{key} {said[key]}" for key in models if said[key] not in KNOWN_MODELS]
+    if said.get("ema_adaptive"):
+        unsupported.append("ema_adaptive")
     if said.get("save_with_index") is False:
         unsupported.append("save_with_index: false (videos are named by number)")
     if "adapter" in said and "lora_ckpt" not in said:

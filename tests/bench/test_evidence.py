@@ -125,11 +125,33 @@ def test_tables_are_made_again_without_a_model(args, monkeypatch):
     assert (args.out / "reading.md").read_text() == first
 
 
-def test_rows_of_another_commit_or_other_weights_are_refused(args, monkeypatch):
+def test_rows_of_other_weights_are_refused(args, monkeypatch):
     path = args.out / "films.csv"
     row = dict.fromkeys(evidence.COLUMNS, "0")
     evidence.append(path, [row | {"commit": "other"}])
     with pytest.raises(ValueError, match="has rows of weights 0, this is"):
+        evidence.main(args)
+
+
+def test_rows_of_another_commit_stay_where_films_are_the_same(args, monkeypatch):
+    """So that a variant that came later stands beside them; a commit that measures otherwise is refused."""
+    args.far, args.parts, args.choices, args.presets = 0, 0, 0, ("self-forcing",)
+    evidence.main(args)
+    monkeypatch.setenv("FLEXKERN_COMMIT", "later")
+    evidence.machine.commit.cache_clear()
+    args.presets += ("riflex",)
+    evidence.main(args)
+    path = args.out / "films.csv"
+    rows = evidence.read(path)
+    assert {(row["variant"], row["commit"]) for row in rows} == {("self-forcing", "abc"), ("riflex", "later")}
+    assert "Commit abc, later, weights" in (args.out / "reading.md").read_text()
+
+    monkeypatch.setenv("FLEXKERN_COMMIT", "broken")
+    evidence.machine.commit.cache_clear()
+    own = rows[0]["ground"]
+    path.write_text(path.read_text().replace(own, f"{float(own) + 1e-5:.5f}", 1))
+    args.presets += ("sink",)
+    with pytest.raises(ValueError, match="rows of commit abc, which measured films of self-forcing otherwise: move"):
         evidence.main(args)
 
 

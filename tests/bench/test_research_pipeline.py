@@ -24,7 +24,9 @@ def model():
     return model.eval()
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize(
+    "name", [name for name, chosen in PRESETS.items() if get_preset(*chosen).retention.evicted == "drop"]
+)
 def test_latents_and_cache_are_the_recorded_ones(model, name):
     tensors = load_file(DATA / f"{name}.safetensors")
     frames, noise, preset = tensors["noise"].shape[1], RecordedNoise(tensors), get_preset(*PRESETS[name])
@@ -115,13 +117,16 @@ def test_weights_are_shared_and_what_it_cannot_do_is_refused(model):
     @dataclass(frozen=True)
     class Other:
         capacity: int = 3
+        pages: int = 3
         pinned: int = 0
 
         def keep(self, frames, incoming):
-            return Kept(indices=())
+            return Kept(pages=())
 
     with pytest.raises(NotImplementedError, match="retention must be a SinkWindow, got Other"):
         begin(replace(get_preset("longlive"), retention=Other()))
+    with pytest.raises(NotImplementedError, match="retention.evicted must be 'drop', got 'memory'"):
+        begin("memrope")
     with pytest.raises(NotImplementedError, match="logits not scaled"):
         begin(get_preset("flex", {"position.logit_temp": 0.5, "position.scale": 4.0})).step()
     video = begin("longlive")

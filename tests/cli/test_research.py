@@ -49,6 +49,23 @@ def test_infinite_attention_is_the_preset_of_that_name(begun):
     assert job.session.preset == get_preset("flex") and "not followed" not in err
 
 
+def test_a_configuration_of_memrope_is_its_preset(begun):
+    method = "  compression_method: ema\n  use_block_rope: true\n  recent_size: 4\n  ema_alpha_short: 0.2\n"
+    text = f"model_kwargs:\n  local_attn_size: 11\n  sink_size: 2\n{method}"
+    arguments = (*WEIGHTS, *LATENTS, "--prompt", "a cat")
+    (job,), _, err = begun(text, *arguments)
+    expected = {"retention.window": 11, "retention.sink": 2, "retention.fast_rate": 0.2}
+    assert job.session.preset == get_preset("memrope", expected) and "not supported" not in err
+    (job,), _, err = begun(f"{text}  ema_adaptive: true\n", *arguments, "--preset", "longlive")
+    assert "c.yaml: compression_method is not followed: --preset is\n" in err
+    assert "not supported, though the video would differ: ema_adaptive" in err
+    assert "without effect in longlive: ema_alpha_short of c.yaml" in err
+    (job,), _, _ = begun("compression_method: eviction\n", *arguments)
+    assert job.session.preset == get_preset("longlive-infinite")
+    _, status, err = begun("compression_method: zip\n", *arguments)
+    assert status == 2 and "c.yaml: compression_method must be ema or eviction, got 'zip'" in err
+
+
 def test_first_chunk_steps_are_the_schedules(begun):
     text = "denoising_step_list: [1000, 500]\ndenoising_step_list_first_chunk: [1000, 750, 500, 250, 0]\n"
     text += "warp_denoising_step: false\n"

@@ -10,7 +10,7 @@ from flexkern.backends import reference
 from flexkern.cache import FrameCache
 from flexkern.memory import PagedMemory
 from flexkern.plan import band_split, make_plan, place_turns
-from flexkern.policies import Phases, PositionPolicy
+from flexkern.policies import Blend, Phases, PositionPolicy
 
 SIZES = dict(layers=2, batch=1, pages=6, tokens=6, heads=2, head_dim=64)
 
@@ -63,6 +63,71 @@ def test_rename_keeps_slots(cache):
     cache.keep([2, 1])
     cache.rename(1, [9])
     assert (cache.frames, cache.slots) == ([2, 9], [2, 1])
+
+
+def filled(dtype=torch.float64, layers=2):
+    """A cache of six frames of random keys and values, and the turns of its places."""
+    cache = FrameCache(**SIZES | {"layers": layers}, dtype=dtype)
+    for pages in (cache.keys, cache.values):
+        pages.copy_(torch.randn(pages.shape, generator=torch.Generator().manual_seed(len(pages)), dtype=dtype))
+    cache.allocate(range(6))
+    return cache, place_turns(2, 3, SIZES["head_dim"])
+
+
+@pytest.mark.parametrize("layers", [2, 11])  # more than are computed at once
+def test_pages_are_blended_from_what_was_there_before(layers):
+    """A page may lie where one of its own sources, or of another page, was."""
+    cache, place_turn = filled(layers=layers)
+    keys, values = cache.keys.clone(), cache.values.clone()
+    swapped = Blend(frame=4, indices=(3, 4), weights=(0.25, 0.75)), Blend(frame=9, indices=(4, 3, 0), weights=(1, 2, 3))
+    mixes = cache.keep([0, *swapped, 5])
+    cache.blend(mixes, place_turn)
+    assert cache.frames == [0, 4, 9, 5] and len({*cache.slots}) == 4
+    for pages, was in ((cache.keys, keys), (cache.values, values)):
+        expected = 0.25 * was[:, :, 3] + 0.75 * was[:, :, 4], was[:, :, 4] + 2 * was[:, :, 3] + 3 * was[:, :, 0]
+        for slot, page in zip(cache.slots[1:3], expected, strict=True):
+            assert (pages[:, :, slot] - page).abs().max() < 1e-12
+        assert torch.equal(pages[:, :, 0], was[:, :, 0]) and torch.equal(pages[:, :, 5], was[:, :, 5])
+
+
+def test_a_mean_over_tokens_is_of_keys_before_they_are_turned():
+    cache, place_turn = filled()
+    was, values = cache.keys.clone(), cache.values.clone()
+    blend = Blend(frame=2, indices=(0, 1, 2), weights=(0.5, 0.2, 0.3), averaged=(1, 2))
+    cache.blend(cache.keep([blend, 3]), place_turn)
+    slot = cache.slots[0]
+    mean = (0.2 * values[:, :, 1] + 0.3 * values[:, :, 2]).mean(2, keepdim=True)
+    assert (cache.values[:, :, slot] - 0.5 * values[:, :, 0] - mean).abs().max() < 1e-12
+
+    time, half = band_split(64)[0], 32
+    number = lambda pages: torch.complex(pages[..., :half], pages[..., half:])  # split layout
+    turned = torch.view_as_complex(place_turn.double())[:, None]  # [S, 1, pairs of places]
+    turned = torch.cat((torch.ones(6, 1, time, dtype=torch.complex128), turned), -1)
+    plain = (number(0.2 * was[:, :, 1] + 0.3 * was[:, :, 2]) * turned.conj()).mean(2, keepdim=True)
+    expected = number(0.5 * was[:, :, 0]) + plain * turned
+    assert (number(cache.keys[:, :, slot]) - expected).abs().max() < 1e-6  # turns are float32
+
+
+def test_blends_are_rounded_once():
+    cache, place_turn = filled(torch.bfloat16)
+    was = cache.values.clone()
+    cache.blend(cache.keep([Blend(frame=0, indices=(0, 1, 2), weights=(0.999, 0.001, 0.1))]), place_turn)
+    sums = 0.999 * was[:, :, 0].float() + 0.001 * was[:, :, 1].float() + 0.1 * was[:, :, 2].float()
+    assert torch.equal(cache.values[:, :, cache.slots[0]], sums.bfloat16())
+
+
+def test_attention_may_see_some_of_the_pages_and_one_of_them_twice():
+    cache, _ = filled()
+    cache.keep([0, 1, 2, 5], seen=[2, 1, 2])
+    assert cache.allocate([6]) == [3]
+    assert [page.frame for page in cache.attended] == [2, 1, 2, 6]
+    assert cache.frames == [0, 1, 2, 5, 6]
+    state = cache.state()
+    other = FrameCache(**SIZES, dtype=torch.float64)
+    other.restore(state)
+    assert other.attended == cache.attended
+    cache.keep([0])
+    assert cache.seen is None and cache.attended == cache.listed
 
 
 def test_bytes_are_those_of_wan(cache):

@@ -15,7 +15,7 @@ from both_loops import SIZE, Recorded, assert_equal_to, both, drive, prompt_of
 from flexkern.engine import Engine, frames_for
 from flexkern.model.schedule import SCHEDULES, Schedule
 from flexkern.noise import ResearchNoise
-from flexkern.policies import Blend, Kept, get_preset
+from flexkern.policies import Kept, get_preset
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -209,11 +209,11 @@ class EveryOther:
     """A retention policy of one's own: it looks at the frames, not at how many there are."""
 
     capacity: int = 7
+    pages: int = 7
     pinned: int = 0
-    blends: tuple[Blend, ...] = ()
 
     def keep(self, frames, incoming):
-        return Kept(indices=tuple(i for i, f in enumerate(frames) if f % 2 == 0)[-4:], blends=self.blends)
+        return Kept(pages=tuple(i for i, f in enumerate(frames) if f % 2 == 0)[-4:])
 
 
 def test_a_retention_policy_of_ones_own(engine):
@@ -221,13 +221,6 @@ def test_a_retention_policy_of_ones_own(engine):
     drive(session, 4)
     assert session.cache.frames == [2, 4, 6, 8, 9, 10, 11]
     assert session.cache.keys.shape[2] == 7
-
-
-def test_pages_that_would_have_to_be_computed_are_refused(engine):
-    asks = EveryOther(blends=(Blend(indices=(0, 1), weights=(0.5, 0.5)),))
-    session = engine.session(prompt_of(1), preset=replace(get_preset("self-forcing"), retention=asks))
-    with pytest.raises(NotImplementedError, match="preset 'self-forcing' asks for 1 blended pages; supported: pages k"):
-        session.step()
 
 
 def test_a_window_has_no_memory_before_its_first_chunk(engine):

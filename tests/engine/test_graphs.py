@@ -9,6 +9,7 @@ import recorder
 import torch
 from both_loops import SIZE, prompt_of
 from recorder import StandIn
+from small_window import with_small_window
 
 from flexkern import capture
 from flexkern.engine import Engine
@@ -59,7 +60,7 @@ def live(session, other):
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_gives_the_same_bits(start, name):
-    preset = get_preset(name, {} if name == "infinity-rope" else {"retention.window": 6})
+    preset = with_small_window(name)
     stand_ins = StandIn(), StandIn()
     expected = live(start(preset=preset), start(preset=preset))
     session = start(stand_ins[0], preset=preset)

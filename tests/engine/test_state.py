@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from small_window import with_small_window
 
 from flexkern.engine import Engine
 from flexkern.model.schedule import Schedule
@@ -74,7 +75,7 @@ def assert_continues(engine, session, path, **options):
 @pytest.mark.parametrize("before", [0, 1, 4], ids=["nothing made", "window not full", "window full"])
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_continues_bit_for_bit(engine, name, before, tmp_path):
-    options = dict(preset=get_preset(name, {"retention.window": 9} if name != "infinity-rope" else {}), seed=3)
+    options = dict(preset=with_small_window(name), seed=3)
     session = engine.session(PROMPTS[0], **options)
     for _ in range(before):
         session.step()

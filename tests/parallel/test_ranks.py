@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from small_ranks import CONFIG, SIZE, USUAL, given, make_model, prompt_of, video
+from small_window import with_small_window
 
 from flexkern.engine import Engine
 from flexkern.finite import NotFiniteError
 from flexkern.model.schedule import Schedule
-from flexkern.policies import PRESETS, get_preset
+from flexkern.policies import PRESETS
 
 
 def life(session, other):
@@ -40,7 +41,7 @@ def assert_same(got, expected):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_gives_the_bits_of_one_rank(one, many, name):
     """The state of several ranks is that of one, so that any number of them goes on from any other's."""
-    preset = get_preset(name, {} if name == "infinity-rope" else {"retention.window": 6})
+    preset = with_small_window(name)
     begin = lambda engine: engine.session(prompt_of(1), preset=preset, frames=60, seed=3)
     expected, state = life(begin(one), begin(one))
     got, gathered = life(begin(many), begin(many))

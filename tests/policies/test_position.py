@@ -33,7 +33,7 @@ def chunks(sink, window, count):
     policy, cached = SinkWindow(sink=sink, window=window), []
     for n in range(count):
         query = [3 * n, 3 * n + 1, 3 * n + 2]
-        cached = [cached[i] for i in policy.keep(cached, 3).indices] + query
+        cached = [cached[i] for i in policy.keep(cached, 3).pages] + query
         yield query, cached
 
 
