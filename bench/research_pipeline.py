@@ -114,7 +114,8 @@ class Window:
         self.bands = config.head_dim // 2 - 2 * third
         self.rows, self.columns = (place_factors(count, third).to(device) for count in (rows, columns))
         fixed = preset.position.mode == "none" and preset.position.table is None
-        self.moves = preset.position.index == "slot" or not fixed  # keys are turned anew
+        stays = fixed and preset.position.index == "absolute" and preset.position.sink_gap is None
+        self.moves = not stays  # keys are turned anew
         shape = batch, self.size * self.tokens, config.num_heads, config.head_dim
         zeros = lambda: torch.zeros(shape, dtype=dtype, device=device)
         end = lambda: torch.zeros((), dtype=torch.long, device=device)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexkern.kernels.reference import pad_turn, rotate
-from flexkern.policies import Blend
+from flexkern.policies import Blend, ChosenTokens
 from flexkern.state import State
 
 TOGETHER = 8  # layers whose pages are blended at once: few launches, little memory
@@ -42,6 +42,14 @@ class Mix(NamedTuple):
     averaged: list[bool]
 
 
+class Pick(NamedTuple):
+    """Pages whose tokens are to be chosen together: what ``policies.ChosenTokens`` asks for."""
+
+    slots: list[int]
+    frame: int
+    sources: list[Page]
+
+
 class FrameCache:
     """Pages of every layer, and the ordered list of frames in them.
 
@@ -62,6 +70,7 @@ class FrameCache:
         self.listed: list[Page] = []
         self.seen: list[int] | None = None
         self._free = list(range(pages))
+        self._spent: list[int] = []
 
     @property
     def frames(self) -> list[int]:
@@ -87,24 +96,38 @@ class FrameCache:
         """Everything that belongs to the pages of a layer, as views."""
         return LayerPages(self.keys[layer], self.values[layer])
 
-    def keep(self, pages: Sequence[int | Blend], seen: Sequence[int] | None = None) -> list[Mix]:
+    def keep(
+        self, pages: Sequence[int | Blend | ChosenTokens], seen: Sequence[int] | None = None
+    ) -> tuple[list[Mix], Pick | None]:
         """Keep the pages at these indices of ``listed``, in this order, with pages to be computed between them.
 
-        The slots of all others are free. Returns what must be computed, with ``blend``, before anything is written.
-        seen: as the attribute, of what is left.
+        The slots of all others are free, but those of pages to choose from until the next call.
+
+        Args:
+            pages: As ``policies.Kept`` has them.
+            seen: As the attribute, of what is left.
+
+        Returns:
+            What must be computed, with ``blend``, before anything is written; and what must be chosen.
         """
-        before, stay = self.listed, {self.listed[page].slot for page in pages if not isinstance(page, Blend)}
-        self._free = sorted({*self._free, *self.slots} - stay)
-        self.listed, self.seen, mixes = [], None, []
+        before = self.listed
+        wanted = {i for page in pages if isinstance(page, ChosenTokens) for i in page.indices}
+        self._spent = [before[i].slot for i in wanted]
+        stay = {before[page].slot for page in pages if not isinstance(page, Blend | ChosenTokens)} | {*self._spent}
+        self._free = [slot for slot in range(self.keys.shape[2]) if slot not in stay]
+        self.listed, self.seen, mixes, pick = [], None, list[Mix](), None
         for page in pages:
             if isinstance(page, Blend):
                 sources = [before[i].slot for i in page.indices]
                 averaged = [i in page.averaged for i in page.indices]
                 mixes.append(Mix(self.allocate([page.frame])[0], sources, list(page.weights), averaged))
+            elif isinstance(page, ChosenTokens):
+                pick = pick or Pick([], page.frame, [before[i] for i in page.indices])
+                pick.slots.extend(self.allocate([page.frame]))
             else:
                 self.listed.append(before[page])
         self.seen = None if seen is None else list(seen)
-        return mixes
+        return mixes, pick
 
     def blend(self, mixes: Sequence[Mix], place_turn: Tensor) -> None:
         """Compute pages from others of every layer, in float32 or better; all are read before one is written.
@@ -164,7 +187,7 @@ class FrameCache:
         self.listed = [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
         for pages, held in ((self.keys, state["keys"]), (self.values, state["values"])):
             self._fill(pages, held)
-        self.seen = state["seen"]
+        self.seen, self._spent = state["seen"], []
         self._free = sorted({*range(count)} - {*slots})
 
     def _copied(self, pages: Tensor) -> Tensor:

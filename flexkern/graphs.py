@@ -22,8 +22,10 @@ from flexkern.capture import UNWANTED, Captures, CudaRecorder, Graph, Recorder, 
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import VideoModel
 from flexkern.model.wan import CausalWan, TextKV
+from flexkern.policies import Preset
 
 WHAT = "passes"
+CHOSEN = "tokens are chosen in some passes and not in others"
 MOST = 8  # graphs of a session, the one used longest ago goes; a video needs two, and two for every shape of prompt
 REMEMBERED = 64  # passes that ran once
 CAPTURABLE = ("triton",)  # the others go through the oracle's norm_rope_write, which asks the GPU which slots to write
@@ -52,6 +54,12 @@ def why_eager(model: VideoModel, backend: str) -> str | None:
     if backend not in CAPTURABLE:
         return f"backend {backend!r} waits for values of the GPU in each layer"
     return "Triton interprets its kernels" if runs_in_interpreter() else None
+
+
+def passes_of(preset: Preset, model: VideoModel, begin: Callable[[], Recorder] | None) -> "Passes":
+    """The passes of a session with that preset. begin: makes what captures them; None for none."""
+    chooses = getattr(preset.retention, "evicted", None) == "choose"
+    return Passes(model, unwanted=CHOSEN) if chooses else Passes(model, begin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

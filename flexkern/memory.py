@@ -3,6 +3,7 @@
 ``PagedMemory`` is one chunk's view of the KV cache: write keys and values to their pages, then attend.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -41,12 +42,16 @@ class PagedMemory:
         plan: What attention must know about the chunk.
         backend: The module that computes.
         eps: Of the RMSNorm of queries and keys.
+        hear: Called in each layer with its index and the queries, as ``norm_rope_write`` gives them, before attention.
 
     Raises:
         ValueError: Plan and cache do not belong together.
     """
 
-    def __init__(self, cache: FrameCache, plan: ChunkPlan, backend: Backend, eps: float = 1e-6):
+    def __init__(
+        self, cache: FrameCache, plan: ChunkPlan, backend: Backend, eps: float = 1e-6,
+        hear: Callable[[int, Tensor], None] | None = None,
+    ):  # fmt: skip
         _, _, pages, tokens, heads, head_dim = cache.keys.shape
         time, *place = band_split(head_dim)
         computed, read = len(plan.write_slots), len(plan.read_slots)
@@ -61,7 +66,7 @@ class PagedMemory:
                 raise ValueError(f"plan.{name} must be {' or '.join(map(str, map(list, shapes)))}, got {list(shape)}")
         if plan.read_slots.device != cache.keys.device:
             raise ValueError(f"plan and cache must be on one device, got {plan.read_slots.device}, {cache.keys.device}")
-        self.cache, self.plan, self.eps = cache, plan, eps
+        self.cache, self.plan, self.eps, self.hear = cache, plan, eps, hear
         self.ops: Backend = backend
 
     def attend(
@@ -72,4 +77,7 @@ class PagedMemory:
         query = self.ops.norm_rope_write(
             query, key, value, *norms, plan.place_turn, key_pages, value_pages, plan.write_slots, self.eps
         )
+        if self.hear is not None:
+            assert query is not None, "where queries are heard, no pass is for keys and values alone"
+            self.hear(layer, query)
         return None if query is None else self.ops.frame_attention(query, key_pages, value_pages, plan)

@@ -22,7 +22,7 @@ from flexkern.cache import FrameCache
 from flexkern.capture import Recorder
 from flexkern.checks import latent_size, require, shown, whole
 from flexkern.finite import HANDED_IN, Watch, validate_finite
-from flexkern.graphs import Passes
+from flexkern.graphs import passes_of
 from flexkern.memory import PagedMemory
 from flexkern.model.protocols import Decoder, Encoder, VideoModel
 from flexkern.model.schedule import Schedule
@@ -113,7 +113,7 @@ class Session:
         began = time.perf_counter()
         self._embedding = engine.embed(prompt)
         led = None if engine.ranks is None else engine.ranks.begin(model)
-        self.passes = Passes(model, engine.recorder) if led is None else led.passes()
+        self.passes = passes_of(chosen, model, engine.recorder) if led is None else led.passes()
         self.text = self.passes.hold(engine.encode(self._embedding))
         self.prompt_seconds = time.perf_counter() - began  # of the host
         self.batch = self.text[0][0].shape[0]
@@ -366,7 +366,8 @@ class Session:
     @torch.inference_mode()
     def _fill(self, clean: Tensor, memory: PagedMemory) -> None:
         """The clean pass: afterwards the pages hold keys and values of clean latents."""
-        self.passes(clean, self.engine.schedule.context_timestep, self.text, memory, keys_only=True)
+        alone = self.window.chooser is None  # else the last layer's queries choose too
+        self.passes(clean, self.engine.schedule.context_timestep, self.text, memory, keys_only=alone)
 
     def _on_device(self, noise: Tensor) -> Tensor:
         """Noise where the model is. That of the session is not waited for: it is pinned, and nobody overwrites it."""

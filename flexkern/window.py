@@ -14,8 +14,9 @@ from flexkern.backends import Backend
 from flexkern.cache import FrameCache, Mix
 from flexkern.memory import PagedMemory
 from flexkern.plan import ChunkPlan, PlanBuffers, band_split, make_plan, place_turns
-from flexkern.policies import Preset
+from flexkern.policies import Preset, SinkWindow
 from flexkern.state import State, nest, plain, require_same, within
+from flexkern.tokens import TokenChooser
 
 
 class CacheWindow:
@@ -39,6 +40,7 @@ class CacheWindow:
 
     Attributes:
         frames: Absolute indices of the frames being computed; empty before the first chunk.
+        chooser: What chooses tokens; None where the preset has none chosen.
         cache: The frames that are kept.
 
     Raises:
@@ -59,6 +61,7 @@ class CacheWindow:
                 head_dim=head_dim, dtype=dtype, device=device,
             )  # fmt: skip
             self.place_turn = place_turns(rows, columns, head_dim).to(device)
+            self.chooser = self._make_chooser(preset)
         self.buffers = PlanBuffers(device)
         self.begin(target)
 
@@ -74,6 +77,8 @@ class CacheWindow:
         self._written: list[int] = []
         self._cut = False
         self.cache.keep([])
+        if self.chooser is not None:
+            self.chooser.begin()
 
     @property
     def memory(self) -> PagedMemory:
@@ -107,9 +112,13 @@ class CacheWindow:
                 f"got {list(frames)}"
             )
         kept = self.preset.retention.keep(self.cache.frames, count)
-        if mixes := self.cache.keep(kept.pages, kept.seen):
+        mixes, pick = self.cache.keep(kept.pages, kept.seen)
+        if mixes:
             self._blend(mixes)
-        return self._plan(frames, self.cache.allocate(frames), cut)
+        slots = self.cache.allocate(frames)
+        if self.chooser is not None:
+            self.chooser.prepare(frames, slots, pick)
+        return self._plan(frames, slots, cut)
 
     @property
     def recent(self) -> int:
@@ -150,6 +159,7 @@ class CacheWindow:
         return {
             **nest("made_for", self._identity()), **nest("cache", self.cache.state()), "target": self.target,
             "frames": [self.frames.start, self.frames.stop], "written": list(self._written), "cut": self._cut,
+            **({} if self.chooser is None else nest("chooser", self.chooser.state())),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -162,6 +172,9 @@ class CacheWindow:
         self.cache.restore(within("cache", state))
         self.target, self.frames = state["target"], range(*state["frames"])
         self._memory, self._written = None, []
+        if self.chooser is not None:
+            self.chooser.restore(within("chooser", state))
+            self.chooser.prepare(self.frames, state["written"], None)
         if state["written"]:
             self._plan(self.frames, state["written"], state["cut"])
 
@@ -194,4 +207,13 @@ class CacheWindow:
 
     def _attend_by(self, plan: ChunkPlan, slots: Sequence[int]) -> PagedMemory:
         """What layers attend through by a plan on the CPU; slots: those it writes to, -1 where a frame is not kept."""
-        return PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps)
+        hear = None if self.chooser is None else self.chooser.hear
+        return PagedMemory(self.cache, self.buffers.hold(plan), self.backend, self.eps, hear)
+
+    def _make_chooser(self, preset: Preset) -> TokenChooser | None:
+        """What chooses tokens of frames that leave, where the preset's retention wants that."""
+        retention = preset.retention
+        if not isinstance(retention, SinkWindow) or retention.evicted != "choose":
+            return None
+        frequencies = torch.from_numpy(preset.position.frequencies(self.bands))
+        return TokenChooser(self.cache, frequencies, votes=retention.recent, reuse=retention.reuse)

@@ -17,6 +17,7 @@ FLOORS = [  # lowest first; a file may import from its own floor or below
     [
         "flexkern.cache",
         "flexkern.capture",
+        "flexkern.tokens",
         "flexkern.plan",
         "flexkern.modes",
         "flexkern.untraced",

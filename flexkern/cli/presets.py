@@ -40,6 +40,7 @@ EVICTED = {
     "drop": "",
     "sink": ", and those that leave are merged into them",
     "memory": ", and those that leave are merged into two frames behind them",
+    "choose": "; when that is full, single tokens of all but the last {whole} are chosen",
     "sweep": ", and stand for all but the last {recent} again and again, forwards and back",
 }
 NOISES = {
@@ -70,6 +71,7 @@ PLAIN = {
     "position.logit_temp": "how much attention is sharpened as s grows",
     "position.table": "the speed of each band, in place of a mode",
     "position.index": "absolute: counted in the video; slot: counted in the window",
+    "position.sink_gap": "how many frames lie between the sink, which moves along, and the rest; none: it stays",
     "position.base": "base of the model's speeds",
     "position.riflex_band": "the one band that is slowed, from 0; none: found by its period",
     "position.jitter_sigma": "how far heads differ",
@@ -81,6 +83,9 @@ PLAIN = {
     "retention.sink_rate": "share of a frame that leaves in the first frame it is merged into",
     "retention.slow_rate": "share of frames that leave in the slow memory frame",
     "retention.fast_rate": "share of frames that leave in the fast memory frame",
+    "retention.budget": "latent frames left of a full window, those and the current chunk included",
+    "retention.recent": "last frames, the current chunk included, which stay whole and choose",
+    "retention.reuse": "how many times a token may be chosen",
     "retention.average": "their mean: over all tokens, or frames: place by place",
     "noise.kind": "how the noises of frames belong together",
     "noise.rho": "correlation with the frame before",
@@ -161,6 +166,8 @@ def _positions(position: PositionPolicy, retention: RetentionPolicy) -> list[str
     within = f"inside the window, 0 to {retention.capacity - 1}, and never grow"
     counted = within if position.index == "slot" else "from the start of the video"
     told = [f"Positions in time count {counted}; the model was trained on {position.train_len} latent frames."]
+    if position.index == "absolute" and position.sink_gap is not None:
+        told.append(f"The first frames move along with the video, {position.sink_gap} frames before the others.")
     if position.table is not None:
         return [*told, "Bands are slowed by the given table."]
     low, high = position.thresholds
@@ -179,8 +186,10 @@ def _memory(retention: RetentionPolicy) -> str:
     pinned, seen = retention.pinned, retention.capacity
     first = "the first frame" if pinned == 1 else f"the first {pinned} frames"
     stays = f"; {first} of the video stay{'s' * (pinned == 1)} for good" if pinned else ""
-    evicted = EVICTED[retention.evicted].format(recent=seen - pinned) if isinstance(retention, SinkWindow) else ""
-    return f"A frame sees {seen} latent frames in all, its own chunk included{stays}{evicted}."
+    told = f"A frame sees {seen} latent frames in all, its own chunk included{stays}"
+    if isinstance(retention, SinkWindow):
+        told += EVICTED[retention.evicted].format(recent=seen - pinned, whole=retention.recent)
+    return f"{told}."
 
 
 def _noise(noise: NoisePolicy) -> str:

@@ -246,6 +246,9 @@ class LedWindow(CacheWindow):
     """A window whose plans every rank follows, each with its own heads."""
 
     def __init__(self, led: Led, preset: Preset, backend: Backend, **sizes: Any):
+        if getattr(preset.retention, "evicted", None) == "choose":
+            told = "tokens are chosen by the queries of all heads, which ranks do not exchange"
+            raise NotImplementedError(f"preset {preset.name!r} runs on one rank: {told}")
         self._led, self._sizes = led, sizes
         super().__init__(preset, backend, **sizes)
 

@@ -3,12 +3,13 @@
 from .noise import NoisePolicy, NoiseSource
 from .position import Phases, PositionPolicy
 from .presets import PRESETS, LoopPolicy, Preset, get_preset, idle_fields, position_of
-from .retention import Blend, Kept, RetentionPolicy, SinkWindow
+from .retention import Blend, ChosenTokens, Kept, RetentionPolicy, SinkWindow
 from .switch import SwitchPolicy
 
 __all__ = [
     "PRESETS",
     "Blend",
+    "ChosenTokens",
     "Kept",
     "LoopPolicy",
     "NoisePolicy",

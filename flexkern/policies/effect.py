@@ -23,6 +23,7 @@ def idle(policy: object) -> list[str]:
             "riflex_band": slowed and policy.mode == "riflex",
             "jitter_sigma": jitters,
             "jitter_seed": jitters,
+            "sink_gap": policy.index == "absolute",
             "cut_position": policy.index == "slot",
         }
     elif isinstance(policy, NoisePolicy):
@@ -37,12 +38,15 @@ def idle(policy: object) -> list[str]:
             "stride": shuffled,
         }
     elif isinstance(policy, SinkWindow):
-        remembers = policy.evicted == "memory"
+        remembers, chooses = policy.evicted == "memory", policy.evicted == "choose"
         used = {
             "sink_rate": policy.evicted == "sink",
             "slow_rate": remembers,
             "fast_rate": remembers,
             "average": remembers,
+            "budget": chooses,
+            "recent": chooses,
+            "reuse": chooses,
         }
     elif isinstance(policy, SwitchPolicy):
         used = {"recent": policy.kind != "keep", "keep_sink": policy.kind == "recache"}

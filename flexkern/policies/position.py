@@ -6,12 +6,14 @@ theta_j is the model's temporal frequency (radians per latent frame), s >= 1 how
 share of band j that is extrapolated (1: as trained, 0: interpolated by s). In this form s = 1 gives theta bit for bit.
 Letters: see the glossary (flexkern/docs/architecture.md).
 Source: a reconstruction of FLEX (arXiv 2602.14027); PI (2306.15595), NTK-aware and YaRN (2309.00071), RIFLEx
-(2502.15894), LoL (2601.16914), the slot positions of LongLive and Infinity-RoPE (2511.20649).
+(2502.15894), LoL (2601.16914), the slot positions of LongLive and Infinity-RoPE (2511.20649), the sink of Deep Forcing
+(2512.05081) that moves along.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from typing import Any, Literal
 
 import numpy as np
@@ -78,6 +80,10 @@ class PositionPolicy:
     index: Literal["absolute", "slot"] = "absolute"
     """what a position is: absolute, the frame's index in the video; slot, its index in the list of attended frames,
     with the frames being computed at its end ("slot index" in the papers; not the slot of its page)"""
+    sink_gap: int | None = None
+    """how many frames lie between the sink, which is the head of the window up to the first frame that is missing, and
+    what is seen behind it: the sink moves along with the video (Deep Forcing; index absolute only), but never to before
+    its own frames. None: it stays at its own frames, however far behind they are"""
     base: float = 10000.0
     """base of the model's temporal frequencies"""
     riflex_band: int | None = None
@@ -102,7 +108,7 @@ class PositionPolicy:
         require(min(self.table or (0,)) >= 0, f"table must hold multipliers >= 0, got {self.table}")
         require(self.base > 1, f"base must be > 1, got {self.base}")
         require(0 <= self.jitter_sigma < 1, f"jitter_sigma must be in [0, 1), got {self.jitter_sigma}")
-        for name in ("riflex_band", "jitter_seed", "cut_position"):
+        for name in ("riflex_band", "jitter_seed", "cut_position", "sink_gap"):
             require((getattr(self, name) or 0) >= 0, f"{name} must be >= 0, got {getattr(self, name)}")
 
     @property
@@ -248,6 +254,8 @@ class PositionPolicy:
             require(listed, f"{name} must list frame indices >= 0, at least one, got {list(at)}")
         require(not cut or self.index == "slot", "a cut needs index 'slot': absolute positions have no gap to jump")
         query_at, key_at = list(query), list(visible)
+        if self.index == "absolute" and self.sink_gap is not None:
+            key_at = self._followed(key_at, self.sink_gap)
         if self.index == "slot":
             first = len(visible) - len(query)
             require(first >= 0, f"visible must include the query frames, got {len(visible)} for {len(query)} queries")
@@ -259,6 +267,17 @@ class PositionPolicy:
         origin = int(query_at[0])
         from_origin = lambda at: np.array([int(p) - origin for p in at], dtype=np.int64)
         return from_origin(query_at), from_origin(key_at)
+
+    @staticmethod
+    def _followed(frames: list[int], gap: int) -> list[int]:
+        """Frames, of which the head has moved to so many before the rest."""
+        steps = [b - a for a, b in pairwise(frames)]
+        if steps.count(1) == len(steps):
+            return frames
+        head = next(i for i, step in enumerate(steps, 1) if step != 1)
+        rest = next(i for i in range(len(steps), 0, -1) if steps[i - 1] != 1)  # where the frames of late begin
+        moved = max(0, frames[rest] - gap - rest - frames[0])
+        return [frame + moved * (i < head) for i, frame in enumerate(frames)]
 
 
 def _reduce(offset: np.ndarray, theta: np.ndarray) -> np.ndarray:

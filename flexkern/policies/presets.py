@@ -49,8 +49,12 @@ class Preset:
         recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
         held = recent is None or recent <= window or kind == "keep"
         require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
-        swept = getattr(self.retention, "evicted", None) == "sweep" and kind != "keep"
-        require(not swept, f"switch.kind must be 'keep' where retention.evicted is 'sweep', got {kind!r}")
+        evicted, position = getattr(self.retention, "evicted", None), self.position
+        kept = kind == "keep" or evicted not in ("sweep", "choose")
+        require(kept, f"switch.kind must be 'keep' where retention.evicted is {evicted!r}, got {kind!r}")
+        plain = position.mode == "none" and position.table is None and position.index == "absolute"
+        needed = "position.mode must be 'none', and position.index 'absolute', where retention.evicted is 'choose'"
+        require(plain or evicted != "choose", f"{needed}, got {position.mode!r} and {position.index!r}")
 
     def override(self, overrides: Mapping[str, object]) -> "Preset":
         """The same with single fields of its policies replaced.
@@ -111,7 +115,8 @@ class Preset:
         """
         if least is not None:
             self.noise.validate(chunk=least)
-        self.retention.keep([], chunk)
+        for frames in ((), range(self.retention.capacity)):
+            self.retention.keep(frames, chunk)
         self.position.phases(query=[0], visible=[0], bands=bands, heads=heads, target=target)
 
     def describe(self) -> dict[str, object]:
@@ -198,6 +203,24 @@ _ALL = (
         switch=KEEP,
         doc="Positions 0..20 inside the window, where the first 18 frames stand again and again, forwards and back.",
         source="Rolling Sink, arXiv 2602.07775, official code",
+    ),
+    Preset(
+        name="deep-forcing",
+        position=PositionPolicy(mode="none", sink_gap=3),
+        retention=SinkWindow(sink=10, window=21, evicted="choose"),
+        noise=IID,
+        switch=KEEP,
+        doc="The first frames, which move along, and the tokens that later queries want most of those that leave.",
+        source="Deep Forcing, arXiv 2512.05081, official code; 3 frames apart as there, 0 in the paper",
+    ),
+    Preset(
+        name="deep-sink",
+        position=PositionPolicy(mode="none", sink_gap=3),
+        retention=SinkWindow(sink=14, window=21),
+        noise=IID,
+        switch=KEEP,
+        doc="Two thirds of the window are the first frames, whose positions move along behind the others.",
+        source="Deep Forcing, arXiv 2512.05081, Deep Sink alone; 3 frames apart as in its code, 0 in the paper",
     ),
     Preset(
         name="lol",

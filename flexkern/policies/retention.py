@@ -3,7 +3,7 @@
 Source: FIFO windows of Self-Forcing, the sink of LongLive; FLEX pins one in a model trained without (2602.14027).
 Merged frames: Reward-Forcing (2512.04678), whose code puts frames that leave in place of the sink where they are not as
 many as that; here they are merged too. MemRoPE (2603.12513), without the adaptive rates that its code can be asked for.
-Sweeps: Rolling Sink (2602.07775).
+Sweeps: Rolling Sink (2602.07775). Chosen tokens: Deep Forcing (2512.05081).
 """
 
 from collections.abc import Sequence
@@ -36,10 +36,24 @@ class Blend:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenTokens:
+    """A page of single tokens, chosen in the first pass of the chunk; several that are equal are chosen together."""
+
+    frame: int
+    """absolute index of the frame that it counts as"""
+    indices: tuple[int, ...]
+    """of the pages in the list whose tokens are candidates"""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(len(self.indices) > 0, "a choice needs candidates, got none")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
     """What becomes of a list of cached frames."""
 
-    pages: tuple[int | Blend, ...]
+    pages: tuple[int | Blend | ChosenTokens, ...]
     """the list that is left: the index, into that list, of a page that stays, or one that is computed"""
     seen: tuple[int, ...] | None = None
     """indices into the list that is left, of the pages that attention sees, in the order in which it lists them; one
@@ -81,12 +95,14 @@ class SinkWindow:
     video, unless a prompt switch without ``switch.keep_sink`` made others the head"""
     window: int
     """frames attended in all, the sink and the current chunk included"""
-    evicted: Literal["drop", "sink", "memory", "sweep"] = "drop"
+    evicted: Literal["drop", "sink", "memory", "sweep", "choose"] = "drop"
     """what becomes of frames that are no longer among the most recent. drop: nothing, they are gone; sink: the i-th of
     those that leave is merged into frame i mod sink of the sink (Reward-Forcing); memory: they are merged into two
     frames behind the sink, which count to the window and take the places of the two that are dropped when the first
     ones leave (MemRoPE); sweep: attention sees the last window - sink frames as they are, and in the places of older
-    ones those of the sink, from the first to the last and back (Rolling Sink)"""
+    ones those of the sink, from the first to the last and back (Rolling Sink); choose: of a full window ``budget``
+    frames are left: the sink, the last ``recent``, and between them as many single tokens as fill the rest, which the
+    queries of the last ``recent`` frames choose in each layer (Deep Forcing)"""
     sink_rate: float = 0.001
     """evicted sink: the share of a frame that leaves in the sum"""
     slow_rate: float = 0.01
@@ -97,6 +113,14 @@ class SinkWindow:
     """evicted memory: the mean of frames that leave. tokens: over all their tokens, the same at every place, as
     MemRoPE's code takes it; frames: of each place over the frames"""
 
+    budget: int = 16
+    """evicted choose: frames that are left of a full window, those being computed included"""
+    recent: int = 4
+    """evicted choose: the last frames, those being computed included, which stay whole and whose queries choose"""
+    reuse: int = 7
+    """evicted choose: how many times a token may be chosen, one after the other, before all that were chosen less
+    often"""
+
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.sink >= 0, f"sink must be >= 0 frames, got {self.sink}")
@@ -105,6 +129,12 @@ class SinkWindow:
         require(self.sink > 0 or not needs, f"evicted {self.evicted!r} needs a sink of at least 1 frame, got 0")
         for name in ("sink_rate", "slow_rate", "fast_rate"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
+        for name in ("budget", "recent", "reuse"):
+            require(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.evicted == "choose":
+            least, told = self.sink + self.recent, f"the sink ({self.sink}) and the recent frames ({self.recent})"
+            fits = least < self.budget <= self.window
+            require(fits, f"budget must exceed {told} and fit into the window of {self.window}, got {self.budget}")
 
     @property
     def capacity(self) -> int:
@@ -112,7 +142,8 @@ class SinkWindow:
 
     @property
     def pages(self) -> int:
-        return 2 * self.window - self.sink if self.evicted == "sweep" else self.window
+        more = {"sweep": self.window - self.sink, "choose": self.budget - self.sink}  # shown again; left, until chosen
+        return self.window + more.get(self.evicted, 0)
 
     @property
     def pinned(self) -> int:
@@ -142,6 +173,8 @@ class SinkWindow:
         count = len(frames)
         if self.evicted == "sweep":
             return self._swept(frames, incoming)
+        if self.evicted == "choose":
+            return self._chosen(frames, incoming)
         leave = range(head, head + count - room)
         if not leave:
             return Kept(pages=tuple(range(count)))
@@ -174,6 +207,16 @@ class SinkWindow:
             return Blend(frame=frames[leave[-1]], indices=indices, weights=(*weights, *each), averaged=averaged)
 
         return blend(first, self.slow_rate), blend(first + 1, self.fast_rate)
+
+    def _chosen(self, frames: Sequence[int], incoming: int) -> Kept:
+        """All of them, or where they are too many the sink, pages of chosen tokens, and the last frames."""
+        count, recent = len(frames), self.recent - incoming
+        require(recent >= 0, f"recent must be at least the incoming frames ({incoming}), got {self.recent}")
+        if count + incoming <= self.window:
+            return Kept(pages=tuple(range(count)))
+        choice = ChosenTokens(frame=frames[0], indices=tuple(range(self.sink, count - recent)))
+        chosen = (choice,) * (self.budget - self.sink - self.recent)
+        return Kept(pages=(*range(self.sink), *chosen, *range(count - recent, count)))
 
     def _swept(self, frames: Sequence[int], incoming: int) -> Kept:
         """The sink and the last frames; places between them that the window has show frames of the sink again."""

@@ -140,8 +140,9 @@ def test_options_are_explained_by_the_docstrings_below_fields(flexkern_, monkeyp
     assert docs["window"] == "frames attended in all, the sink and the current chunk included"
     monkeypatch.setenv("COLUMNS", "100")
     words = " ".join(flexkern_("render", "--help")[1].split())
-    kinds = {"sink": "INT", "window": "INT", "evicted": "{drop,sink,memory,sweep}", "sink_rate": "FLOAT"}
+    kinds = {"sink": "INT", "window": "INT", "evicted": "{drop,sink,memory,sweep,choose}", "sink_rate": "FLOAT"}
     kinds |= {"slow_rate": "FLOAT", "fast_rate": "FLOAT", "average": "{tokens,frames}"}
+    kinds |= dict.fromkeys(("budget", "recent", "reuse"), "INT")
     for name, text in docs.items():
         assert f"--retention.{name.replace('_', '-')} {kinds[name]} {text} (default:" in words, name
 

@@ -80,7 +80,7 @@ def test_pages_are_blended_from_what_was_there_before(layers):
     cache, place_turn = filled(layers=layers)
     keys, values = cache.keys.clone(), cache.values.clone()
     swapped = Blend(frame=4, indices=(3, 4), weights=(0.25, 0.75)), Blend(frame=9, indices=(4, 3, 0), weights=(1, 2, 3))
-    mixes = cache.keep([0, *swapped, 5])
+    mixes, _ = cache.keep([0, *swapped, 5])
     cache.blend(mixes, place_turn)
     assert cache.frames == [0, 4, 9, 5] and len({*cache.slots}) == 4
     for pages, was in ((cache.keys, keys), (cache.values, values)):
@@ -94,7 +94,7 @@ def test_a_mean_over_tokens_is_of_keys_before_they_are_turned():
     cache, place_turn = filled()
     was, values = cache.keys.clone(), cache.values.clone()
     blend = Blend(frame=2, indices=(0, 1, 2), weights=(0.5, 0.2, 0.3), averaged=(1, 2))
-    cache.blend(cache.keep([blend, 3]), place_turn)
+    cache.blend(cache.keep([blend, 3])[0], place_turn)
     slot = cache.slots[0]
     mean = (0.2 * values[:, :, 1] + 0.3 * values[:, :, 2]).mean(2, keepdim=True)
     assert (cache.values[:, :, slot] - 0.5 * values[:, :, 0] - mean).abs().max() < 1e-12
@@ -111,7 +111,7 @@ def test_a_mean_over_tokens_is_of_keys_before_they_are_turned():
 def test_blends_are_rounded_once():
     cache, place_turn = filled(torch.bfloat16)
     was = cache.values.clone()
-    cache.blend(cache.keep([Blend(frame=0, indices=(0, 1, 2), weights=(0.999, 0.001, 0.1))]), place_turn)
+    cache.blend(cache.keep([Blend(frame=0, indices=(0, 1, 2), weights=(0.999, 0.001, 0.1))])[0], place_turn)
     sums = 0.999 * was[:, :, 0].float() + 0.001 * was[:, :, 1].float() + 0.1 * was[:, :, 2].float()
     assert torch.equal(cache.values[:, :, cache.slots[0]], sums.bfloat16())
 

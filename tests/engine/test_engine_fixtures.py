@@ -51,8 +51,8 @@ def test_latents_and_cache_agree(model, recorded):
 
     cache, slots = session.cache, torch.tensor(session.cache.slots)
     tokens = len(slots) * cache.keys.shape[3]
-    if name == "rolling_sink":
-        return  # its code lets go of its cache
+    if "kv_v.0" not in tensors:
+        return  # the code lets go of its cache, or keeps its keys turned otherwise
     for layer in range(model.config.num_layers):
         values = cache.values[layer][:, slots].flatten(1, 2)
         assert (values - tensors[f"kv_v.{layer}"][:, :tokens]).abs().max() < TOLERANCE

@@ -66,7 +66,10 @@ def test_every_preset_gives_the_same_bits(start, name):
     session = start(stand_ins[0], preset=preset)
     got = live(session, start(stand_ins[1], preset=preset))
     assert all(map(torch.equal, got, expected))
-    assert stand_ins[0].replays >= 9 and session.passes.why_not is None
+    if name == "deep-forcing":
+        assert stand_ins[0].replays == 0 and session.passes.why_not.startswith("tokens are chosen in some passes")
+    else:
+        assert stand_ins[0].replays >= 9 and session.passes.why_not is None
 
 
 def test_the_window_grows_launched_and_goes_on_replayed(start):

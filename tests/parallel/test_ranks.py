@@ -38,7 +38,7 @@ def assert_same(got, expected):
         assert same, name
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", sorted({*PRESETS} - {"deep-forcing"}))
 def test_every_preset_gives_the_bits_of_one_rank(one, many, name):
     """The state of several ranks is that of one, so that any number of them goes on from any other's."""
     preset = with_small_window(name)
@@ -64,6 +64,14 @@ def test_batches_and_sizes(one, many, options, batch, size):
         session = engine.session(prompt_of(1, batch), preset="lol", size=size, seed=1, **options)
         made.append(video(session, 2))
     assert torch.equal(*made)
+
+
+def test_tokens_are_not_chosen_by_the_heads_of_several_ranks(many):
+    with pytest.raises(
+        NotImplementedError, match="preset 'deep-forcing' runs on one rank: tokens are chosen by the qu"
+    ):
+        many.session(prompt_of(1), preset="deep-forcing")
+    assert many.session(prompt_of(1), preset="deep-sink").step() is not None
 
 
 def test_half_precision_and_the_oracle(ranks, model):

@@ -213,6 +213,25 @@ def test_per_chunk_is_the_base_model_inside_the_trained_horizon(mode):
         assert_equal(phases(policy, query, visible), phases(base, query, visible))
 
 
+@pytest.mark.parametrize(
+    ("gap", "visible", "sink"),
+    [
+        (3, [0, 1, 2, 9, 10, 11, 12], [3, 4, 5]),  # Deep Forcing: three frames between the sink and what follows
+        (0, [0, 1, 2, 9, 10, 11, 12], [6, 7, 8]),
+        (0, [0, 1, 2, 0, 0, 9, 10, 11, 12], [4, 5, 6]),  # two pages of chosen tokens lie between
+        (8, [0, 1, 2, 9, 10, 11, 12], [0, 1, 2]),  # never to before its own frames
+        (None, [0, 1, 2, 9, 10, 11, 12], [0, 1, 2]),
+        (3, [5, 6, 7, 8, 9], [5, 6, 7]),  # nothing has left
+    ],
+)
+def test_a_sink_may_move_along(gap, visible, sink):
+    query = visible[-2:]
+    policy = PositionPolicy(mode="none", sink_gap=gap)
+    options = dict(query=query, bands=22, heads=1)
+    moved = PositionPolicy(mode="none").phases(visible=[*sink, *visible[3:]], **options)
+    assert np.array_equal(policy.phases(visible=visible, **options).key, moved.key)
+
+
 def test_slot_positions_are_those_of_longlive_infinite():
     policy = PositionPolicy(mode="none", index="slot", train_len=240)
     for query, visible in chunks(3, 12, 9):

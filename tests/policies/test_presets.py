@@ -7,8 +7,8 @@ import pytest
 from flexkern.policies import PRESETS, LoopPolicy, NoisePolicy, PositionPolicy, SinkWindow, SwitchPolicy, get_preset
 
 NAMES = ["self-forcing", "longlive", "longlive-infinite", "infinity-rope", "reward-forcing", "memrope", "rolling-sink"]
-NAMES += ["lol", "riflex", "pi", "ntk", "yarn", "flex"]
-EVICTED = {"reward-forcing": "sink", "memrope": "memory", "rolling-sink": "sweep"}
+NAMES += ["deep-forcing", "deep-sink", "lol", "riflex", "pi", "ntk", "yarn", "flex"]
+EVICTED = {"reward-forcing": "sink", "memrope": "memory", "rolling-sink": "sweep", "deep-forcing": "choose"}
 POLICIES = ("position", "retention", "noise", "switch")
 
 
@@ -27,6 +27,8 @@ def test_names():
         ("reward-forcing", "none", "slot", 21, 3, 9, "iid", ("keep", None)),
         ("memrope", "none", "slot", 21, 3, 12, "iid", ("keep", None)),
         ("rolling-sink", "none", "slot", 21, 18, 21, "iid", ("keep", None)),
+        ("deep-forcing", "none", "absolute", 21, 10, 21, "iid", ("keep", None)),
+        ("deep-sink", "none", "absolute", 21, 14, 21, "iid", ("keep", None)),
         ("lol", "jitter", "absolute", 240, 3, 12, "iid", ("keep", None)),
         ("riflex", "riflex", "absolute", 21, 0, 21, "iid", ("keep", None)),
         ("pi", "pi", "absolute", 21, 3, 21, "iid", ("keep", None)),
@@ -54,6 +56,10 @@ def test_values_behind_the_names():
     assert PRESETS["reward-forcing"].retention.sink_rate == 0.001
     memory = PRESETS["memrope"].retention
     assert (memory.slow_rate, memory.fast_rate, memory.average) == (0.01, 0.1, "tokens")
+    deep = PRESETS["deep-forcing"].retention
+    assert (deep.budget, deep.recent, deep.reuse) == (16, 4, 7)
+    assert PRESETS["deep-forcing"].position == PRESETS["deep-sink"].position
+    assert PRESETS["deep-sink"].position.sink_gap == 3
 
 
 @pytest.mark.parametrize("name", ["pi", "ntk", "yarn"])
@@ -70,7 +76,8 @@ def test_an_endless_session_needs_no_target(name):
     assert np.isfinite(result.key).all() and (result.logit_scale >= 1).all()
     assert it.noise.source(0, shape=(2, 2)).initial([999, 1000, 1001]).shape == (3, 2, 2)
     kept = it.retention.keep(range(40), 3)
-    assert len(kept.pages if kept.seen is None else kept.seen) == it.retention.window - 3
+    full = it.retention.budget if it.retention.evicted == "choose" else it.retention.window
+    assert len(kept.pages if kept.seen is None else kept.seen) == full - 3
 
 
 def test_overrides():
@@ -168,7 +175,7 @@ def test_fields_that_follow_others(words):
     assert {name: described[name] for name in USED[words]} == USED[words]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"rolling-sink"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"rolling-sink", "deep-forcing", "deep-sink"}))
 def test_a_field_that_follows_keeps_following(name):
     """Overrides in two calls are those of one: nothing is settled before it is used."""
     step = get_preset(get_preset(name, {"retention.window": 18}), {"switch.kind": "recache"})
@@ -218,6 +225,14 @@ def test_a_model_tells_its_horizon_where_the_preset_does_not():
             {"switch.kind": "flush"},
             "switch.kind must be 'keep' where retention.evicted is 'sweep', got 'flush'",
         ),
+        (
+            "deep-forcing",
+            {"position.index": "slot"},
+            "position.mode must be 'none', and position.index 'absolute', where .* 'choose', got 'none' and 'slot'",
+        ),
+        ("flex", {"retention.evicted": "choose"}, "position.mode must be 'none', .* got 'by_parts' and 'absolute'"),
+        ("deep-forcing", {"switch.kind": "recache"}, "switch.kind must be 'keep' where retention.evicted is 'choose'"),
+        ("deep-sink", {"position.sink_gap": -1}, "sink_gap must be >= 0, got -1"),
         ("flex", {"switch.recent": 0}, "recent must be at least 1 frame, got 0"),
         ("longlive", {"switch.recent": 13}, "recent must be at most the 12 frames of the window, got 13 for 'recache'"),
         ("longlive", {"position.train_len": 0}, "train_len must be at least 1 latent frame, got 0"),

@@ -2,7 +2,7 @@ from collections import defaultdict
 
 import pytest
 
-from flexkern.policies import Blend, Kept, RetentionPolicy, SinkWindow
+from flexkern.policies import Blend, ChosenTokens, Kept, RetentionPolicy, SinkWindow
 
 
 def roll(policy: SinkWindow, chunk: int, chunks: int) -> list[list[int]]:
@@ -194,6 +194,47 @@ def test_a_sweep_counts_from_the_first_frame_of_the_video():
     assert policy.pages == 6
     assert policy.keep([10, 11, 14, 15], 2) == Kept(pages=(0, 1, 2, 3), seen=(2, 3))
     assert policy.keep([10, 11, 12, 13, 14], 1) == Kept(pages=(0, 1, 3, 4), seen=(1, 2, 3))
+
+
+def test_a_full_window_is_left_with_its_budget():
+    """Deep Forcing: every second chunk, from the eighth on, 16 frames of 21: sink 10, tokens of two, and the last 4."""
+    policy = SinkWindow(sink=10, window=21, evicted="choose")
+    frames, seen = [], []
+    for n in range(12):
+        kept = policy.keep(frames, 3)
+        chosen = [page for page in kept.pages if isinstance(page, ChosenTokens)]
+        seen.append((len(kept.pages) + 3, len(chosen)))
+        if chosen:
+            assert len({*chosen}) == 1 and chosen[0].frame == 0
+            assert chosen[0].indices == tuple(range(10, len(frames) - 1))
+            assert kept.pages == (*range(10), *chosen, len(frames) - 1)
+        frames = [p.frame if isinstance(p, ChosenTokens) else frames[p] for p in kept.pages] + list(
+            range(3 * n, 3 * n + 3)
+        )
+        assert len(frames) <= policy.pages
+    assert seen == [(3 * n + 3, 0) for n in range(7)] + [(16, 2), (19, 0), (16, 2), (19, 0), (16, 2)]
+    assert frames == [*range(10), 0, 0, 32, 33, 34, 35]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (
+            dict(sink=10, budget=14),
+            r"budget must exceed the sink \(10\) and the recent frames \(4\) and fit into .* got 14",
+        ),
+        (dict(sink=10, budget=22), "fit into the window of 21, got 22"),
+        (dict(sink=1, reuse=0), "reuse must be at least 1, got 0"),
+    ],
+)
+def test_a_budget_has_room_for_chosen_tokens(fields, message):
+    with pytest.raises(ValueError, match=message):
+        SinkWindow(window=21, evicted="choose", **fields)
+
+
+def test_frames_that_are_computed_are_recent():
+    with pytest.raises(ValueError, match=r"recent must be at least the incoming frames \(5\), got 4"):
+        SinkWindow(sink=10, window=21, evicted="choose").keep([], 5)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """What the published pipelines computed at a tiny size in float32: how tests/data is read.
 
-Reward-Forcing at 4317f5a0d29d, MemRoPE at b89bf5b87ca8 and Rolling Sink at 6eaed1e79613 were run on a CPU with 16
-tokens a frame, where their code says 1560, and torch's attention in place of flash-attn.
+Reward-Forcing at 4317f5a0d29d, MemRoPE at b89bf5b87ca8, Rolling Sink at 6eaed1e79613 and Deep Forcing (its "code
+release", ea9961a) were run on a CPU with 16 tokens a frame, where their code says 1560, and torch's attention in place
+of flash-attn.
 """
 
 from pathlib import Path
@@ -15,6 +16,8 @@ PRESETS = {  # by recording: the preset that does the same, and what of it diffe
     "reward_forcing": ("reward-forcing", {}),
     "memrope": ("memrope", {}),
     "rolling_sink": ("rolling-sink", {}),
+    "deep_forcing": ("deep-forcing", {}),
+    "deep_sink": ("deep-sink", {}),
 }
 
 

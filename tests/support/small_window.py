@@ -5,6 +5,8 @@ from flexkern.policies import Preset, get_preset
 OVERRIDES = {
     "infinity-rope": {},
     "memrope": {"retention.window": 9},
+    "deep-forcing": {"retention.sink": 3, "retention.window": 9, "retention.budget": 8},
+    "deep-sink": {"retention.sink": 3, "retention.window": 9},
     "rolling-sink": {"retention.sink": 6, "retention.window": 9},
 }
 
