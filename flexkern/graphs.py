@@ -58,8 +58,7 @@ def why_eager(model: VideoModel, backend: str) -> str | None:
 
 def passes_of(preset: Preset, model: VideoModel, begin: Callable[[], Recorder] | None) -> "Passes":
     """The passes of a session with that preset. begin: makes what captures them; None for none."""
-    chooses = getattr(preset.retention, "evicted", None) == "choose"
-    return Passes(model, unwanted=CHOSEN) if chooses else Passes(model, begin)
+    return Passes(model, unwanted=CHOSEN) if preset.chooses_tokens else Passes(model, begin)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

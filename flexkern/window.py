@@ -213,7 +213,7 @@ class CacheWindow:
     def _make_chooser(self, preset: Preset) -> TokenChooser | None:
         """What chooses tokens of frames that leave, where the preset's retention wants that."""
         retention = preset.retention
-        if not isinstance(retention, SinkWindow) or retention.evicted != "choose":
+        if not preset.chooses_tokens or not isinstance(retention, SinkWindow):
             return None
         frequencies = torch.from_numpy(preset.position.frequencies(self.bands))
         return TokenChooser(self.cache, frequencies, votes=retention.recent, reuse=retention.reuse)

@@ -51,7 +51,8 @@ class Lot:
         except MissingPart as error:
             raise ValueError(translated(error.part, error.why)) from None
         parts = self.batch.parts
-        validate_count(count_ranks(self.command.gpus), self.batch.device, self.batch.config, self.batch.family.size)
+        batch, presets = self.batch, [order.method for order in self.batch.orders]
+        validate_count(count_ranks(self.command.gpus), batch.device, batch.config, batch.family.size, presets)
         if parts is not None:
             for line in (str(parts), str(parts.backend), *map(in_flags, parts.notes), *self.not_needed()):
                 note(line)

@@ -5,7 +5,7 @@ Rank 0 is the command. The others read no option, write no file and print nothin
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ from flexkern.render import status
 if TYPE_CHECKING:
     from flexkern.model.wan import WanConfig
     from flexkern.parallel import Ranks
+    from flexkern.policies import Preset
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what it tells each process
 
@@ -49,7 +50,9 @@ def count_ranks(gpus: int | None) -> int:
     return max(gpus or 1, started)
 
 
-def validate_count(count: int, device: str, config: "WanConfig", size: tuple[int, int]) -> None:
+def validate_count(
+    count: int, device: str, config: "WanConfig", size: tuple[int, int], presets: Iterable["Preset"]
+) -> None:
     """Raises ValueError where so many ranks cannot share a model, or have no GPU each.
 
     Args:
@@ -57,12 +60,15 @@ def validate_count(count: int, device: str, config: "WanConfig", size: tuple[int
         device: Of --device.
         config: Of the model.
         size: Height and width of its latent frames.
+        presets: What runs on them.
     """
     if count == 1:
         return
-    from flexkern.parallel import validate_gpus, validate_shares
+    from flexkern.parallel import validate_gpus, validate_preset, validate_shares
 
     called = "--gpus" if torchrun_count() == 1 else "the number of torchrun's processes"
+    for preset in presets:
+        validate_preset(preset, count, called=called)
     validate_shares(config, size, count, called=called)
     if torchrun_count() == 1:
         validate_gpus(count, device, called=called)

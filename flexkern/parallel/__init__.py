@@ -15,15 +15,16 @@ if TYPE_CHECKING:
     from flexkern.parallel.errors import RankError
     from flexkern.parallel.launch import join_ranks, start_ranks, validate_gpus
     from flexkern.parallel.lead import Ranks
-    from flexkern.parallel.split import fitting_ranks, validate_shares
+    from flexkern.parallel.split import fitting_ranks, validate_preset, validate_shares
 
-__all__ = ["RankError", "Ranks", "fitting_ranks", "join_ranks", "start_ranks", "validate_gpus", "validate_shares"]
+__all__ = ["RankError", "Ranks", "fitting_ranks", "join_ranks", "start_ranks", "validate_gpus", "validate_preset"]
+__all__ += ["validate_shares"]
 
 _HOMES = {  # module: what it holds
     "errors": ("RankError",),
     "launch": ("join_ranks", "start_ranks", "validate_gpus"),
     "lead": ("Ranks",),
-    "split": ("fitting_ranks", "validate_shares"),
+    "split": ("fitting_ranks", "validate_preset", "validate_shares"),
 }
 
 

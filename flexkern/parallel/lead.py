@@ -24,7 +24,7 @@ from flexkern.model.wan import CausalWan, TextKV
 from flexkern.parallel.errors import RankError
 from flexkern.parallel.group import Group, Vigil
 from flexkern.parallel.share import Share, tables_of
-from flexkern.parallel.split import Split, validate_shares
+from flexkern.parallel.split import Split, validate_preset, validate_shares
 from flexkern.plan import ChunkPlan
 from flexkern.policies import Preset
 from flexkern.window import CacheWindow
@@ -246,9 +246,7 @@ class LedWindow(CacheWindow):
     """A window whose plans every rank follows, each with its own heads."""
 
     def __init__(self, led: Led, preset: Preset, backend: Backend, **sizes: Any):
-        if getattr(preset.retention, "evicted", None) == "choose":
-            told = "tokens are chosen by the queries of all heads, which ranks do not exchange"
-            raise NotImplementedError(f"preset {preset.name!r} runs on one rank: {told}")
+        validate_preset(preset, led.ranks.count)
         self._led, self._sizes = led, sizes
         super().__init__(preset, backend, **sizes)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flexkern.checks import require, whole
 from flexkern.model.wan import WanConfig, token_grid
+from flexkern.policies import Preset
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,12 @@ def validate_ranks(ranks: int, *, heads: int, rows: int, columns: int, called: s
     fitting = fitting_ranks(heads=heads, rows=rows, columns=columns)
     share = f"must share {heads} heads and the {rows}x{columns} tokens of a frame evenly"
     require(ranks in fitting, f"{called} {share}: expected one of {', '.join(map(str, fitting))}, got {ranks}")
+
+
+def validate_preset(preset: Preset, ranks: int, *, called: str = "ranks") -> None:
+    """Raises ValueError where so many ranks cannot run a preset. called: what the user calls the number."""
+    told = f"{called} must be 1 with preset {preset.name!r}, whose tokens are chosen by the queries of all heads"
+    require(ranks == 1 or not preset.chooses_tokens, f"{told}, got {ranks}")
 
 
 def validate_shares(config: WanConfig, size: tuple[int, int], ranks: int, *, called: str = "ranks") -> None:

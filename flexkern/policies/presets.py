@@ -49,12 +49,21 @@ class Preset:
         recent, window, kind = self.switch.recent, self.retention.capacity, self.switch.kind
         held = recent is None or recent <= window or kind == "keep"
         require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
-        evicted, position = getattr(self.retention, "evicted", None), self.position
+        evicted, position = self._evicted, self.position
         kept = kind == "keep" or evicted not in ("sweep", "choose")
         require(kept, f"switch.kind must be 'keep' where retention.evicted is {evicted!r}, got {kind!r}")
         plain = position.mode == "none" and position.table is None and position.index == "absolute"
         needed = "position.mode must be 'none', and position.index 'absolute', where retention.evicted is 'choose'"
         require(plain or evicted != "choose", f"{needed}, got {position.mode!r} and {position.index!r}")
+
+    @property
+    def _evicted(self) -> str | None:
+        return self.retention.evicted if isinstance(self.retention, SinkWindow) else None
+
+    @property
+    def chooses_tokens(self) -> bool:
+        """Whether tokens are chosen while a pass runs, by the queries of all heads."""
+        return self._evicted == "choose"
 
     def override(self, overrides: Mapping[str, object]) -> "Preset":
         """The same with single fields of its policies replaced.

@@ -56,6 +56,8 @@ class HeldRanks:
         if self.count > 1:
             parallel.validate_shares(batch.config, batch.family.size, self.count)
             parallel.validate_gpus(self.count, batch.device, called="ranks")
+            for order in batch.orders:
+                parallel.validate_preset(order.method, self.count)
 
     def open(self, device: str) -> "Ranks | None":
         """The ranks on this kind of device; None for one. Raises RankError where one of them does not come."""

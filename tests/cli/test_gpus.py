@@ -73,6 +73,10 @@ def test_a_render_goes_on_with_another_number(flexkern_, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (("--gpus", 0), "--gpus must be at least 1, got 0"),
+        (
+            ("--gpus", 2, "--preset", "deep-forcing"),
+            "--gpus must be 1 with preset 'deep-forcing', whose tokens .* got 2",
+        ),
         (("--gpus", 2, "--device", "cpu"), "--gpus must share 1 heads and the 6x6 tokens of a frame evenly: .* got 2"),
     ],
 )
@@ -80,6 +84,12 @@ def test_a_number_that_does_not_work_is_refused_before_anything_starts(flexkern_
     ended, _, err = flexkern_(*RENDER, *flags)
     assert ended == status.REFUSED
     assert re.search(message, err), err
+
+
+def test_a_preset_that_runs_on_one_is_refused_before_anything_starts(flexkern_, nothing_starts):
+    ended, _, err = flexkern_("render", "--frames", 9, "--preset", "deep-forcing", "--gpus", 2)
+    assert ended == status.REFUSED
+    assert "--gpus must be 1 with preset 'deep-forcing', whose tokens are chosen by the queries of all heads" in err
 
 
 def test_gpus_under_torchrun_must_be_its_processes(monkeypatch):

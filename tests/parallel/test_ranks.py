@@ -67,9 +67,8 @@ def test_batches_and_sizes(one, many, options, batch, size):
 
 
 def test_tokens_are_not_chosen_by_the_heads_of_several_ranks(many):
-    with pytest.raises(
-        NotImplementedError, match="preset 'deep-forcing' runs on one rank: tokens are chosen by the qu"
-    ):
+    told = "ranks must be 1 with preset 'deep-forcing', whose tokens are chosen by the queries of all heads, got [24]"
+    with pytest.raises(ValueError, match=told):
         many.session(prompt_of(1), preset="deep-forcing")
     assert many.session(prompt_of(1), preset="deep-sink").step() is not None
 
