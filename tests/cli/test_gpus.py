@@ -73,10 +73,6 @@ def test_a_render_goes_on_with_another_number(flexkern_, tmp_path, monkeypatch):
     ("flags", "message"),
     [
         (("--gpus", 0), "--gpus must be at least 1, got 0"),
-        (
-            ("--gpus", 2, "--preset", "deep-forcing"),
-            "--gpus must be 1 with preset 'deep-forcing', whose tokens .* got 2",
-        ),
         (("--gpus", 2, "--device", "cpu"), "--gpus must share 1 heads and the 6x6 tokens of a frame evenly: .* got 2"),
     ],
 )
