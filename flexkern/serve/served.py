@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flexkern.checks import check_bounds, check_fields, require
+from flexkern.policies import get_preset
 from flexkern.render.encoding import Encoding
 from flexkern.render.script import PromptSwitch, parse_script, seconds_needed
 from flexkern.render.spec import JobSpec, SpecError
@@ -99,16 +100,22 @@ class Served:
         encoding = {name: value for name in ("fps", "crf") if (value := getattr(request, name)) is not None}
         preset = request.preset or self.preset
         overrides = self.base.overrides if preset == self.preset else {}
+        overrides = dict(overrides) | (request.overrides or {})
         with _told():
-            return replace(
+            spec = replace(
                 self.base,
                 **given | {"preset": preset},
                 prompts=prompts or texts,
-                overrides=dict(overrides) | (request.overrides or {}),
+                overrides=overrides,
                 frames=self._pictures(request, prompts, texts),
                 encoding=Encoding(**encoding),
                 out=out,
             )
+            held, most = get_preset(preset).override(overrides).retention.pages, self.limits.window
+        if request.overrides and held > most:
+            told = f"a video may keep at most {most} latent frames in memory on this server, got {held}"
+            raise ApiError(400, "too_large", told, param="overrides")
+        return spec
 
     def trial(self, out: Path) -> JobSpec:
         """A job that tells whether the model can be run at all. Raises ValueError where its own settings exclude it.

@@ -93,6 +93,7 @@ def test_a_form_does_as_well_as_json(shared):
         ({"preset": "fly"}, "invalid_value", "preset"),
         ({"overrides": {"retention.sinks": 3}}, "invalid_value", "overrides"),
         ({"overrides": {"retention.window": 4000}}, "too_large", "overrides"),
+        ({"preset": "rolling-sink", "overrides": {"retention.window": 40}}, "too_large", "overrides"),
         ({"negative_prompt": "b"}, "unknown_field", "negative_prompt"),
         ({"sead": 3}, "unknown_field", "sead"),
     ],
