@@ -75,7 +75,8 @@ class Flags:
     job: Annotated[Path | None, tyro.conf.Positional, option("[JOB]")] = None
     """job file, YAML or JSON: one video or several, each with the options below as fields; see `flexkern schema`"""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = DEMO
-    """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, wan-diffusers"""
+    """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, reward-forcing,
+    wan-diffusers"""
     weights: Annotated[Path | None, option("PATH", "--checkpoint-path", "--checkpoint-folder")] = None
     """weight file or folder, in any published layout; a VAE and a text encoder beside the weights are found"""
     vae: Annotated[Path | None, option("PATH")] = None

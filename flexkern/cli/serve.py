@@ -28,7 +28,8 @@ class Serve:
     dir: Annotated[Path, tyro.conf.arg(metavar="FOLDER")]
     """folder of the videos, made if needed; a server that is started again there goes on with what was not finished"""
     model: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = "demo"
-    """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, wan-diffusers"""
+    """demo, a file of its form, or for --weights: self-forcing, longlive, causvid, rolling-forcing, reward-forcing,
+    wan-diffusers"""
     weights: Annotated[Path | None, option("PATH")] = None
     """weight file or folder, in any published layout; a VAE and a text encoder beside the weights are found"""
     vae: Annotated[Path | None, option("PATH")] = None

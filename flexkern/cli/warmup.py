@@ -29,7 +29,7 @@ class Warmup:
 
     model: Annotated[str, tyro.conf.arg(metavar="NAME|FILE")] = DEMO
     """demo, a file of its form, or how --weights or --config are run: self-forcing, longlive, causvid,
-    rolling-forcing, wan-diffusers"""
+    rolling-forcing, reward-forcing, wan-diffusers"""
     weights: Annotated[Path | None, option("PATH")] = None
     """weight file or folder of the model; only its header is read"""
     config: Annotated[Literal["1.3B", "14B"] | None, option("NAME")] = None

@@ -4,7 +4,8 @@
     Engine.from_pretrained(path, family=family)
 
 All are text-to-video Wan 2.1 with few-step sampling, at 480x832 and 16 pictures per second.
-Source: the inference configs of Self-Forcing, LongLive (branch v1.0), CausVid, Rolling Forcing and FastVideo.
+Source: the inference configs of Self-Forcing, LongLive (branch v1.0), CausVid, Rolling Forcing, Reward-Forcing and
+FastVideo.
 """
 
 import os
@@ -185,6 +186,14 @@ _ALL = (
         source="TencentARC/RollingForcing, configs/rolling_forcing_dmd.yaml; sink and positions as its attention's",
     ),
     Family(
+        name="reward-forcing",
+        schedule=SCHEDULES["self-forcing"],
+        preset="reward-forcing",
+        files=("rewardforcing.pt",),
+        doc="Trained with a window of 9 frames, what leaves it merged into a sink of 3; the steps are Self-Forcing's.",
+        source="JaydenLyh/Reward-Forcing, configs/reward_forcing.yaml",
+    ),
+    Family(
         name="wan-diffusers",
         schedule=SCHEDULES["self-forcing"],
         doc="A folder in the form of diffusers; the steps are those of Self-Forcing, which FastVideo's SFWan has.",
@@ -218,5 +227,9 @@ def guess_family(name: str) -> str | None:
     """The family that a file or folder of this name was published under, None where the name says nothing."""
     plain = name.lower().replace("-", "_")
     words = {"self_forcing": "self-forcing", "longlive": "longlive", "causvid": "causvid"}
-    words |= {"rolling_forcing": "rolling-forcing"}
+    words |= {
+        "rolling_forcing": "rolling-forcing",
+        "reward_forcing": "reward-forcing",
+        "rewardforcing": "reward-forcing",
+    }
     return next((family for word, family in words.items() if word in plain), None)

@@ -33,8 +33,8 @@ SIGNS: dict[Kind, str] = {  # what only the tensors of that kind are called, wra
 SHARD = r"(diffusion_pytorch_)?model(-\d+-of-\d+)?(\.\w+)?\.safetensors"  # a file that stands for its folder
 HEADS = {*EMA_GROUPS, *RAW_GROUPS, "critic"}  # may stand in front of a name, as the group it is in
 UNMAPPED = 2**30  # bytes; a pickle of the old format can only be looked into by reading all of it
-WAN = "wan_models/*"  # where the research repositories keep the folder of Wan
-FOLDERS = ("", "checkpoints", "models", "longlive_models/models", WAN)
+WAN = ("wan_models/*", "checkpoints/Wan2.1*")  # where the research repositories keep the folder of Wan
+FOLDERS = ("", "checkpoints", "models", "longlive_models/models", "checkpoints/Reward-Forcing*", *WAN)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +108,7 @@ def find_parts(path: str | Path, *, prefer: Sequence[str] = ()) -> Found:
         if (kind := identify(path).kind) not in (None, "transformer"):
             raise ValueError(f"{path} {is_a(kind)}; expected a transformer")
         above = list(path.absolute().parents)[:3]  # a repository keeps its checkpoints up to two folders deep
-        transformer, around = path, [path.parent, *(wan for folder in above for wan in _folders(folder, [WAN]))]
+        transformer, around = path, [path.parent, *(wan for folder in above for wan in _folders(folder, WAN))]
     else:
         validate_folder(path)
         around = _folders(path, FOLDERS)

@@ -41,7 +41,7 @@ class JobSpec:
 
     model: str = "demo"
     """demo, a safetensors file of its form, or the family of the weights: self-forcing, longlive, causvid,
-    rolling-forcing, wan-diffusers"""
+    rolling-forcing, reward-forcing, wan-diffusers"""
     weights: Path | None = None
     """weight file or folder, in any published layout; a VAE and a text encoder beside the weights are found"""
     vae: Path | None = None

@@ -64,6 +64,7 @@ def test_an_override_reaches_the_schedule():
 def test_names_tell_a_family():
     names = {"self_forcing_dmd.pt": "self-forcing", "LongLive-1.3B": "longlive", "rolling_forcing_dmd.pt": "rolling"}
     assert all(guess_family(name).startswith(family) for name, family in names.items())
+    assert guess_family("Reward-Forcing-T2V-1.3B") == guess_family("rewardforcing.pt") == "reward-forcing"
     assert guess_family("model.pt") is None
 
 
@@ -87,6 +88,10 @@ EXPECTED = {
     "longlive": ("longlive_models/models/longlive_base.pt", "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"),
     "causvid": ("model.pt", "Wan2.1_VAE.pth"),
     "rolling-forcing": ("checkpoints/rolling_forcing_dmd.pt", "wan_models/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth"),
+    "reward-forcing": (
+        "checkpoints/Reward-Forcing-T2V-1.3B/rewardforcing.pt",
+        "checkpoints/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth",
+    ),
     "wan-diffusers": ("", "vae"),
 }
 

@@ -149,10 +149,20 @@ def save_rolling_forcing(root):
     return root
 
 
+def save_reward_forcing(root):
+    """Reward-Forcing's repository, whose checkpoint is the generator's state alone, beside Wan's folder."""
+    (root / "checkpoints/Reward-Forcing-T2V-1.3B").mkdir(parents=True)
+    state = prefixed(tiny_transformer(), "model.")
+    torch.save(state, root / "checkpoints/Reward-Forcing-T2V-1.3B/rewardforcing.pt")
+    save_wan(root / "checkpoints/Wan2.1-T2V-1.3B")
+    return root
+
+
 LAYOUTS = {
     "self-forcing": save_self_forcing,
     "longlive": save_longlive,
     "causvid": save_causvid,
     "rolling-forcing": save_rolling_forcing,
+    "reward-forcing": save_reward_forcing,
     "wan-diffusers": save_diffusers,
 }
