@@ -112,7 +112,6 @@ class SinkWindow:
     average: Literal["tokens", "frames"] = "tokens"
     """evicted memory: the mean of frames that leave. tokens: over all their tokens, the same at every place, as
     MemRoPE's code takes it; frames: of each place over the frames"""
-
     budget: int = 16
     """evicted choose: frames that are left of a full window, those being computed included"""
     recent: int = 4

@@ -133,6 +133,18 @@ def test_physical_slots_do_not_matter(backend):
     assert torch.equal(backend.frame_attention(q, k, v, plan), backend.frame_attention(q, moved_k, moved_v, moved))
 
 
+def test_a_page_may_be_seen_twice(backend):
+    """As two pages of the same keys and values are: Rolling Sink shows a frame at two times where it turns back."""
+    q, k, v = inputs(64, torch.float32)
+    plan = plan_of(64)
+    first, second = plan.read_slots[:2].tolist()
+    k[:, second], v[:, second] = k[:, first], v[:, first]
+    twice = plan.read_slots.clone()
+    twice[1] = first
+    again = backend.frame_attention(q, k, v, replace(plan, read_slots=twice))
+    assert torch.equal(backend.frame_attention(q, k, v, plan), again)
+
+
 def test_a_shift_of_all_positions_changes_nothing(backend):
     q, k, v = inputs(64, torch.float32)
     near = plan_of(64, query=(2, 3, 4), mode="none")
