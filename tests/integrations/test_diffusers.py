@@ -200,7 +200,7 @@ def assert_same_steps(sessions, chunks):
         assert furthest(theirs.latents, ours.latents) < 1e-4
 
 
-@pytest.mark.parametrize("name", ["flex", "self-forcing", "longlive", "lol", "yarn"])
+@pytest.mark.parametrize("name", ["flex", "self-forcing", "longlive", "lol", "yarn", "memrope", "deep-forcing"])
 def test_the_causal_loop_equals_our_transformer(model, converted, name):
     sessions = both_sessions(model, converted, torch.randn(1, 7, 16), preset=name)
     assert_same_steps(sessions, 9)
