@@ -150,4 +150,4 @@ def aligned(preset: Preset, report: "Report") -> "NDArray[np.float64]":
     from flexkern.metrics import latent_frames, per_picture, sink_alignment
 
     frames = latent_frames(report.pictures)
-    return per_picture(sink_alignment(preset.position, frames, window=preset.retention.capacity), report.pictures)
+    return per_picture(sink_alignment(preset, frames), report.pictures)

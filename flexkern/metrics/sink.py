@@ -41,22 +41,29 @@ def sink_alignment(
 
     Raises:
         TypeError: position is something else.
-        ValueError: frames or chunk is no whole number of at least 1, there is no such preset, or positions are slots
-            and there is no window of at least a chunk.
+        ValueError: frames or chunk is no whole number of at least 1, there is no such preset, positions are slots
+            and there is no window of at least a chunk, or the sink moves along (``sink_gap``) and there is no preset.
 
     Source: LoL (arXiv 2601.16914), which finds collapse at maxima of the phase concentration, latents 132 and 201.
     """
-    if window is None and isinstance(position, str | Preset):
-        window = get_preset(position).retention.capacity
+    preset = get_preset(position) if isinstance(position, str | Preset) else None
+    if window is None and preset is not None:
+        window = preset.retention.capacity
     position, frames, chunk = position_of(position), whole("frames", frames, 1), whole("chunk", chunk, 1)
     if position.index == "slot" and (window is None or window < chunk):
         raise ValueError(f"positions are slots: window must be given and hold a chunk of {chunk}, got {window}")
-    result = np.ones(frames)
+    moves = position.index == "absolute" and position.sink_gap is not None
+    if moves and preset is None:
+        raise ValueError("the sink moves along behind the other frames of the window: give a preset, which has one")
+    result, listed = np.ones(frames), list[int]()
     for start in range(0, frames, chunk):
         query = list(range(start, min(start + chunk, frames)))
         held = query if start == 0 else [0, *query]
         if position.index == "slot" and window is not None and start > 0:
             held = [0, *range(max(1, query[-1] + 2 - window), query[-1] + 1)]
+        if moves and preset is not None:
+            kept = preset.retention.keep(listed, len(query)).pages
+            held = listed = [*(listed[page] if isinstance(page, int) else page.frame for page in kept), *query]
         phases = position.phases(query=query, visible=held, bands=bands, heads=heads, target=target or frames)
         apart = phases.query - phases.key[:, 0]  # [F or 1, G, T] radians
         result[query] = np.abs(np.exp(1j * apart).mean(axis=(1, 2)))

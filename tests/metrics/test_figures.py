@@ -196,6 +196,17 @@ def test_alignment_follows_a_preset():
         assert np.array_equal(sink_alignment(preset, 100), found)
 
 
+@pytest.mark.parametrize(("name", "apart"), [("deep-sink", 21), ("deep-forcing", 16)])
+def test_a_sink_that_moves_along_stays_as_near(name, apart):
+    """It lies so many frames before the chunk, or what the last choice has left; Deep Forcing's code chunk by chunk."""
+    plain, found = sink_alignment(PLAIN, 60), sink_alignment(name, 300)
+    assert np.allclose(found[:21], plain[:21])
+    starts = range(21, 300, 6)  # of chunks in which deep-forcing chooses
+    assert all(np.allclose(found[start : start + 3], plain[apart : apart + 3]) for start in starts)
+    with pytest.raises(ValueError, match="the sink moves along behind the other frames of the window: give a preset"):
+        sink_alignment(PRESETS[name].position, 9)
+
+
 def test_frames_and_pictures():
     assert per_picture(np.array([0.0, 1, 2]), 10).tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 2, 2]
     assert [latent_frames(count) for count in (1, 2, 5, 6, 81)] == [1, 2, 2, 3, 21]

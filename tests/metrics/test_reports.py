@@ -4,6 +4,7 @@ import csv
 import json
 import weakref
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ import tyro
 from footage import CHUNK, FPS, clean, repeat
 from matplotlib.text import Text
 
-from flexkern.cli.metrics import Metrics
+from flexkern.cli.metrics import Metrics, aligned
 from flexkern.cli.sheet import Sheet
 from flexkern.metrics import (
     contact_sheet,
@@ -32,6 +33,7 @@ from flexkern.metrics import (
 )
 from flexkern.metrics.plot import clock, plot_curves
 from flexkern.metrics.sheet import moments
+from flexkern.policies import PRESETS, get_preset
 from flexkern.render import VideoWriter
 
 
@@ -252,3 +254,9 @@ def test_moments_are_round_where_they_can_be():
     assert moments(11.9, 8) == pytest.approx(np.arange(8) * 1.7) and moments(5, 1) == [0]
     assert [clock(t) for t in (0, 7.5, 12, 185, 3600)] == ["0 s", "7.5 s", "12 s", "3:05", "1:00:00"]
     assert [clock(t, minutes_from=60) for t in (59.5, 61.7, 122.4)] == ["59.5 s", "1:02", "2:02"]
+
+
+@pytest.mark.parametrize("name", [name for name, preset in PRESETS.items() if preset.retention.pinned])
+def test_every_preset_with_a_sink_says_how_near_it_is(name):
+    values = aligned(get_preset(name), SimpleNamespace(pictures=200))
+    assert values.shape == (200,) and values[0] == 1 and (values >= 0).all() and (values <= 1 + 1e-9).all()
