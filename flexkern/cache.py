@@ -70,7 +70,6 @@ class FrameCache:
         self.listed: list[Page] = []
         self.seen: list[int] | None = None
         self._free = list(range(pages))
-        self._spent: list[int] = []
 
     @property
     def frames(self) -> list[int]:
@@ -112,8 +111,8 @@ class FrameCache:
         """
         before = self.listed
         wanted = {i for page in pages if isinstance(page, ChosenTokens) for i in page.indices}
-        self._spent = [before[i].slot for i in wanted]
-        stay = {before[page].slot for page in pages if not isinstance(page, Blend | ChosenTokens)} | {*self._spent}
+        whole = [page for page in pages if not isinstance(page, Blend | ChosenTokens)]
+        stay = {before[i].slot for i in (*whole, *wanted)}
         self._free = [slot for slot in range(self.keys.shape[2]) if slot not in stay]
         self.listed, self.seen, mixes, pick = [], None, list[Mix](), None
         for page in pages:
@@ -187,7 +186,7 @@ class FrameCache:
         self.listed = [Page(frame, slot) for frame, slot in zip(frames, slots, strict=True)]
         for pages, held in ((self.keys, state["keys"]), (self.values, state["values"])):
             self._fill(pages, held)
-        self.seen, self._spent = state["seen"], []
+        self.seen = state["seen"]
         self._free = sorted({*range(count)} - {*slots})
 
     def _copied(self, pages: Tensor) -> Tensor:

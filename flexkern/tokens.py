@@ -4,8 +4,8 @@ In the first pass of that chunk, in every layer before its attention, each token
 
     score = sum over query tokens and heads of q . k,   both turned as in attention, no softmax
 
-The queries are those of the last ``votes`` frames that ran: of the pass itself, and before it of the clean pass of the
-chunk before. The best tokens are gathered into pages, key and value; a token keeps the row, the column and the time
+The queries are those of the last ``votes`` frames: of the pass itself, and before it of the clean pass of the chunks
+before. The best tokens are gathered into pages, key and value; a token keeps the row, the column and the time
 that it had, since a page's keys carry the turn between its own frame and theirs. Every layer chooses for itself, all
 heads alike.
 Source: Deep Forcing (arXiv 2512.05081), official code, which keeps the turned keys of these tokens as they are, and
@@ -64,8 +64,9 @@ class TokenChooser:
         Queries are normalised and turned by place, as ``norm_rope_write`` gives them.
         """
         frames, votes = list(self._frames), query.to(torch.promote_types(query.dtype, torch.float32)).sum(2)
-        if (before := self._heard[layer]) is not None:
-            frames, votes = [*before[0], *frames], torch.cat((before[1], votes), 1)
+        if (before := self._heard[layer]) is not None:  # a frame has one vote, that of its last pass
+            others = [i for i, frame in enumerate(before[0]) if frame not in frames]
+            frames, votes = [*(before[0][i] for i in others), *frames], torch.cat((before[1][:, others], votes), 1)
         self._heard[layer] = frames, votes = frames[-self.votes :], votes[:, -self.votes :]
         if layer in self._waits:
             self._waits.remove(layer)

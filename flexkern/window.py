@@ -100,6 +100,7 @@ class CacheWindow:
 
         Raises:
             ValueError: The frames neither are those being computed nor follow them, or the window is too small.
+            NotImplementedError: A retention policy of one's own wants tokens chosen.
         """
         frames = range(start, start + count)
         if self._memory is not None and frames == self.frames:
@@ -113,6 +114,8 @@ class CacheWindow:
             )
         kept = self.preset.retention.keep(self.cache.frames, count)
         mixes, pick = self.cache.keep(kept.pages, kept.seen)
+        if pick is not None and self.chooser is None:
+            raise NotImplementedError("only a SinkWindow has tokens chosen, not a retention policy of one's own")
         if mixes:
             self._blend(mixes)
         slots = self.cache.allocate(frames)

@@ -38,10 +38,10 @@ STRETCHED = {
 }
 EVICTED = {
     "drop": "",
-    "sink": ", and those that leave are merged into them",
-    "memory": ", and those that leave are merged into two frames behind them",
-    "choose": "; when that is full, single tokens of all but the last {whole} are chosen",
-    "sweep": ", and stand for all but the last {recent} again and again, forwards and back",
+    "sink": " What leaves is merged into the first frames, the i-th that leaves into the i-th of them.",
+    "memory": " What leaves is merged into two frames more, a slow and a fast one.",
+    "choose": " Once full, it is left with {budget}: the first, the last {recent}, and single tokens of the others.",
+    "sweep": " Behind them come the last {last}; places of older ones show the first again, forwards and back.",
 }
 NOISES = {
     "iid": "Every frame starts from noise of its own.",
@@ -166,7 +166,7 @@ def _positions(position: PositionPolicy, retention: RetentionPolicy) -> list[str
     within = f"inside the window, 0 to {retention.capacity - 1}, and never grow"
     counted = within if position.index == "slot" else "from the start of the video"
     told = [f"Positions in time count {counted}; the model was trained on {position.train_len} latent frames."]
-    if position.index == "absolute" and position.sink_gap is not None:
+    if position.index == "absolute" and position.sink_gap is not None and retention.pinned:
         told.append(f"The first frames move along with the video, {position.sink_gap} frames before the others.")
     if position.table is not None:
         return [*told, "Bands are slowed by the given table."]
@@ -185,11 +185,12 @@ def _positions(position: PositionPolicy, retention: RetentionPolicy) -> list[str
 def _memory(retention: RetentionPolicy) -> str:
     pinned, seen = retention.pinned, retention.capacity
     first = "the first frame" if pinned == 1 else f"the first {pinned} frames"
-    stays = f"; {first} of the video stay{'s' * (pinned == 1)} for good" if pinned else ""
-    told = f"A frame sees {seen} latent frames in all, its own chunk included{stays}"
-    if isinstance(retention, SinkWindow):
-        told += EVICTED[retention.evicted].format(recent=seen - pinned, whole=retention.recent)
-    return f"{told}."
+    kind = retention.evicted if isinstance(retention, SinkWindow) else "drop"
+    stays = f"; {first} of the video stay{'s' * (pinned == 1)}{' for good' * (kind != 'sink')}" if pinned else ""
+    told = f"A frame sees {seen} latent frames in all, its own chunk included{stays}."
+    if not isinstance(retention, SinkWindow):
+        return told
+    return told + EVICTED[kind].format(budget=retention.budget, recent=retention.recent, last=seen - pinned)
 
 
 def _noise(noise: NoisePolicy) -> str:

@@ -81,9 +81,9 @@ class PositionPolicy:
     """what a position is: absolute, the frame's index in the video; slot, its index in the list of attended frames,
     with the frames being computed at its end ("slot index" in the papers; not the slot of its page)"""
     sink_gap: int | None = None
-    """how many frames lie between the sink, which is the head of the window up to the first frame that is missing, and
-    what is seen behind it: the sink moves along with the video (Deep Forcing; index absolute only), but never to before
-    its own frames. None: it stays at its own frames, however far behind they are"""
+    """how many frames lie, at least, between the sink, which is the head of the window up to the first frame that is
+    missing, and what is seen behind it: the sink moves along with the video (Deep Forcing; index absolute only), but
+    never to before its own frames. None: it stays at its own frames, however far behind they are"""
     base: float = 10000.0
     """base of the model's temporal frequencies"""
     riflex_band: int | None = None

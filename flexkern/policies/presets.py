@@ -50,11 +50,14 @@ class Preset:
         held = recent is None or recent <= window or kind == "keep"
         require(held, f"switch.recent must be at most the {window} frames of the window, got {recent} for {kind!r}")
         evicted, position = self._evicted, self.position
-        kept = kind == "keep" or evicted not in ("sweep", "choose")
+        kept = kind == "keep" or evicted in (None, "drop", "sink")
         require(kept, f"switch.kind must be 'keep' where retention.evicted is {evicted!r}, got {kind!r}")
         plain = position.mode == "none" and position.table is None and position.index == "absolute"
-        needed = "position.mode must be 'none', and position.index 'absolute', where retention.evicted is 'choose'"
-        require(plain or evicted != "choose", f"{needed}, got {position.mode!r} and {position.index!r}")
+        needed = "position.mode must be 'none', index 'absolute' and table None where retention.evicted is 'choose'"
+        got = f"got {position.mode!r}, {position.index!r} and {position.table}"
+        require(plain or evicted != "choose", f"{needed}, {got}")
+        told = f"position.sink_gap must be None where retention.evicted is 'sweep', got {position.sink_gap}"
+        require(evicted != "sweep" or position.index == "slot" or position.sink_gap is None, told)
 
     @property
     def _evicted(self) -> str | None:
@@ -340,4 +343,8 @@ def idle_fields(preset: Preset) -> tuple[str, ...]:
     Returns:
         Names as ``get_preset`` takes them, in the order of the policies and their fields.
     """
-    return tuple(f"{policy}.{name}" for policy in POLICIES for name in idle(getattr(preset, policy)))
+    alone = [f"{policy}.{name}" for policy in POLICIES for name in idle(getattr(preset, policy))]
+    fields = [f"{policy}.{f.name}" for policy in POLICIES for f in dataclasses.fields(getattr(preset, policy))]
+    return tuple(
+        name for name in fields if name in alone or (name == "position.sink_gap" and not preset.retention.pinned)
+    )

@@ -124,7 +124,7 @@ class SinkWindow:
         check_fields(self)
         require(self.sink >= 0, f"sink must be >= 0 frames, got {self.sink}")
         require(self.window > self.sink, f"window must exceed the sink of {self.sink} frames, got {self.window}")
-        needs = self.evicted in ("sink", "sweep")
+        needs = self.evicted in ("sink", "sweep", "choose")
         require(self.sink > 0 or not needs, f"evicted {self.evicted!r} needs a sink of at least 1 frame, got 0")
         for name in ("sink_rate", "slow_rate", "fast_rate"):
             require(0 <= getattr(self, name) <= 1, f"{name} must be in [0, 1], got {getattr(self, name)}")
@@ -210,7 +210,7 @@ class SinkWindow:
     def _chosen(self, frames: Sequence[int], incoming: int) -> Kept:
         """All of them, or where they are too many the sink, pages of chosen tokens, and the last frames."""
         count, recent = len(frames), self.recent - incoming
-        require(recent >= 0, f"recent must be at least the incoming frames ({incoming}), got {self.recent}")
+        require(recent >= 0, f"retention.recent must be at least the incoming frames ({incoming}), got {self.recent}")
         if count + incoming <= self.window:
             return Kept(pages=tuple(range(count)))
         choice = ChosenTokens(frame=frames[0], indices=tuple(range(self.sink, count - recent)))

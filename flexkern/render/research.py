@@ -57,7 +57,7 @@ FLAGS = {  # key: the option that it stands in for
     "seed": "seed",
 }
 OTHERS = (
-    "adapter", "compression_method", "image_or_video_shape", "inference_iter", "save_with_index",
+    "adapter", "compression_method", "ema_adaptive", "image_or_video_shape", "inference_iter", "save_with_index",
     "switch_frame_indices", "use_ema",
     "recent_size", "use_block_rope",  # MemRoPE's, whose code does not use them either
 )  # fmt: skip
@@ -67,9 +67,11 @@ FORMS: dict[str, tuple[Any, str]] = {  # key: what it must be
     **dict.fromkeys(("num_samples", "seed", "inference_iter"), INT),
     **dict.fromkeys(("denoising_step_list", "denoising_step_list_first_chunk"), (list, "a list of numbers")),
     **dict.fromkeys(("warp_denoising_step", "independent_first_frame", "global_sink", "use_ema"), BOOL),
-    **dict.fromkeys(("use_infinite_attention", "save_with_index"), BOOL),
+    **dict.fromkeys(("use_infinite_attention", "save_with_index", "ema_adaptive"), BOOL),
     **dict.fromkeys(("timestep_shift", "context_noise", "ema_alpha_long", "ema_alpha_short"), NUMBER),
-    **dict.fromkeys(("generator_ckpt", "lora_ckpt", "data_path", "prompt_file_path", "output_folder"), TEXT),
+    **dict.fromkeys(
+        ("compression_method", "generator_ckpt", "lora_ckpt", "data_path", "prompt_file_path", "output_folder"), TEXT
+    ),
     "extended_prompt_path": TEXT,
     "adapter": (dict, "a mapping with rank and alpha"),
     "image_or_video_shape": (list, "a list of 5 whole numbers"),
@@ -321,7 +323,7 @@ def _unused(said: Mapping[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...], 
     rest = sorted(key for key in said if key not in known)
     fits = lambda key, patterns: any(fnmatchcase(key, pattern) for pattern in patterns)
     models = [key for key in ("model_name", "generator_name") if key in rest]
-    training = tuple(key for key in rest if key not in (*models, "ema_adaptive") and fits(key, TRAINING))
+    training = tuple(key for key in rest if key not in models and fits(key, TRAINING))
     unsupported = [key for key in rest if key not in (*models, *training) and fits(key, MATTER) and said[key]]
     off = [key for key in rest if key not in (*models, *training) and fits(key, MATTER) and not said[key]]
     unknown = tuple(key for key in rest if key not in (*models, *training, *unsupported, *off))

@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 SECONDS = 4.0  # of a video whose length is not given, as in the API
 EACH = 4.0  # of each of several prompts without times
-IN_WINDOW = ("retention.", "noise.window", "noise.stride", "switch.recent")  # overrides that count frames in memory
+IN_WINDOW = (  # overrides that count frames in memory
+    "retention.sink", "retention.window", "retention.budget", "retention.recent",
+    "noise.window", "noise.stride", "switch.recent",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +115,9 @@ class Served:
                 out=out,
             )
             held, most = get_preset(preset).override(overrides).retention.pages, self.limits.window
-        if request.overrides and held > most:
+        if (request.overrides or request.preset) and held > most:
             told = f"a video may keep at most {most} latent frames in memory on this server, got {held}"
-            raise ApiError(400, "too_large", told, param="overrides")
+            raise ApiError(400, "too_large", told, param="overrides" if request.overrides else "preset")
         return spec
 
     def trial(self, out: Path) -> JobSpec:

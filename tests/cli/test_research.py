@@ -62,6 +62,10 @@ def test_a_configuration_of_memrope_is_its_preset(begun):
     assert "without effect in longlive: ema_alpha_short of c.yaml" in err
     (job,), _, _ = begun("compression_method: eviction\n", *arguments)
     assert job.session.preset == get_preset("longlive-infinite")
+    _, status, err = begun("compression_method: [ema]\n", *arguments)
+    assert status == 2 and "c.yaml: compression_method must be a text, got ['ema']" in err
+    _, status, err = begun("ema_adaptive: false\ncompression_method: ema\n", *arguments)
+    assert status == 0 and "ema_adaptive" not in err
     _, status, err = begun("compression_method: zip\n", *arguments)
     assert status == 2 and "c.yaml: compression_method must be ema or eviction, got 'zip'" in err
 

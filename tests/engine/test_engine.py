@@ -15,7 +15,7 @@ from both_loops import SIZE, Recorded, assert_equal_to, both, drive, prompt_of
 from flexkern.engine import Engine, frames_for
 from flexkern.model.schedule import SCHEDULES, Schedule
 from flexkern.noise import ResearchNoise
-from flexkern.policies import Kept, get_preset
+from flexkern.policies import ChosenTokens, Kept, get_preset
 
 DATA = Path(__file__).parent.parent / "data"
 
@@ -221,6 +221,18 @@ def test_a_retention_policy_of_ones_own(engine):
     drive(session, 4)
     assert session.cache.frames == [2, 4, 6, 8, 9, 10, 11]
     assert session.cache.keys.shape[2] == 7
+
+
+def test_only_the_windows_of_this_package_have_tokens_chosen(engine):
+    @dataclass(frozen=True, kw_only=True)
+    class Chooses(EveryOther):
+        def keep(self, frames, incoming):
+            return Kept(pages=(ChosenTokens(frame=0, indices=(0,)),) if len(frames) else ())
+
+    session = engine.session(prompt_of(1), preset=replace(get_preset("self-forcing"), retention=Chooses()))
+    session.step()
+    with pytest.raises(NotImplementedError, match="only a SinkWindow has tokens chosen"):
+        session.step()
 
 
 def test_a_window_has_no_memory_before_its_first_chunk(engine):

@@ -104,6 +104,21 @@ def test_only_the_first_pass_chooses_and_only_the_last_votes_count(cache):
     assert torch.equal(other.keys[:, :, pick.slots], chosen)  # the first of three frames has no vote
 
 
+def test_a_frame_votes_once_with_its_last_pass(cache):
+    """However many steps a chunk has, and however few frames: the last three frames have the three votes."""
+    chooser, last = chooser_of(cache), {}
+    for frame in (13, 14, 15):
+        chooser.prepare([frame], [frame - 10], None)
+        for step in range(4):
+            last[frame] = query_of(1, 10 * frame + step)
+            chooser.hear(0, last[frame])
+    new, before = query_of(1, 99), cache.keys.clone()
+    pick = choose(cache, chooser, [16], [ChosenTokens(frame=10, indices=(0, 1, 2)), 4, 5], [new])
+    votes = [(14, last[14][0, 0]), (15, last[15][0, 0]), (16, new[0, 0])]
+    indices = best(before[0, 0, :3], (10, 11, 12), votes, TOKENS)
+    assert torch.equal(cache.values[0, 0, pick.slots[0]], cache.values[0, 0, :3].flatten(0, 1)[indices])
+
+
 def test_a_token_that_was_chosen_too_often_comes_after_all_others(cache):
     chooser, choice = chooser_of(cache, reuse=2), ChosenTokens(frame=10, indices=(0, 1))
     worn = torch.zeros(2, TOKENS, dtype=torch.int64)

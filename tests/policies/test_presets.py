@@ -138,6 +138,14 @@ def test_overrides_without_effect_are_told():
             get_preset(name, {"retention.window": 24, "position.train_len": 30})
 
 
+def test_a_sink_that_moves_along_needs_a_sink():
+    with pytest.warns(UserWarning, match="without effect in self-forcing: position.sink_gap"):
+        get_preset("self-forcing", {"position.sink_gap": 3})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_preset("self-forcing", {"position.sink_gap": 3, "retention.sink": 3})
+
+
 USED = {  # what None stands for, in a preset with these overrides
     "longlive": {"switch.recent": 12, "position.train_len": 240, "position.alpha": None, "position.cut_position": None},
     "longlive retention.window=18": {"switch.recent": 18},
@@ -175,7 +183,7 @@ def test_fields_that_follow_others(words):
     assert {name: described[name] for name in USED[words]} == USED[words]
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"rolling-sink", "deep-forcing", "deep-sink"}))
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"memrope", "rolling-sink", "deep-forcing", "deep-sink"}))
 def test_a_field_that_follows_keeps_following(name):
     """Overrides in two calls are those of one: nothing is settled before it is used."""
     step = get_preset(get_preset(name, {"retention.window": 18}), {"switch.kind": "recache"})
@@ -228,10 +236,21 @@ def test_a_model_tells_its_horizon_where_the_preset_does_not():
         (
             "deep-forcing",
             {"position.index": "slot"},
-            "position.mode must be 'none', and position.index 'absolute', where .* 'choose', got 'none' and 'slot'",
+            "position.mode must be 'none', index 'absolute' and table None where .*, got 'none', 'slot' and None",
         ),
-        ("flex", {"retention.evicted": "choose"}, "position.mode must be 'none', .* got 'by_parts' and 'absolute'"),
+        (
+            "flex",
+            {"retention.evicted": "choose"},
+            "position.mode must be 'none', .* got 'by_parts', 'absolute' and None",
+        ),
         ("deep-forcing", {"switch.kind": "recache"}, "switch.kind must be 'keep' where retention.evicted is 'choose'"),
+        ("memrope", {"switch.kind": "recache"}, "switch.kind must be 'keep' where retention.evicted is 'memory'"),
+        ("deep-forcing", {"retention.sink": 0}, "evicted 'choose' needs a sink of at least 1 frame, got 0"),
+        (
+            "rolling-sink",
+            {"position.index": "absolute", "position.sink_gap": 3},
+            "position.sink_gap must be None where retention.evicted is 'sweep', got 3",
+        ),
         ("deep-sink", {"position.sink_gap": -1}, "sink_gap must be >= 0, got -1"),
         ("flex", {"switch.recent": 0}, "recent must be at least 1 frame, got 0"),
         ("longlive", {"switch.recent": 13}, "recent must be at most the 12 frames of the window, got 13 for 'recache'"),

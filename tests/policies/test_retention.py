@@ -233,7 +233,7 @@ def test_a_budget_has_room_for_chosen_tokens(fields, message):
 
 
 def test_frames_that_are_computed_are_recent():
-    with pytest.raises(ValueError, match=r"recent must be at least the incoming frames \(5\), got 4"):
+    with pytest.raises(ValueError, match=r"retention.recent must be at least the incoming frames \(5\), got 4"):
         SinkWindow(sink=10, window=21, evicted="choose").keep([], 5)
 
 

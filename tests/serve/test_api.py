@@ -94,6 +94,11 @@ def test_a_form_does_as_well_as_json(shared):
         ({"overrides": {"retention.sinks": 3}}, "invalid_value", "overrides"),
         ({"overrides": {"retention.window": 4000}}, "too_large", "overrides"),
         ({"preset": "rolling-sink", "overrides": {"retention.window": 40}}, "too_large", "overrides"),
+        (
+            {"preset": "rolling-sink", "overrides": {"retention.sink": 1, "retention.window": 30}},
+            "too_large",
+            "overrides",
+        ),
         ({"negative_prompt": "b"}, "unknown_field", "negative_prompt"),
         ({"sead": 3}, "unknown_field", "sead"),
     ],
