@@ -259,7 +259,8 @@ def main(args: Args) -> None:
     rows = read(path)
     if not rows:
         raise ValueError(f"{path} has no films")
-    commit = ", ".join(dict.fromkeys(row["commit"] for row in rows))
+    said = lambda name: ", ".join(dict.fromkeys(row[name] for row in rows))
+    commit = said("commit")
     parts = [*(one.name for one in PARTS), FLEX]
     choices = [*LEAST, *(one.name for one in CHOICES)]
     presets = results(rows, args.presets, PLAIN)
@@ -281,10 +282,16 @@ def main(args: Args) -> None:
     about = (
         "Films of a variant have a room, a prompt and noise of their own each, the same for all variants; "
         "means over all frames beyond the horizon (at one horizon: over all that were not given), differences film by "
-        f"film with paired bootstrap intervals of 95 %. Commit {commit}, weights {rows[0]['weights']}, torch "
-        f"{rows[0]['torch']}, {rows[0]['day']}, device {args.device}."
+        f"film with paired bootstrap intervals of 95 %. Commit {commit}, weights {said('weights')}, torch "
+        f"{said('torch')}, {said('day')}, device {args.device}."
     )
-    sections = [("Presets", presets), ("Parts of FLEX", of_parts[PLAIN]), ("Parts of FLEX", of_parts[SINK])]
+    of_flex = results(rows, args.presets, FLEX, (longest,)) if FLEX in args.presets else []
+    sections = [
+        ("Presets", presets),
+        ("Presets", of_flex),
+        ("Parts of FLEX", of_parts[PLAIN]),
+        ("Parts of FLEX", of_parts[SINK]),
+    ]
     (args.out / "reading.md").write_text(
         reading([*sections, ("What the paper leaves open", of_choices)], about), encoding="utf-8"
     )

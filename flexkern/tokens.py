@@ -8,7 +8,7 @@ The queries are those of the last ``votes`` frames: of the pass itself, and befo
 before. The best tokens are gathered into pages, key and value; a token keeps the row, the column and the time
 that it had, since a page's keys carry the turn between its own frame and theirs. Every layer chooses for itself, all
 heads alike.
-Source: Deep Forcing (arXiv 2512.05081), official code, which keeps the turned keys of these tokens as they are, and
+Source: Deep Forcing (arXiv 2512.05081), code release, which keeps the turned keys of these tokens as they are, and
 fewer of them where all others have been chosen as often as they may.
 """
 
@@ -44,8 +44,9 @@ class TokenChooser:
     def begin(self) -> None:
         """Forget every frame."""
         self._heard: list[tuple[list[int], Tensor] | None] = [None] * len(self.counts)  # of each layer, as in _choose
-        self._waits: set[int] = set()
         self._frames: Sequence[int] = ()
+        self._pick: Pick | None = None
+        self._waits: set[int] = set()
 
     def prepare(self, frames: Sequence[int], slots: Sequence[int], pick: Pick | None) -> None:
         """A chunk is to be computed.

@@ -6,8 +6,11 @@ from .retention import SinkWindow
 from .switch import SwitchPolicy
 
 
-def idle(policy: object) -> list[str]:
-    """The fields of a policy that nothing reads at the values of the others; of one of one's own, none is known."""
+def idle(policy: object, *, sink: bool) -> list[str]:
+    """The fields of a policy that nothing reads at the values of the others; of one of one's own, none is known.
+
+    sink: whether the retention beside it has one.
+    """
     if isinstance(policy, PositionPolicy):
         slowed = policy.table is None and policy.mode not in ("none", "jitter")
         stretched = slowed or policy.temperature > 0
@@ -23,7 +26,7 @@ def idle(policy: object) -> list[str]:
             "riflex_band": slowed and policy.mode == "riflex",
             "jitter_sigma": jitters,
             "jitter_seed": jitters,
-            "sink_gap": policy.index == "absolute",
+            "sink_gap": policy.index == "absolute" and sink,
             "cut_position": policy.index == "slot",
         }
     elif isinstance(policy, NoisePolicy):

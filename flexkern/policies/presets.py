@@ -223,7 +223,7 @@ _ALL = (
         noise=IID,
         switch=KEEP,
         doc="The first frames, which move along, and the tokens that later queries want most of those that leave.",
-        source="Deep Forcing, arXiv 2512.05081, official code; 3 frames apart as there, 0 in the paper",
+        source="Deep Forcing, arXiv 2512.05081, code release; 3 frames apart as there, 0 in the paper",
     ),
     Preset(
         name="deep-sink",
@@ -232,7 +232,7 @@ _ALL = (
         noise=IID,
         switch=KEEP,
         doc="Two thirds of the window are the first frames, whose positions move along behind the others.",
-        source="Deep Forcing, arXiv 2512.05081, Deep Sink alone; 3 frames apart as in its code, 0 in the paper",
+        source="Deep Forcing, arXiv 2512.05081, Deep Sink alone; 3 frames apart as in the code release, 0 in the paper",
     ),
     Preset(
         name="lol",
@@ -343,8 +343,5 @@ def idle_fields(preset: Preset) -> tuple[str, ...]:
     Returns:
         Names as ``get_preset`` takes them, in the order of the policies and their fields.
     """
-    alone = [f"{policy}.{name}" for policy in POLICIES for name in idle(getattr(preset, policy))]
-    fields = [f"{policy}.{f.name}" for policy in POLICIES for f in dataclasses.fields(getattr(preset, policy))]
-    return tuple(
-        name for name in fields if name in alone or (name == "position.sink_gap" and not preset.retention.pinned)
-    )
+    sink = preset.retention.pinned > 0
+    return tuple(f"{policy}.{name}" for policy in POLICIES for name in idle(getattr(preset, policy), sink=sink))
